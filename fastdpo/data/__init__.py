@@ -1,0 +1,21 @@
+"""Reading preference data and turning it into token pairs; no model and no torch in here."""
+
+from fastdpo.data.errors import DataError, UnknownSplitError
+from fastdpo.data.formats import PreferenceRow
+from fastdpo.data.pairs import Pair, PairDataset, PairLengths, PreparationReport
+from fastdpo.data.reading import Rows, read_rows, rows_from
+from fastdpo.data.tokenising import prepare_pairs
+
+__all__ = [
+    "read_rows",
+    "rows_from",
+    "prepare_pairs",
+    "Pair",
+    "PairDataset",
+    "PairLengths",
+    "PreparationReport",
+    "PreferenceRow",
+    "Rows",
+    "DataError",
+    "UnknownSplitError",
+]

@@ -1,0 +1,217 @@
+"""Tokenised preference pairs, many of them in few arrays, and the account of their making."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import index as as_index
+from typing import NamedTuple, overload
+
+import numpy as np
+
+EMPTY_PROMPT = "empty prompt"
+EMPTY_COMPLETION = "empty completion"
+IDENTICAL = "identical completions"
+IDENTICAL_AFTER_TRUNCATION = "identical completions after truncation"
+OVER_LONG_PROMPT = "over-long prompt"
+
+_LOCATIONS_KEPT = 5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """One prompt with its two completions, as token ids.
+
+    Attributes:
+        prompt_ids: (P,) int32, P >= 1; the state at its last position predicts both completions.
+        chosen_ids: (C,) int32, C >= 1; every token of it is scored.
+        rejected_ids: (R,) int32, R >= 1; every token of it is scored.
+        row: index of the source row.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    row: int
+
+    @property
+    def completions(self) -> tuple[np.ndarray, np.ndarray]:
+        """(chosen_ids, rejected_ids)."""
+        return self.chosen_ids, self.rejected_ids
+
+
+class PairLengths(NamedTuple):
+    """Tokens of every pair: three (n,) int64 arrays."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+@dataclass
+class Dropped:
+    """How many rows fell to one reason, and where the first of them lie."""
+
+    count: int = 0
+    locations: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PreparationReport:
+    """What became of the rows on their way to pairs; nothing is dropped that is not counted here.
+
+    Attributes:
+        source: the file or data set.
+        rows_read: rows looked at.
+        pairs_kept: pairs that came out.
+        dropped: reason -> count and the first locations.
+        truncated_prompts: pairs whose prompt was cut.
+        truncated_completions: completions that were cut (up to two a pair).
+        control_token_rows: rows whose content spells a control token.
+        control_token_policy: what was done with them ("literal", "allow"), "" if there are none.
+        unstable_prompts: rows whose tokenised prompt is not the beginning of the tokenised
+            prompt + completion.
+        unstable_example: for the first of those, where it is and the end of the prompt that is
+            left out or comes back as part of the completion.
+        notes: anything else to tell the user, one line each.
+    """
+
+    source: str
+    rows_read: int = 0
+    pairs_kept: int = 0
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    truncated_prompts: int = 0
+    truncated_completions: int = 0
+    control_token_rows: int = 0
+    control_token_policy: str = ""
+    unstable_prompts: int = 0
+    unstable_example: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count one dropped row; only the first few locations of a reason are kept."""
+        entry = self.dropped.setdefault(reason, Dropped())
+        entry.count += 1
+        if len(entry.locations) < _LOCATIONS_KEPT:
+            entry.locations.append(where)
+
+    def describe(self) -> str:
+        """A few plain lines for the screen."""
+        lines = [f"{self.source}: {self.rows_read:,} rows read, {self.pairs_kept:,} pairs kept"]
+        for reason, entry in self.dropped.items():
+            places = [where.removeprefix(self.source).strip() for where in entry.locations]
+            more = ", ..." if entry.count > len(places) else ""
+            lines.append(f"  dropped {entry.count:,}, {reason}: {', '.join(places)}{more}")
+        if self.truncated_prompts or self.truncated_completions:
+            lines.append(
+                f"  cut to max_length: {self.truncated_prompts:,} prompts, "
+                f"{self.truncated_completions:,} completions"
+            )
+        if self.control_token_rows:
+            done = {"literal": "encoded as plain text", "allow": "encoded as control tokens"}
+            lines.append(
+                f"  {self.control_token_rows:,} rows spell a control token in their content: "
+                f"{done.get(self.control_token_policy, self.control_token_policy)}"
+            )
+        if self.unstable_prompts:
+            lines.append(
+                f"  {self.unstable_prompts:,} prompts tokenise differently once a completion "
+                f"follows; the completion starts where they part, for example before "
+                f"{self.unstable_example}"
+            )
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+class PairDataset(Sequence[Pair]):
+    """Pairs over one flat token array: a million of them are four arrays, not millions of lists.
+
+    Built by `PairBuilder` or `PairDataset.from_pairs`. The arrays of a `Pair` are read-only views.
+
+    Attributes:
+        report: the account of the preparation.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, report: PreparationReport
+    ):
+        assert len(offsets) == 3 * len(rows) + 1, "three parts a pair, and the end"
+        self._tokens = tokens
+        self._tokens.flags.writeable = False
+        self._offsets = offsets
+        self._rows = rows
+        self.report = report
+
+    @classmethod
+    def from_pairs(
+        cls, pairs: Iterable[Pair], report: PreparationReport | None = None
+    ) -> "PairDataset":
+        """Pack `pairs`; without a `report` one is made that says only how many there are."""
+        builder = PairBuilder()
+        for pair in pairs:
+            builder.add(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.row)
+        if report is None:
+            count = len(builder)
+            report = PreparationReport("pairs in memory", rows_read=count, pairs_kept=count)
+        return builder.build(report)
+
+    @property
+    def lengths(self) -> PairLengths:
+        """Tokens in the prompt, chosen and rejected of every pair, (n,) int64 each."""
+        parts = np.diff(self._offsets).reshape(-1, 3)
+        return PairLengths(parts[:, 0], parts[:, 1], parts[:, 2])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | Sequence[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = as_index(index)
+        if place < 0:
+            place += len(self)
+        if not 0 <= place < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        a, b, c, d = self._offsets[3 * place : 3 * place + 4].tolist()
+        tokens = self._tokens
+        return Pair(tokens[a:b], tokens[b:c], tokens[c:d], int(self._rows[place]))
+
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[i] for i in range(len(self)))
+
+
+class PairBuilder:
+    """Collects pairs one by one and packs them."""
+
+    def __init__(self):
+        self._tokens = array("i")
+        self._offsets = array("q", [0])
+        self._rows = array("q")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(
+        self,
+        prompt_ids: Iterable[int],
+        chosen_ids: Iterable[int],
+        rejected_ids: Iterable[int],
+        row: int,
+    ) -> None:
+        """Append one pair; each part holds at least one id."""
+        for part in (prompt_ids, chosen_ids, rejected_ids):
+            self._tokens.extend(part.tolist() if isinstance(part, np.ndarray) else part)
+            assert len(self._tokens) > self._offsets[-1], f"a part of row {row} has no token"
+            self._offsets.append(len(self._tokens))
+        self._rows.append(row)
+
+    def build(self, report: PreparationReport) -> PairDataset:
+        """The packed pairs; the builder may go on being used."""
+        return PairDataset(
+            np.array(self._tokens, dtype=np.int32),
+            np.array(self._offsets, dtype=np.int64),
+            np.array(self._rows, dtype=np.int64),
+            report,
+        )

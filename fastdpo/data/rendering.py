@@ -1,0 +1,194 @@
+"""From a preference row to the three texts whose tokens make its pair."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.data.chat_template import ensure_chat_template
+from fastdpo.data.control_tokens import ControlTokens
+from fastdpo.data.errors import DataError
+from fastdpo.data.formats import Messages, PreferenceRow
+from fastdpo.data.pairs import PreparationReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTROL_TOKEN_POLICIES = ("literal", "allow", "error")
+
+Ids = list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """The texts of one row: prompt, prompt + chosen, prompt + rejected.
+
+    Attributes:
+        row: index of the source row.
+        texts: the three, ready for the tokenizer.
+        conversational: a template wrote them, control tokens included; else the tokenizer adds
+            what it adds to any text.
+        mark: the character that breaks control tokens inside the content, None if there are none.
+    """
+
+    row: int
+    texts: tuple[str, str, str]
+    conversational: bool
+    mark: str | None
+
+
+class Renderer:
+    """Writes texts and turns them into ids, with BOS and EOS once each and control tokens as asked.
+
+    Args:
+        tokenizer: gets the plain chat template if it has none and a conversational row comes.
+        policy: one of `CONTROL_TOKEN_POLICIES`, or None: "literal" for conversational rows,
+            "allow" for strings.
+        report: where control-token rows and the plain template are put down.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        policy: str | None,
+        report: PreparationReport,
+    ):
+        self.tokenizer = tokenizer
+        self._policy = policy
+        self._report = report
+        self._control_tokens = ControlTokens(tokenizer)
+        probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
+        self._adds_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
+        self._adds_eos = bool(probe) and probe[-1] == tokenizer.eos_token_id
+
+    def render(self, index: int, row: PreferenceRow) -> RenderedRow:
+        """The three texts of row number `index`.
+
+        Raises:
+            DataError: no EOS token, a template that refuses the row, or a control token under the
+                policy "error"; the caller puts the place in front.
+        """
+        if row.is_conversational:
+            if ensure_chat_template(self.tokenizer):
+                self._report.notes.append(
+                    "the tokenizer has no chat template: the plain one of fastdpo is used and will "
+                    "be saved with the tokenizer (roles as text, EOS after each assistant turn)"
+                )
+            return self._render_messages(index, row)
+        return self._render_strings(index, row)
+
+    def encode(self, rows: list[RenderedRow]) -> list[tuple[Ids, Ids, Ids]]:
+        """The ids of each row's three texts; one call of the tokenizer for rows of a kind."""
+        kinds: dict[tuple[bool, str | None], list[int]] = {}
+        for place, row in enumerate(rows):
+            kinds.setdefault((row.conversational, row.mark), []).append(place)
+        encoded: dict[int, tuple[Ids, Ids, Ids]] = {}
+        for (conversational, mark), places in kinds.items():
+            texts = [text for place in places for text in rows[place].texts]
+            special = not conversational
+            if mark is None:
+                ids = _encode(self.tokenizer, texts, add_special_tokens=special)
+            else:
+                ids = self._control_tokens.encode(texts, mark, add_special_tokens=special)
+            if not conversational:
+                ids = [self._bos_and_eos_once(text_ids) for text_ids in ids]
+            for nth, place in enumerate(places):
+                prompt, chosen, rejected = ids[3 * nth : 3 * nth + 3]
+                encoded[place] = (prompt, chosen, rejected)
+        return [encoded[place] for place in range(len(rows))]
+
+    def without_eos(self, text: str) -> str:
+        """`text` without the EOS it may end with."""
+        return text.removesuffix(self.tokenizer.eos_token) if self.tokenizer.eos_token else text
+
+    def _render_strings(self, index: int, row: PreferenceRow) -> RenderedRow:
+        eos = self.tokenizer.eos_token
+        if eos is None:
+            raise DataError(
+                "the completions are strings, which end with the EOS token, and the tokenizer has "
+                "none; set tokenizer.eos_token to the token that ends a text"
+            )
+        # A BOS in front and an EOS behind are what the user wrote as such, under every policy.
+        bos = self.tokenizer.bos_token or ""
+        head = bos if str(row.prompt).startswith(bos) else ""
+        prompt = str(row.prompt)[len(head) :]
+        parts = [prompt, *(self.without_eos(str(text)) for text in (row.chosen, row.rejected))]
+        mark = self._mark("allow", parts)
+        if mark is not None:
+            parts = self._control_tokens.shield(parts, mark)
+        prompt, chosen, rejected = (head + parts[0], parts[1] + eos, parts[2] + eos)
+        return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, mark)
+
+    def _render_messages(self, index: int, row: PreferenceRow) -> RenderedRow:
+        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, row.chat_template_kwargs]
+        mark = self._mark("literal", content)
+        if mark is not None:
+            content = self._control_tokens.shield(content, mark)
+        prompt, chosen, rejected, tools, variables = content
+        texts = (
+            self._apply_template(prompt, tools, variables, add_generation_prompt=True),
+            self._apply_template(prompt + chosen, tools, variables),
+            self._apply_template(prompt + rejected, tools, variables),
+        )
+        return RenderedRow(index, texts, True, mark)
+
+    def _apply_template(
+        self,
+        messages: Messages,
+        tools: list[Any] | None,
+        variables: dict[str, Any],
+        add_generation_prompt: bool = False,
+    ) -> str:
+        try:
+            # As text: with tokenize=True the return type depends on the transformers version.
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except Exception as error:  # a template is foreign code and may raise anything
+            roles = [message["role"] for message in messages]
+            raise DataError(
+                f"the chat template refuses a conversation with the roles {roles} "
+                f"({type(error).__name__}: {error}); correct the row, or set another "
+                "tokenizer.chat_template"
+            ) from error
+        assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
+        return text
+
+    def _mark(self, default_policy: str, content: Any) -> str | None:
+        """Look for control tokens, count the row, and give the mark if they are to be broken."""
+        found = self._control_tokens.find(content)
+        if found is None:
+            return None
+        policy = self._policy or default_policy
+        if policy == "error":
+            raise DataError(
+                f"the content spells the control token {found!r}; remove it, or pass "
+                "special_tokens_in_content='literal' (plain text) or 'allow' (the control token)"
+            )
+        self._report.control_token_rows += 1
+        known = self._report.control_token_policy
+        self._report.control_token_policy = policy if known in ("", policy) else "literal or allow"
+        return self._control_tokens.free_mark(content) if policy == "literal" else None
+
+    def _bos_and_eos_once(self, ids: Ids) -> Ids:
+        """Take back what the tokenizer added to a text that already had it."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self._adds_eos and ids[-1:] == [eos]:
+            ids = ids[:-1]
+        if self._adds_bos and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        return ids
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, add_special_tokens: bool
+) -> list[Ids]:
+    return tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]

@@ -1,0 +1,167 @@
+"""How good policy and reference are on held-out pairs, and what both write."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo import losses
+from fastdpo.batching import Group
+from fastdpo.metrics import preference_accuracy
+from fastdpo.modeling.adapters import adapters_off
+from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.loading import eval_mode
+from fastdpo.modeling.scoring import ScoredPairs, score_pairs
+from fastdpo.report import table
+
+
+@dataclass(frozen=True)
+class LogprobFigures:
+    """What one model alone can have on a set of pairs; log-probs in nats, per completion."""
+
+    logps_chosen: float
+    logps_rejected: float
+    logp_accuracy: float  # share of pairs with logps chosen > rejected
+    perplexity_chosen: float  # per token
+    perplexity_rejected: float
+
+
+@dataclass(frozen=True)
+class PreferenceFigures:
+    """What the policy has against its reference."""
+
+    loss: float
+    preference_accuracy: float  # margin > 0, ties counted 0.5
+    rewards_margin: float
+    rewards_chosen: float
+    rewards_rejected: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One prompt with what both models write after it."""
+
+    prompt: str
+    reference: str
+    policy: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of `python -m fastdpo.evaluate`."""
+
+    pairs: int
+    beta: float
+    loss_type: str
+    reference: LogprobFigures
+    policy: LogprobFigures
+    preference: PreferenceFigures
+    completions: tuple[Completion, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The figures side by side, then the completions."""
+        rows = [
+            (name.replace("_", " "), f"{reference:.4f}", f"{policy:.4f}")
+            for (name, reference), policy in zip(
+                asdict(self.reference).items(), asdict(self.policy).values(), strict=True
+            )
+        ]
+        rows += [
+            (name.replace("_", " "), "-", f"{v:.4f}") for name, v in asdict(self.preference).items()
+        ]
+        text = table((f"{self.pairs:,} pairs, beta {self.beta:g}", "reference", "policy"), rows)
+        for completion in self.completions:
+            text += (
+                f"\n\nprompt:    {completion.prompt!r}\nreference: {completion.reference!r}"
+                f"\npolicy:    {completion.policy!r}"
+            )
+        return text
+
+
+def evaluate_scored(
+    policy: ScoredPairs,
+    reference: ScoredPairs,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    completions: Sequence[Completion] = (),
+) -> Evaluation:
+    """Figures from the log-probs of the same pairs under both models."""
+    logratios = torch.from_numpy(policy.logps - reference.logps)
+    margins = logratios[:, 0] - logratios[:, 1]
+    rewards = beta * logratios.mean(dim=0)
+    loss = losses.LOSSES[loss_type](logratios[:, 0], logratios[:, 1], beta=beta).mean()
+    return Evaluation(
+        pairs=len(margins),
+        beta=beta,
+        loss_type=loss_type,
+        reference=_logprob_figures(reference),
+        policy=_logprob_figures(policy),
+        preference=PreferenceFigures(
+            loss=float(loss),
+            preference_accuracy=preference_accuracy(margins),
+            rewards_margin=float(beta * margins.mean()),
+            rewards_chosen=float(rewards[0]),
+            rewards_rejected=float(rewards[1]),
+        ),
+        completions=tuple(completions),
+    )
+
+
+def score_both(
+    model: nn.Module, groups: Sequence[Group], *, micro_batch_tokens: int
+) -> tuple[ScoredPairs, ScoredPairs]:
+    """Policy and reference of one model: its adapters on, then off."""
+    options = {"micro_batch_tokens": micro_batch_tokens}
+    policy = score_pairs(model, groups, description="Scoring with the policy", **options)
+    with adapters_off(model):
+        reference = score_pairs(model, groups, description="Scoring with the reference", **options)
+    return policy, reference
+
+
+def complete(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    reference: bool = False,
+) -> list[str]:
+    """What the model writes after each prompt, greedily, with its adapters on or off."""
+    causal_lm = causal_lm_of(model)
+    off: AbstractContextManager[None] = adapters_off(model) if reference else nullcontext()
+    texts = []
+    with off, eval_mode(model), torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([list(map(int, prompt))], device=causal_lm.device)
+            written = causal_lm.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            texts.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def _logprob_figures(scored: ScoredPairs) -> LogprobFigures:
+    logps, tokens = scored.logps, scored.tokens
+    perplexities = [math.exp(min(-logps[:, s].sum() / tokens[:, s].sum(), 700.0)) for s in (0, 1)]
+    return LogprobFigures(
+        logps_chosen=float(logps[:, 0].mean()),
+        logps_rejected=float(logps[:, 1].mean()),
+        logp_accuracy=float((logps[:, 0] > logps[:, 1]).mean()),
+        perplexity_chosen=perplexities[0],
+        perplexity_rejected=perplexities[1],
+    )

@@ -1,0 +1,71 @@
+"""The figures of training and evaluation under TRL's names, as sums that any split adds up to."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def preference_accuracy(margins: Tensor) -> float:
+    """Share of pairs whose margin is above 0, ties counted 0.5; `margins` is (n,)."""
+    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+
+
+@dataclass
+class MetricSums:
+    """Sums over pairs and tokens since they were last read; they stay on their device till then."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor, count: float | None = None) -> None:
+        """Take in the values, weighted by their number or by `count`."""
+        total = values.detach().double().sum()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0.0) + (
+            values.numel() if count is None else count
+        )
+
+    def add_rewards(
+        self,
+        logps: Tensor,  # (B, 2) chosen, rejected; nats
+        ref_logps: Tensor,  # (B, 2)
+        beta: float,
+    ) -> None:
+        """Rewards, accuracies and log-probs of B pairs."""
+        rewards = beta * (logps - ref_logps).detach()
+        margins = rewards[:, 0] - rewards[:, 1]
+        self.add("rewards/chosen", rewards[:, 0])
+        self.add("rewards/rejected", rewards[:, 1])
+        self.add("rewards/accuracies", (margins > 0).double() + 0.5 * (margins == 0).double())
+        self.add("rewards/margins", margins)
+        self.add("logps/chosen", logps[:, 0])
+        self.add("logps/rejected", logps[:, 1])
+
+    def add_tokens(
+        self,
+        completion_tokens: Tensor,  # (2B,) chosen, rejected in turns
+        entropy: Tensor,  # (M,) per token, completion by completion
+        mean_logits: Tensor,  # (M,)
+        is_top1: Tensor,  # (M,) bool
+    ) -> None:
+        """The figures that cost a look at the whole vocabulary."""
+        sides = torch.arange(len(completion_tokens), device=completion_tokens.device) % 2
+        rejected = torch.repeat_interleave(sides, completion_tokens).bool()
+        self.add("entropy", entropy)
+        self.add("logits/chosen", mean_logits[~rejected])
+        self.add("logits/rejected", mean_logits[rejected])
+        self.add("mean_token_accuracy", is_top1[~rejected])
+
+    def averages(self) -> dict[str, float]:
+        """Mean of each figure; empty figures are left out."""
+        return {
+            name: total.item() / self.counts[name]
+            for name, total in self.sums.items()
+            if self.counts[name] > 0
+        }
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.sums.clear()
+        self.counts.clear()

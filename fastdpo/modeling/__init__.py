@@ -1,0 +1,1 @@
+"""Models: loading, adapters, the head, attention over packed pairs."""

@@ -1,0 +1,164 @@
+"""LoRA on one set of weights: adapters on is the policy, adapters off is the reference.
+
+PEFT builds, saves, loads and merges; only the forward of its LoRA layers is ours. `fuse` changes
+the class of the layers in place to a subclass whose forward is `lora_linear`, which works alike for
+adapters made here and for a PeftModel that the user brings.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bitsandbytes as bnb
+from fastdpo_kernels import lora_linear
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class FrozenLinear4bit(bnb.nn.Linear4bit):
+    """A 4-bit linear layer that never repacks its weight.
+
+    bitsandbytes' own forward rewrites the weight in place for inference on CPUs with AVX512-BF16
+    at the first no-grad call in eval mode; training on it afterwards reads garbage.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out) in x's dtype."""
+        return lora_linear(x, self.weight, bias=_cast(self.bias, x))
+
+
+class _FusedForward:
+    """A LoRA layer's forward as one autograd node where it is plain LoRA; PEFT's elsewhere."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        plain = not (args or kwargs or self.merged) and (
+            self.disable_adapters
+            or not active
+            or (
+                len(active) == 1
+                and active[0] not in self.lora_variant
+                and not self.lora_bias.get(active[0], False)
+            )
+        )
+        if not plain:
+            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        base = self.base_layer
+        if self.disable_adapters or not active:
+            return lora_linear(x, base.weight, bias=_cast(base.bias, x))
+        name = active[0]
+        dropout = self.lora_dropout[name]
+        return lora_linear(
+            x,
+            base.weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            bias=_cast(base.bias, x),
+            scaling=self.scaling[name],
+            dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
+
+
+class FusedLoraLinear(_FusedForward, lora.Linear):
+    """PEFT's LoRA on a dense linear layer, with the fused forward."""
+
+
+class FusedLoraLinear4bit(_FusedForward, PeftLinear4bit):
+    """PEFT's LoRA on a 4-bit linear layer, with the fused forward."""
+
+
+def fuse(model: nn.Module) -> None:
+    """Give every LoRA and 4-bit linear layer its fused forward, in place; twice does no harm."""
+    for module in model.modules():
+        if type(module) is bnb.nn.Linear4bit:
+            module.__class__ = FrozenLinear4bit
+        elif type(module) is PeftLinear4bit:
+            module.__class__ = FusedLoraLinear4bit
+        elif type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
+            module.__class__ = FusedLoraLinear
+
+
+def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> PeftModel:
+    """A new adapter on the model, its weights in fp32 whatever the base's dtype.
+
+    Raises:
+        ValueError: the model has an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "the model is a PeftModel already and peft_config asks for another adapter: pass one "
+            "or the other. Merge the first adapter, or train it on by leaving peft_config out."
+        )
+    fuse(model)
+    adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    fuse(adapted)
+    return adapted
+
+
+def lora_config(r: int, alpha: int, dropout: float, target_modules: list[str] | None) -> LoraConfig:
+    """LoRA on the named modules, by default on every linear layer but the head."""
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules or "all-linear",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
+    """The adapter of a folder on its base, with the fused forward.
+
+    Raises:
+        ValueError: there is no adapter there, or its weights do not fit this base.
+    """
+    peft_base_of(folder)
+    fuse(model)
+    adapted = PeftModel.from_pretrained(model, folder)
+    fuse(adapted)
+    return adapted
+
+
+def peft_base_of(folder: str) -> str:
+    """The name of the model that an adapter was trained on.
+
+    Raises:
+        ValueError: the folder holds no adapter, or one that does not say.
+    """
+    try:
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds no adapter: need a folder with adapter_config.json and "
+            "adapter_model.safetensors, such as the --output_dir of a run with --lora or --qlora."
+        ) from error
+    if not base:
+        raise ValueError(f"the adapter in {folder} does not name its base: pass it as --model.")
+    return base
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The reference: adapters disabled, and everything as before afterwards, come what may.
+
+    PEFT's own context turns `requires_grad` on for every LoRA parameter when it ends, frozen ones
+    too; the flags are put back here. A model without adapters is its own reference.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype)

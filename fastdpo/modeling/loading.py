@@ -1,0 +1,120 @@
+"""Models and tokenizers from a folder or the hub, dense or in 4 bits, with explicit dtypes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+HUB_HINT = (
+    "Pass a local folder that holds config.json, *.safetensors and the tokenizer, or make the hub "
+    "reachable (gated models need `hf auth login` and their licence accepted)."
+)
+
+
+class ModelError(ValueError):
+    """A model or tokenizer cannot be had, with what to pass instead."""
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA that has it and float32 elsewhere; else the named dtype."""
+    if name == "auto":
+        on_cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_cuda else torch.float32
+    return getattr(torch, name)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    load_in_4bit: bool = False,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal LM onto the GPU if there is one.
+
+    Args:
+        name: folder or hub id.
+        dtype: of everything that is not 4-bit: embeddings, norms and head too.
+        load_in_4bit: NF4 with double quantization, computing in `dtype`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that the repository brings.
+        **kwargs: for `from_pretrained`; they win over the above.
+
+    Raises:
+        ModelError: the model cannot be found or reached; says what to pass instead.
+    """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "device_map": {"": 0} if torch.cuda.is_available() else {"": "cpu"},
+    }
+    if load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options | kwargs)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load the model {name!r}: {_first_line(error)} {HUB_HINT}"
+        ) from error
+
+
+def load_tokenizer(
+    name: str, *, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        ModelError: it cannot be found or reached; says what to pass instead.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load the tokenizer of {name!r}: {_first_line(error)} {HUB_HINT}"
+        ) from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the model's own dropout to 0, what attention reads too; adapters keep theirs."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, and each back in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

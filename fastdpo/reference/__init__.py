@@ -1,0 +1,7 @@
+"""The reference log-probs: a store on disk keyed by content, and the pass that fills it."""
+
+from fastdpo.reference.filling import reference_logps
+from fastdpo.reference.identity import reference_identity
+from fastdpo.reference.store import ReferenceStore
+
+__all__ = ["ReferenceStore", "reference_identity", "reference_logps"]

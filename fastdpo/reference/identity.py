@@ -1,0 +1,89 @@
+"""What reference log-probs depend on, and nothing else: the key of their store."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
+from torch import Tensor, nn
+
+from fastdpo.modeling.attention import KIND
+from fastdpo.modeling.head import causal_lm_of
+
+NOT_IN_THE_NUMBERS = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "use_cache",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "attention_dropout",
+    "hidden_dropout",
+    "initializer_range",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+}
+"""Config fields that change no log-prob: names, versions, dropout, what is used for generation."""
+
+
+def reference_identity(model: nn.Module, compute_dtype: torch.dtype) -> dict[str, Any]:
+    """Describe the reference so that two descriptions are equal exactly if their numbers are.
+
+    Adapters are left out, for the reference is the model with them off; so are the learning rate,
+    output folder, seed, rank, beta and loss, on which no reference log-prob depends.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+        compute_dtype: what the matrix products run in; the weights' own dtype is in their hash.
+
+    Returns:
+        JSON-ready: content hash of the base weights, resolved config, dtype, numerics.
+    """
+    causal_lm = causal_lm_of(model)
+    config = {
+        name: value
+        for name, value in causal_lm.config.to_dict().items()
+        if name not in NOT_IN_THE_NUMBERS
+    }
+    return {
+        "weights": _content_hash(_base_tensors(causal_lm)),
+        "config": config,
+        "dtype": str(compute_dtype),
+        "attention": KIND,
+        "head_numerics": NUMERICS_VERSION,
+    }
+
+
+def _base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors under their own names, whatever PEFT has wrapped around them."""
+    tensors = {}
+    for name, tensor in causal_lm.state_dict().items():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if isinstance(tensor, Tensor):
+            tensors[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    return tensors
+
+
+def _content_hash(tensors: dict[str, Tensor]) -> str:
+    """One sha256 over names, dtypes, shapes and bytes; hashing runs on several threads."""
+    names = sorted(tensors)
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda name: _tensor_hash(name, tensors[name]), names)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _tensor_hash(name: str, tensor: Tensor) -> bytes:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    header = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+    return hashlib.sha256(header + raw.tobytes()).digest()

@@ -1,0 +1,44 @@
+"""What people see: progress bars, tables, numbers."""
+
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30
+"""How often a progress bar writes where nobody watches (a log file, a pipe)."""
+
+
+def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
+    """A bar with rate and time left; in a log, a line now and then. No description, no bar."""
+    watched = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        disable=description is None,
+        leave=not watched,
+        mininterval=0.1 if watched else SECONDS_BETWEEN_LINES,
+        maxinterval=1.0 if watched else SECONDS_BETWEEN_LINES,
+    )
+
+
+def say(text: str = "") -> None:
+    """One line on standard output, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain text columns: the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def written(line: Sequence[str]) -> str:
+        first, *others = line
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        return "  ".join([first.ljust(widths[0]), *cells]).rstrip()
+
+    return "\n".join(
+        [written(lines[0]), "  ".join("-" * w for w in widths), *map(written, lines[1:])]
+    )

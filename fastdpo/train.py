@@ -1,0 +1,137 @@
+"""`python -m fastdpo.train`: align a model with preference pairs; without arguments, a demo."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.command_line import command, parse
+from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
+from fastdpo.report import say
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
+    from fastdpo.data import Rows
+    from fastdpo.trainer import DPOTrainer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse and train; the demo if there is nothing to parse."""
+    if not argv:
+        from fastdpo.demo import run_demo
+
+        run_demo(Path("fastdpo-demo"))
+        return
+    parsed = parse(
+        "train",
+        [ModelOptions, DataOptions],
+        argv,
+        training=True,
+        description="Align a model with preference pairs by Direct Preference Optimization.",
+    )
+    run(parsed.model, parsed.data, parsed.training)
+
+
+def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
+    """Train what the options name, save it, and say where it lies.
+
+    Raises:
+        ValueError: an option is missing, or the model or data cannot be had.
+    """
+    from fastdpo.modeling.adapters import lora_config
+    from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
+    from fastdpo.trainer import DPOTrainer
+
+    name = _model_name(model)
+    source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = load_tokenizer(name, **source)
+    train_rows, eval_rows = _read(data)
+    if not (model.full or model.qlora or model.lora):
+        say(
+            "Training a LoRA adapter (--lora); --qlora needs less memory, --full trains everything."
+        )
+    dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
+    policy = load_model(
+        name, dtype=dtype, load_in_4bit=model.qlora, **source, **(config.model_init_kwargs or {})
+    )
+    config.model_init_kwargs = None
+    if eval_rows is None:
+        config.eval_strategy = "no"
+    trainer = DPOTrainer(
+        policy,
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=None
+        if model.full
+        else lora_config(
+            model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_target_modules
+        ),
+    )
+    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.save_model()
+    _say_result(trainer, model, data)
+    return trainer
+
+
+def _model_name(model: ModelOptions) -> str:
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "--model is missing: pass a folder, a hub id or an alias such as llama-7b. Without any "
+            "argument the command runs its demo."
+        )
+    name, sentence = resolve_model(model.model_name_or_path)
+    if sentence:
+        say(sentence)
+    return name
+
+
+def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
+    """Training rows, and the rows to evaluate on if there are any."""
+    from fastdpo.data import UnknownSplitError, read_rows
+
+    name = data.dataset_name
+    if name is None:
+        name = DEFAULT_DATASET
+        say(f"No --dataset was named: using {name} from the Hugging Face hub.")
+    options = {"config_name": data.dataset_config}
+    train_rows = read_rows(name, split=data.dataset_train_split, **options)
+    if data.eval_dataset is not None:
+        return train_rows, read_rows(data.eval_dataset, split=data.dataset_test_split)
+    if Path(name).is_file():
+        return train_rows, None
+    try:
+        return train_rows, read_rows(name, split=data.dataset_test_split, **options)
+    except UnknownSplitError as error:
+        say(f"Not evaluating: {error}")
+        return train_rows, None
+
+
+def _resume(value: str | None) -> str | bool | None:
+    """`true` and `auto` ask for the newest checkpoint, anything else is a folder."""
+    return True if value is not None and value.lower() in ("true", "auto") else value
+
+
+def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -> None:
+    folder = trainer.args.output_dir
+    kind = "adapter" if trainer.trains_adapter else "model"
+    say(f"\nThe {kind} lies in {folder}.")
+    figures: dict[str, Any] = next(
+        (line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {}
+    )
+    if figures:
+        say(
+            f"Held-out pairs: preference accuracy {figures['eval_rewards/accuracies']:.3f}, "
+            f"loss {figures['eval_loss']:.4f}, margin {figures['eval_rewards/margins']:.3f}."
+        )
+    start = model.model_name_or_path
+    policy = f"--model {start} --adapter {folder}"
+    if not trainer.trains_adapter:
+        policy = f"--model {folder} --reference {start}"
+    pairs = data.eval_dataset or data.dataset_name or DEFAULT_DATASET
+    say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

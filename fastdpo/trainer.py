@@ -1,0 +1,554 @@
+"""`DPOTrainer`: one readable update over packed pairs, on the shoulders of transformers.Trainer."""
+
+import copy
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
+
+from fastdpo import checkpoint, files
+from fastdpo.batching import (
+    Group,
+    MicroBatch,
+    PairGroups,
+    default_micro_batch_tokens,
+    pack_update,
+)
+from fastdpo.config import DPOConfig
+from fastdpo.data import PairDataset, prepare_pairs, rows_from
+from fastdpo.data.order import UpdateSampler
+from fastdpo.losses import LOSSES
+from fastdpo.metrics import MetricSums
+from fastdpo.modeling.adapters import adapters_off, add_adapter, fuse
+from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.head import causal_lm_of, head_of
+from fastdpo.modeling.loading import (
+    disable_dropout,
+    eval_mode,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from fastdpo.modeling.logprobs import METRIC_OUTPUTS, packed_logprobs
+from fastdpo.modeling.scoring import score_pairs
+from fastdpo.options import reference_folder
+from fastdpo.reference import ReferenceStore, reference_identity, reference_logps
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ARGUMENTS = "training_args.json"
+
+
+class DPOTrainer(Trainer):
+    """Align a causal LM with preference pairs by Direct Preference Optimization.
+
+    The policy is the model with its adapter on (or all of its weights), the reference the same
+    model with the adapter off (or as it was before the first update). An update is
+    `per_device_train_batch_size * gradient_accumulation_steps` pairs, laid into packed
+    micro-batches of at most `micro_batch_tokens` tokens; it does not depend on how they fall.
+
+    Args:
+        model: a causal LM, a PeftModel on one, or a folder or hub id.
+        ref_model: must be None; the reference needs no second model.
+        args: the run's options; `DPOConfig()` by default. Not changed.
+        data_collator: must be None; pairs are packed, not padded.
+        train_dataset: rows as TRL takes them (a `datasets.Dataset`, a list of dicts, a pandas
+            frame) or a `PairDataset`.
+        eval_dataset: likewise, or a dict of them by name.
+        processing_class: the tokenizer; by default the one that lies beside `model`.
+        compute_metrics: must be None; the figures are computed from log-probs alone.
+        callbacks: as in transformers.
+        optimizers: as in transformers.
+        peft_config: train an adapter of this kind instead of all weights.
+
+    Raises:
+        DataError: rows that cannot be used, with their place.
+        ModelError: the model or tokenizer cannot be had.
+        TypeError, ValueError: an argument or a combination that cannot work, by name.
+
+    Source: arXiv:2305.18290.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
+        ref_model: None = None,
+        args: DPOConfig | None = None,
+        data_collator: None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        _refuse(ref_model=ref_model, data_collator=data_collator, compute_metrics=compute_metrics)
+        args = DPOConfig() if args is None else args
+        name = model if isinstance(model, str | os.PathLike) else causal_lm_of(model).name_or_path
+        tokenizer = load_tokenizer(str(name)) if processing_class is None else processing_class
+        policy = self._policy(model, args, peft_config)
+        self.trains_adapter = isinstance(policy, PeftModel)
+        if not self.trains_adapter and args.ref_cache == "off":
+            raise ValueError(
+                "--ref_cache is off and all weights are trained: the reference is gone after the "
+                "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
+            )
+        self.user_args = args
+        self.reference_folder = reference_folder(args.ref_cache)
+        self._vocabulary_size = head_of(policy).weight.shape[0]
+        self._tokenizer = tokenizer
+        self._train_sums, self._window = MetricSums(), _Window()
+        self._tokens_seen = 0
+        self._saving_into: Path | None = None
+        self._store: ReferenceStore | None = None
+        self._base_is_original = True
+        super().__init__(
+            model=policy,
+            args=_one_update_per_step(args, self.trains_adapter),
+            train_dataset=self._groups(train_dataset, "train"),
+            eval_dataset=self._eval_groups(eval_dataset),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        device = causal_lm_of(self.model).device
+        self.micro_batch_tokens = args.micro_batch_tokens or default_micro_batch_tokens(device)
+
+    # The policy and its data
+
+    @staticmethod
+    def _policy(
+        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
+        args: DPOConfig,
+        peft_config: PeftConfig | None,
+    ) -> PreTrainedModel | PeftModel:
+        if isinstance(model, str | os.PathLike):
+            options = {"dtype": resolve_dtype("auto"), **(args.model_init_kwargs or {})}
+            model = load_model(str(model), **options)
+        elif args.model_init_kwargs:
+            raise ValueError(
+                "model_init_kwargs are for a model given by name; this one is loaded already. Pass "
+                "them to from_pretrained."
+            )
+        if args.disable_dropout:
+            disable_dropout(model)
+        if peft_config is None:
+            fuse(model)
+            return model
+        set_seed(args.seed)  # the adapter's first weights belong to the run's seed
+        return add_adapter(model, peft_config)
+
+    def _groups(self, dataset: Any, name: str) -> PairGroups | None:
+        """Rows to groups; a dataset that is prepared already stays as it is."""
+        if dataset is None or isinstance(dataset, PairGroups):
+            return dataset
+        if not isinstance(dataset, PairDataset):
+            args = self.user_args
+            dataset = prepare_pairs(
+                rows_from(dataset, f"{name} dataset"),
+                self._tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                special_tokens_in_content=args.special_tokens_in_content,
+                strict_data=args.strict_data,
+                vocabulary_size=self._vocabulary_size,
+                progress=not args.disable_tqdm,
+            )
+            logger.info("%s", dataset.report.describe())
+        return PairGroups(dataset)
+
+    def _eval_groups(self, dataset: Any) -> Any:
+        if isinstance(dataset, dict):
+            return {name: self._groups(part, name) for name, part in dataset.items()}
+        return self._groups(dataset, "eval")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of B groups, one batch an update."""
+        if self.train_dataset is None:
+            raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
+        args = self.user_args
+        sampler = UpdateSampler(
+            len(self.train_dataset),
+            self.pairs_per_update,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All groups of one evaluation set; `evaluation_loop` packs them itself."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        groups = self._groups(self.eval_dataset if eval_dataset is None else eval_dataset, "eval")
+        if groups is None:
+            raise ValueError("there is no eval_dataset: pass one to DPOTrainer or evaluate().")
+        return DataLoader(groups, batch_size=self.pairs_per_update, collate_fn=list)
+
+    @property
+    def pairs_per_update(self) -> int:
+        """B, as the user's options make it."""
+        args = self.user_args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+    # The reference
+
+    def _add_reference(self, groups: PairGroups, name: str) -> None:
+        """Fill in `groups.ref_logps` from the store, computing what it does not have."""
+        if groups.ref_logps is not None:
+            return
+        if not self._base_is_original:
+            raise ValueError(
+                f"the reference of {name} was not computed before the first update, and all "
+                "weights have been trained since: pass the data to DPOTrainer as eval_dataset."
+            )
+        options = {
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "shared_prefix": self.shares_prefix,
+        }
+        with self.autocast():
+            if self.reference_folder is not None:
+                groups.ref_logps = reference_logps(
+                    self.model, groups, self._reference_store(), name=name, **options
+                )
+            else:
+                with adapters_off(self.model):
+                    scored = score_pairs(
+                        self.model, groups, description=f"Reference of {name}", **options
+                    )
+                groups.ref_logps = scored.logps
+
+    def _reference_store(self) -> ReferenceStore:
+        if self._store is None:
+            assert self.reference_folder is not None, "the store is off"
+            identity = reference_identity(self.model, self._compute_dtype())
+            self._store = ReferenceStore(self.reference_folder, identity)
+        return self._store
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the tokens that a pair's rows share are computed once."""
+        return self.user_args.shared_prefix != "off"
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision around backbone and head; accelerate wraps only model.forward."""
+        return self.accelerator.autocast()
+
+    def _compute_dtype(self) -> torch.dtype:
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return mixed.get(self.accelerator.mixed_precision, causal_lm_of(self.model).dtype)
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, or go on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir
+                that verifies.
+            trial: as in transformers.
+            ignore_keys_for_eval: not used.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another run.
+            FloatingPointError: the loss is not finite; the weights are as before that update.
+        """
+        folder = None
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                folder = checkpoint.newest_verified(Path(self.args.output_dir))
+            else:
+                folder = Path(resume_from_checkpoint)
+            checkpoint.require_same_run(checkpoint.verify(folder), self._run_description())
+            logger.info("Resuming from %s", folder)
+        if self.reference_folder is not None and self.train_dataset is not None:
+            self._add_reference(self.train_dataset, "train")
+        if not self.trains_adapter:
+            for name, groups in _by_name(self.eval_dataset):
+                self._add_reference(groups, name)
+            self._base_is_original = False
+        return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+
+    def training_step(
+        self, model: nn.Module, inputs: list[Group], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The gradient of one update of B pairs, micro-batch by micro-batch.
+
+        Returns:
+            () float64: the mean loss of the pairs, detached.
+        """
+        self._window.start()
+        model.train()
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()  # schedule-free optimizers
+        micro_batches = [
+            micro_batch.to(self.args.device)
+            for micro_batch in pack_update(
+                inputs, self.micro_batch_tokens, shared_prefix=self.shares_prefix
+            )
+        ]
+        with packed_attention(causal_lm_of(self.model).config):
+            if micro_batches[0].ref_logps is None:
+                references = self._references_now(micro_batches)
+            else:
+                references = [micro_batch.ref_logps for micro_batch in micro_batches]
+            losses = [
+                self._backward(micro_batch, reference, len(inputs))
+                for micro_batch, reference in zip(micro_batches, references, strict=True)
+            ]
+        loss = torch.stack(losses).sum()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of update {self.state.global_step + 1} is {loss.item()}; no weight has "
+                "changed in this update. Lower the learning rate, or train in bfloat16 or float32."
+            )
+        self._count(inputs, micro_batches)
+        return loss
+
+    def _backward(self, micro_batch: MicroBatch, ref_logps: Tensor, pairs: int) -> Tensor:
+        """Add the gradient of one micro-batch; returns its part of the update's mean loss."""
+        args = self.user_args
+        outputs = METRIC_OUTPUTS if self._logs_this_update() else ()
+        with self.autocast():
+            found = packed_logprobs(self.model, micro_batch, outputs)
+        logps, reference = found.logps.view(-1, 2), ref_logps.view(-1, 2)
+        logratios = logps - reference
+        per_pair = LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
+        loss = per_pair.sum() / pairs
+        self.accelerator.backward(loss)
+        self._train_sums.add_rewards(logps, reference, args.beta)
+        if found.extras is not None:
+            self._train_sums.add_tokens(
+                micro_batch.completion_tokens,
+                found.extras.entropy,
+                found.extras.mean_logits,
+                found.extras.is_top1,
+            )
+        return loss.detach()
+
+    def _references_now(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Reference log-probs of the very micro-batches that are about to be trained on."""
+        with adapters_off(self.model), eval_mode(self.model), torch.no_grad(), self.autocast():
+            return [packed_logprobs(self.model, m).logps for m in micro_batches]
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """TRL's figures over a set of pairs, every pair weighing the same."""
+        groups, args = dataloader.dataset, self.user_args
+        self._add_reference(groups, metric_key_prefix)
+        with self.autocast():
+            scored = score_pairs(
+                self.model,
+                groups,
+                micro_batch_tokens=self.micro_batch_tokens,
+                shared_prefix=self.shares_prefix,
+                outputs=METRIC_OUTPUTS,
+                description=None if args.disable_tqdm else description,
+            )
+        logps, reference = torch.from_numpy(scored.logps), torch.from_numpy(groups.ref_logps)
+        logratios = logps - reference
+        sums = MetricSums()
+        sums.add(
+            "loss", LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
+        )
+        sums.add_rewards(logps, reference, args.beta)
+        sums.add_tokens(torch.from_numpy(scored.tokens.reshape(-1)), **scored.extras)
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in sums.averages().items()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(groups))
+
+    # Figures
+
+    def _logs_this_update(self) -> bool:
+        """Whether a log line follows this update: the costly figures are computed only then."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return self.args.logging_strategy == IntervalStrategy.EPOCH
+        step = self.state.global_step + 1
+        first = step == 1 and self.args.logging_first_step
+        return first or step % max(1, int(self.state.logging_steps)) == 0
+
+    def _count(self, groups: Sequence[Group], micro_batches: Sequence[MicroBatch]) -> None:
+        both_rows = [2 * len(g.prompt_ids) + sum(map(len, g.completions)) for g in groups]
+        self._tokens_seen += sum(both_rows)
+        self._window.add(len(groups), sum(m.real_tokens for m in micro_batches))
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += sum(both_rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the figures of the updates since the last training log to a training log."""
+        if "loss" in logs:
+            logs |= self._train_sums.averages() | self._window.figures()
+            logs["num_tokens"] = self._tokens_seen
+            if torch.cuda.is_available():
+                logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self._train_sums.clear()
+            self._window = _Window()
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: list[Group]) -> int:
+        """6 FLOPs per parameter and token of both rows, as transformers counts them."""
+        tokens = sum(2 * len(g.prompt_ids) + sum(map(len, g.completions)) for g in inputs)
+        return 6 * tokens * causal_lm_of(self.model).num_parameters(exclude_embeddings=True)
+
+    def _track_num_input_tokens(self, inputs: list[Group]) -> None:
+        """Counted in `_count`."""
+
+    # Checkpoints
+
+    def _run_description(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that was stopped."""
+        args, digest = self.user_args, hashlib.sha256()
+        for group in self.train_dataset:
+            for ids in (group.prompt_ids, *group.completions):
+                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return {
+            "pairs_per_update": self.pairs_per_update,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "data": digest.hexdigest(),
+            "sampling": str(args.train_sampling_strategy),
+            "trains_adapter": self.trains_adapter,
+            "beta": args.beta,
+            "loss_type": list(args.loss_type),
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving_into) if self._saving_into else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Fill a folder under a temporary name, seal it, give it its name, then rotate."""
+        output_dir = Path(super()._get_output_dir(trial))
+        final = output_dir / f"checkpoint-{self.state.global_step}"
+        self._saving_into = files.temporary_name(final)
+        temporary = self._saving_into / final.name
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(temporary):
+                self.state.best_model_checkpoint = str(final)
+                self.state.save_to_json(str(temporary / "trainer_state.json"))
+            checkpoint.seal(temporary, self._run_description())
+            checkpoint.commit(temporary, final)
+        finally:
+            shutil.rmtree(self._saving_into, ignore_errors=True)
+            self._saving_into = None
+        best = self.state.best_model_checkpoint
+        checkpoint.rotate(output_dir, self.args.save_total_limit, Path(best) if best else None)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self._tokenizer.save_pretrained(folder)
+        files.write_text(folder / TRAINING_ARGUMENTS, self.user_args.to_json_string() + "\n")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        scheduler_state = self.lr_scheduler.state_dict()
+        checkpoint.save_optimizer(Path(output_dir), self.optimizer, scheduler_state, self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            folder = Path(checkpoint_folder)
+            state = checkpoint.load_optimizer(folder, self.optimizer, self.model)
+            self.lr_scheduler.load_state_dict(state)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoint.save_rng_state(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_rng_state(Path(checkpoint_folder))
+
+
+class _Window:
+    """Pairs, tokens and time between two log lines."""
+
+    def __init__(self) -> None:
+        self.began_s: float | None = None
+        self.pairs = 0
+        self.tokens = 0
+
+    def start(self) -> None:
+        if self.began_s is None:
+            self.began_s = time.perf_counter()
+
+    def add(self, pairs: int, tokens: int) -> None:
+        self.pairs += pairs
+        self.tokens += tokens
+
+    def figures(self) -> dict[str, float]:
+        if self.began_s is None:
+            return {}
+        elapsed_s = time.perf_counter() - self.began_s
+        return {
+            "perf/pairs_per_second": self.pairs / elapsed_s,
+            "perf/tokens_per_second": self.tokens / elapsed_s,
+        }
+
+
+def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
+    """A copy of the arguments for Trainer, whose step is our update: it must not accumulate again.
+
+    Adapters train without autocast: the frozen base has its dtype, the adapters theirs (fp32).
+    """
+    own = copy.copy(args)
+    own.per_device_train_batch_size *= own.gradient_accumulation_steps
+    own.gradient_accumulation_steps = 1
+    if trains_adapter:
+        own.bf16 = own.fp16 = False
+    return own
+
+
+def _by_name(eval_dataset: Any) -> list[tuple[str, PairGroups]]:
+    if eval_dataset is None:
+        return []
+    return (
+        list(eval_dataset.items()) if isinstance(eval_dataset, dict) else [("eval", eval_dataset)]
+    )
+
+
+def _refuse(**arguments: Any) -> None:
+    """Arguments that TRL has and that make no sense here, by name."""
+    reasons = {
+        "ref_model": "the reference is the model itself with its adapter off, or its own log-probs "
+        "from before the first update",
+        "data_collator": "pairs are packed without padding",
+        "compute_metrics": "no logits are ever built; every figure of TRL is logged already",
+    }
+    for name, value in arguments.items():
+        if value is not None:
+            raise TypeError(f"DPOTrainer takes no {name}: {reasons[name]}. Leave it out.")

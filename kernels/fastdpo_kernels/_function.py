@@ -1,0 +1,170 @@
+"""Autograd bookkeeping of `linear_logprobs`: what is saved, and what the backward does with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._torch import (
+    LogitTransform,
+    accumulation_dtype,
+    logits_tile,
+    matmul,
+    padded,
+    row_chunks,
+    rows_per_chunk,
+    score,
+    take_target,
+    vocabulary_tiles,
+)
+
+
+class FrozenHeadLogprobs(torch.autograd.Function):
+    """Frozen head: the forward hands over U = dlogp/dh, the backward scales its rows.
+
+    U = sigmoid(d) * (slope_t W_t - E_o[slope W]), formed chunk by chunk in fp32 and kept in the
+    dtype of the hidden states, whose place among the saved tensors it takes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,
+        target_ids: Tensor,  # (N,)
+        transform: LogitTransform,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        """(N,) log-probs, then one (N,) tensor per asked output."""
+        count = hidden_states.shape[0]
+        logps = hidden_states.new_empty((count,), dtype=accumulation_dtype(hidden_states.dtype))
+        gradients = torch.empty_like(hidden_states)
+        figures: list[list[Tensor]] = [[] for _ in outputs]
+        for rows in row_chunks(count, hidden_states.device):
+            targets = target_ids[rows]
+            chunk = score(
+                hidden_states[rows],
+                weight,
+                bias,
+                targets,
+                transform,
+                outputs,
+                with_mean_weights=True,
+            )
+            logps[rows] = chunk.logps
+            target_slope = transform.slope(chunk.target_logits)
+            if isinstance(target_slope, Tensor):
+                target_slope = target_slope[:, None]
+            toward_target = weight[targets].to(logps.dtype) * target_slope
+            gradients[rows] = chunk.mass_others[:, None] * (toward_target - chunk.mean_weights)
+            for values, name in zip(figures, outputs, strict=True):
+                values.append(chunk.extras[name])
+        joined = [_concatenated(v, name, logps) for v, name in zip(figures, outputs, strict=True)]
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(*joined)
+        return (logps, *joined)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Row scaling."""
+        (gradients,) = ctx.saved_tensors
+        scaled = gradients.to(grad_logps.dtype) * grad_logps[:, None]
+        return scaled.to(gradients.dtype), None, None, None, None, None
+
+
+class TrainedHeadLogprobs(torch.autograd.Function):
+    """Trainable head: the forward only scores, the backward recomputes the tiles.
+
+    dz_v = -g (1 - p) exp(z_v - m) / s for v != t and dz_t = g (1 - p): nothing cancels.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,
+        target_ids: Tensor,  # (N,)
+        transform: LogitTransform,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
+        """(N,) log-probs, then one (N,) tensor per asked output."""
+        rows = score(hidden_states, weight, bias, target_ids, transform, outputs)
+        ctx.save_for_backward(
+            hidden_states,
+            weight,
+            bias,
+            target_ids,
+            rows.target_logits,
+            rows.max_others,
+            rows.sum_others,
+            rows.mass_others,
+        )
+        ctx.transform = transform
+        figures = [rows.extras[name] for name in outputs]
+        ctx.mark_non_differentiable(*figures)
+        return (rows.logps, *figures)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight and bias, accumulated in fp32 (fp64 for fp64)."""
+        hidden_states, weight, bias, target_ids, z_target, maximum, total, mass = ctx.saved_tensors
+        transform: LogitTransform = ctx.transform
+        dtype = accumulation_dtype(weight.dtype)
+        size = rows_per_chunk(hidden_states.device)
+        grad_hidden = torch.empty_like(hidden_states)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
+        # Of the loss in the other columns' logits, before exp(z - m), and in the target's.
+        of_others = -grad_logps * mass / total.clamp_min(torch.finfo(dtype).tiny)
+        of_target = grad_logps * mass * transform.slope(z_target)
+        pivot = maximum.clamp_min(torch.finfo(dtype).min)
+        for rows in row_chunks(hidden_states.shape[0], hidden_states.device):
+            states = padded(hidden_states[rows], size)
+            targets = padded(target_ids[rows], size)
+            chunk_grad = torch.zeros_like(states, dtype=dtype)
+            for start, stop in vocabulary_tiles(weight):
+                tile = weight[start:stop]
+                z = logits_tile(states, tile, None if bias is None else bias[start:stop], transform)
+                take_target(z, targets, start)
+                grad_z = torch.exp(z - padded(pivot[rows], size)[:, None])
+                grad_z *= padded(of_others[rows], size)[:, None]
+                if transform.softcap is None:
+                    grad_z *= transform.slope(z)
+                else:
+                    grad_z = torch.where(grad_z == 0, 0.0, grad_z * transform.slope(z))
+                _add_target(grad_z, targets, padded(of_target[rows], size), start)
+                chunk_grad += matmul(grad_z, tile)
+                if grad_weight is not None:
+                    grad_weight[start:stop] += matmul(grad_z.T, states)
+                if grad_bias is not None:
+                    grad_bias[start:stop] += grad_z.sum(dim=0)
+            grad_hidden[rows] = chunk_grad[: rows.stop - rows.start].to(grad_hidden.dtype)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _add_target(grad_z: Tensor, target_ids: Tensor, of_target: Tensor, start: int) -> None:
+    """Add the target's own gradient where its column lies in this tile."""
+    columns = target_ids - start
+    inside = (columns >= 0) & (columns < grad_z.shape[1])
+    values = torch.where(inside, of_target, 0.0)
+    grad_z.scatter_add_(1, torch.where(inside, columns, 0)[:, None], values[:, None])
+
+
+def _concatenated(chunks: list[Tensor], name: str, like: Tensor) -> Tensor:
+    if chunks:
+        return torch.cat(chunks)
+    return like.new_empty((0,), dtype=torch.bool if name == "is_top1" else like.dtype)

@@ -1,0 +1,292 @@
+"""The torch twin: the fused log-prob in tiles of plain torch operations, on any device and dtype.
+
+Notation: h (R, H) rows, W (V, H), t targets, z logits after the transform, and, over the columns
+other than the target, m their largest z, s = sum exp(z - m), lse_o = m + log s. With
+d = lse_o - z_t the log-prob is -softplus(d) and 1 - p = sigmoid(d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ROWS_CPU, ROWS_CUDA = 256, 1024
+"""Rows per chunk. One fixed size, the last chunk padded: GEMM kernels differ by row count, so a
+row's bits would otherwise depend on how many neighbours it has."""
+
+TILE_BYTES = 32 * 2**20
+"""Bound of one logits tile, and of one upcast tile of W on the CPU."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """z = cap(factor * a) / temperature of the raw logits a = h @ W.T + bias."""
+
+    softcap: float | None = None
+    factor: float = 1.0
+    temperature: float = 1.0
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """Raw logits to z, same shape and dtype."""
+        z = raw if self.factor == 1.0 else raw * self.factor
+        if self.softcap is not None:
+            z = torch.tanh(z / self.softcap) * self.softcap
+        return z if self.temperature == 1.0 else z / self.temperature
+
+    def slope(self, z: Tensor) -> Tensor | float:
+        """Dz / da, from z itself."""
+        constant = self.factor / self.temperature
+        if self.softcap is None:
+            return constant
+        return (1.0 - (z * (self.temperature / self.softcap)) ** 2) * constant
+
+
+@dataclass
+class RowStatistics:
+    """What one pass over the vocabulary leaves per row; (R,) each, in the accumulation dtype."""
+
+    logps: Tensor
+    target_logits: Tensor
+    max_others: Tensor
+    sum_others: Tensor
+    mass_others: Tensor  # sigmoid(d) = 1 - p of the target
+    mean_weights: Tensor | None = None  # (R, H): sum over v != t of p_v dz_v/da_v W_v, over 1 - p
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 stays fp64; everything else is accumulated in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_per_chunk(device: torch.device) -> int:
+    """How many rows are worked at a time."""
+    return ROWS_CUDA if device.type == "cuda" else ROWS_CPU
+
+
+def vocabulary_tiles(weight: Tensor) -> list[tuple[int, int]]:
+    """Column ranges [start, stop) of V; they depend on the weight and its device alone."""
+    vocabulary, hidden = weight.shape
+    columns = TILE_BYTES // (4 * rows_per_chunk(weight.device))
+    if not weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        columns = min(columns, max(1, TILE_BYTES // (4 * hidden)))
+    return [(start, min(start + columns, vocabulary)) for start in range(0, vocabulary, columns)]
+
+
+def row_chunks(count: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cover `count` rows, of the fixed size but for the last."""
+    size = rows_per_chunk(device)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def padded(rows: Tensor, size: int) -> Tensor:
+    """`rows` with zero rows appended up to `size`."""
+    if rows.shape[0] == size:
+        return rows
+    out = rows.new_zeros((size, *rows.shape[1:]))
+    out[: rows.shape[0]] = rows
+    return out
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """The product with sums in fp32 (fp64 for fp64), on CUDA from operands of right's dtype."""
+    dtype = accumulation_dtype(right.dtype)
+    with torch.autocast(right.device.type, enabled=False):  # it would round fp32 operands to bf16
+        if right.is_cuda and right.dtype != dtype:
+            return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
+        return left.to(dtype) @ right.to(dtype)
+
+
+def score(
+    hidden_states: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target_ids: Tensor,  # (N,)
+    transform: LogitTransform,
+    outputs: tuple[str, ...] = (),
+    *,
+    with_mean_weights: bool = False,
+) -> RowStatistics:
+    """One pass over the vocabulary for all rows, chunk by chunk."""
+    size = rows_per_chunk(hidden_states.device)
+    chunks = []
+    for rows in row_chunks(hidden_states.shape[0], hidden_states.device):
+        chunk = _score_chunk(
+            padded(hidden_states[rows], size),
+            weight,
+            bias,
+            padded(target_ids[rows], size),
+            transform,
+            outputs,
+            with_mean_weights,
+        )
+        chunks.append(_first_rows(chunk, rows.stop - rows.start))
+    return _joined(chunks, hidden_states, outputs, with_mean_weights)
+
+
+def _score_chunk(
+    hidden_states: Tensor,  # (R, H)
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,  # (R,)
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+    with_mean_weights: bool,
+) -> RowStatistics:
+    dtype = accumulation_dtype(hidden_states.dtype)
+    count = hidden_states.shape[0]
+    maximum = hidden_states.new_full((count,), -torch.inf, dtype=dtype)
+    sum_others = torch.zeros_like(maximum)
+    target_logits = torch.zeros_like(maximum)
+    mean_weights = hidden_states.new_zeros(hidden_states.shape, dtype=dtype)
+    moments = _Moments(outputs, maximum)
+    for start, stop in vocabulary_tiles(weight):
+        tile = weight[start:stop]
+        z = logits_tile(hidden_states, tile, None if bias is None else bias[start:stop], transform)
+        target_logits += take_target(z, target_ids, start)
+        new_maximum = torch.maximum(maximum, z.amax(dim=1))
+        # No other column seen yet: exp(-inf - -inf) would be NaN.
+        pivot = new_maximum.clamp_min(torch.finfo(dtype).min)
+        rescale = torch.exp(maximum - pivot)
+        exponentials = torch.exp(z - pivot[:, None])
+        sum_others = sum_others * rescale + exponentials.sum(dim=1)
+        moments.add(z, exponentials, rescale)
+        if with_mean_weights:
+            slope = transform.slope(z)
+            if transform.softcap is not None:  # the target column holds -inf: its slope is not one
+                slope = torch.where(exponentials > 0, slope, 0.0)
+            weighted = matmul(exponentials * slope, tile)
+            mean_weights = mean_weights * rescale[:, None] + weighted
+        maximum = new_maximum
+    log_ratio = (maximum + torch.log(sum_others) - target_logits).double()
+    logps = (-softplus(log_ratio)).to(dtype)
+    mass_others = torch.sigmoid(log_ratio).to(dtype)
+    extras = moments.finish(weight.shape[0], maximum, sum_others, target_logits, log_ratio)
+    return RowStatistics(
+        logps,
+        target_logits,
+        maximum,
+        sum_others,
+        mass_others,
+        mean_weights / sum_others.clamp_min(torch.finfo(dtype).tiny)[:, None]
+        if with_mean_weights
+        else None,
+        extras,
+    )
+
+
+def logits_tile(
+    hidden_states: Tensor,  # (R, H)
+    weight_tile: Tensor,  # (C, H)
+    bias_tile: Tensor | None,  # (C,)
+    transform: LogitTransform,
+) -> Tensor:
+    """Logits z of one tile, (R, C), in the accumulation dtype."""
+    raw = matmul(hidden_states, weight_tile.T)
+    if bias_tile is not None:
+        raw += bias_tile
+    return transform.logits(raw)
+
+
+def take_target(z: Tensor, target_ids: Tensor, start: int) -> Tensor:
+    """The target's logit where it lies in this tile, else 0; its column in z becomes -inf."""
+    columns = target_ids - start
+    inside = (columns >= 0) & (columns < z.shape[1])
+    columns = torch.where(inside, columns, 0)[:, None]
+    values = z.gather(1, columns)
+    taken = torch.where(inside, values.squeeze(1), 0.0)
+    z.scatter_(1, columns, torch.where(inside[:, None], -torch.inf, values))
+    return taken
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) to the last bits; torch's own is the identity above 20."""
+    return x.clamp_min(0) + torch.log1p(torch.exp(-x.abs()))
+
+
+class _Moments:
+    """Running sums over the vocabulary for the extra outputs, nothing when none is asked for."""
+
+    def __init__(self, outputs: tuple[str, ...], like: Tensor) -> None:
+        self.outputs = outputs
+        self.weighted = torch.zeros_like(like)
+        self.plain = torch.zeros_like(like)
+        self.squares = torch.zeros_like(like)
+
+    def add(self, z: Tensor, exponentials: Tensor, rescale: Tensor) -> None:
+        """Take in one tile whose target column is -inf."""
+        if "entropy" in self.outputs:
+            products = torch.where(exponentials > 0, exponentials * z, 0.0)
+            self.weighted = self.weighted * rescale + products.sum(dim=1)
+        if "mean_logits" in self.outputs:
+            self.plain = self.plain + torch.where(z == -torch.inf, 0.0, z).sum(dim=1)
+        if "log_sum_sq_probs" in self.outputs:
+            self.squares = self.squares * rescale**2 + (exponentials**2).sum(dim=1)
+
+    def finish(
+        self,
+        vocabulary: int,
+        maximum: Tensor,
+        sum_others: Tensor,
+        target_logits: Tensor,
+        log_ratio: Tensor,  # d, fp64
+    ) -> dict[str, Tensor]:
+        """The asked figures, (R,) each, over the whole vocabulary, target included."""
+        mass, target_mass = torch.sigmoid(log_ratio), torch.sigmoid(-log_ratio)
+        safe_sum = sum_others.clamp_min(torch.finfo(sum_others.dtype).tiny).double()
+        figures: dict[str, Tensor] = {}
+        if "entropy" in self.outputs:
+            lse = target_logits + softplus(log_ratio)
+            expected = mass * self.weighted / safe_sum + target_mass * target_logits
+            figures["entropy"] = (lse - expected).to(maximum.dtype)
+        if "mean_logits" in self.outputs:
+            figures["mean_logits"] = (self.plain + target_logits) / vocabulary
+        if "is_top1" in self.outputs:
+            figures["is_top1"] = target_logits >= maximum
+        if "log_sum_sq_probs" in self.outputs:
+            others = mass**2 * self.squares / safe_sum**2
+            figures["log_sum_sq_probs"] = torch.log(others + target_mass**2).to(maximum.dtype)
+        return figures
+
+
+def _first_rows(rows: RowStatistics, count: int) -> RowStatistics:
+    """The statistics without the padding rows."""
+    return RowStatistics(
+        rows.logps[:count],
+        rows.target_logits[:count],
+        rows.max_others[:count],
+        rows.sum_others[:count],
+        rows.mass_others[:count],
+        None if rows.mean_weights is None else rows.mean_weights[:count],
+        {name: figure[:count] for name, figure in rows.extras.items()},
+    )
+
+
+def _joined(
+    chunks: list[RowStatistics],
+    like: Tensor,  # (N, H)
+    outputs: tuple[str, ...],
+    with_mean_weights: bool,
+) -> RowStatistics:
+    if not chunks:
+        empty = like.new_empty((0,), dtype=accumulation_dtype(like.dtype))
+        weights = like.new_empty(like.shape, dtype=empty.dtype) if with_mean_weights else None
+        extras = {name: empty.bool() if name == "is_top1" else empty for name in outputs}
+        return RowStatistics(empty, empty, empty, empty, empty, weights, extras)
+    if len(chunks) == 1:
+        return chunks[0]
+    return RowStatistics(
+        torch.cat([chunk.logps for chunk in chunks]),
+        torch.cat([chunk.target_logits for chunk in chunks]),
+        torch.cat([chunk.max_others for chunk in chunks]),
+        torch.cat([chunk.sum_others for chunk in chunks]),
+        torch.cat([chunk.mass_others for chunk in chunks]),
+        torch.cat([c.mean_weights for c in chunks if c.mean_weights is not None])
+        if with_mean_weights
+        else None,
+        {name: torch.cat([chunk.extras[name] for chunk in chunks]) for name in outputs},
+    )

@@ -1,0 +1,273 @@
+"""options.py, former_options.py and config.py: defaults, checks, presets, refusals."""
+
+import copy
+import dataclasses
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdpo import options as options_room
+from fastdpo.config import DPOConfig, cuda_has_bf16
+from fastdpo.data import rendering, truncation
+from fastdpo.former_options import REMOVED_OPTIONS, explain_unknown
+from fastdpo.losses import LOSSES
+from fastdpo.options import (
+    MODEL_ALIASES,
+    DataOptions,
+    ModelOptions,
+    PreferenceOptions,
+    RunOptions,
+    presets,
+    reference_folder,
+    resolve_model,
+)
+
+OWN = (ModelOptions, DataOptions, PreferenceOptions, RunOptions)
+
+
+def names(kind: type) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **options: DPOConfig(str(tmp_path), **options)
+
+
+def test_every_own_option_has_ascii_help_that_argparse_can_print():
+    for kind in OWN:
+        for entry in dataclasses.fields(kind):
+            text = entry.metadata["help"]
+            assert text.isascii(), entry.name
+            assert "%" not in text, entry.name
+            assert text.endswith("."), entry.name
+
+
+def test_choices_are_those_that_the_rooms_have():
+    assert tuple(LOSSES) == options_room.LOSS_TYPES
+    assert options_room.TRUNCATION_MODES == truncation.TRUNCATION_MODES
+    assert options_room.SPECIAL_TOKEN_MODES == rendering.CONTROL_TOKEN_POLICIES
+
+
+def test_removed_options_are_really_gone():
+    existing = set().union(*(names(kind) for kind in (*OWN, DPOConfig)))
+    assert not existing & set(REMOVED_OPTIONS)
+    for name, advice in REMOVED_OPTIONS.items():
+        assert advice.endswith("."), name
+
+
+def test_nearest_name_and_none():
+    assert explain_unknown("lerning_rate", ["learning_rate"], "--") == (
+        "the nearest is --learning_rate"
+    )
+    assert explain_unknown("xyzzy", ["learning_rate"]) == "no option has a name like it"
+    assert "max_length" in explain_unknown("max_prompt_length", [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "flags"),
+    [
+        (ModelOptions, {"qlora": True, "lora": True}, ["--qlora", "--lora"]),
+        (ModelOptions, {"lora": True, "full": True}, ["--lora", "--full"]),
+        (ModelOptions, {"dtype": "int8"}, ["--dtype", "bfloat16"]),
+        (ModelOptions, {"lora_r": 0}, ["--lora_r", "1 or more"]),
+        (ModelOptions, {"lora_r": 8.0}, ["--lora_r"]),
+        (ModelOptions, {"lora_r": True}, ["--lora_r"]),
+        (ModelOptions, {"lora_alpha": 0}, ["--lora_alpha"]),
+        (ModelOptions, {"lora_dropout": 1.0}, ["--lora_dropout", "below 1"]),
+        (ModelOptions, {"lora_dropout": -0.1}, ["--lora_dropout", "at least 0"]),
+        (ModelOptions, {"lora_target_modules": []}, ["--lora_target_modules"]),
+        (PreferenceOptions, {"beta": 0}, ["--beta", "above 0"]),
+        (PreferenceOptions, {"beta": -0.1}, ["--beta"]),
+        (PreferenceOptions, {"beta": float("nan")}, ["--beta", "finite"]),
+        (PreferenceOptions, {"beta": float("inf")}, ["--beta"]),
+        (PreferenceOptions, {"beta": "0.1"}, ["--beta", "'0.1'"]),
+        (PreferenceOptions, {"loss_type": "ipo"}, ["--loss_type", "ipo", "sigmoid"]),
+        (PreferenceOptions, {"loss_type": []}, ["--loss_type", "empty"]),
+        (PreferenceOptions, {"loss_type": ["sigmoid", "sigmoid"]}, ["--loss_type", "several"]),
+        (PreferenceOptions, {"max_length": 7}, ["--max_length", "8 or more"]),
+        (PreferenceOptions, {"max_length": 1e3}, ["--max_length"]),
+        (PreferenceOptions, {"truncation_mode": "keep_end"}, ["--truncation_mode", "keep_start"]),
+        (PreferenceOptions, {"special_tokens_in_content": "x"}, ["literal", "allow", "error"]),
+        (PreferenceOptions, {"micro_batch_tokens": 127}, ["--micro_batch_tokens", "128"]),
+        (PreferenceOptions, {"shared_prefix": "on"}, ["--shared_prefix", "auto", "off"]),
+        (PreferenceOptions, {"ref_cache": " "}, ["--ref_cache"]),
+        (PreferenceOptions, {"model_init_kwargs": "{x"}, ["--model_init_kwargs", "JSON"]),
+        (PreferenceOptions, {"model_init_kwargs": "[1]"}, ["--model_init_kwargs", "dict"]),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_flag(kind, options, flags):
+    with pytest.raises(ValueError, match="--") as refused:
+        kind(**options)
+    for flag in flags:
+        assert flag in str(refused.value)
+
+
+def test_values_at_the_edge_are_accepted_and_normalised():
+    options = PreferenceOptions(
+        beta=1,
+        loss_type="sigmoid",
+        max_length=8,
+        micro_batch_tokens=128,
+        ref_cache=Path("store"),
+        model_init_kwargs='{"revision": "main"}',
+    )
+    assert options.loss_type == ["sigmoid"]
+    assert options.ref_cache == "store"
+    assert options.model_init_kwargs == {"revision": "main"}
+    assert PreferenceOptions(max_length=None).max_length is None
+    assert PreferenceOptions().loss_type is not PreferenceOptions().loss_type
+    assert ModelOptions(lora_target_modules="q_proj").lora_target_modules == ["q_proj"]
+    assert ModelOptions(lora_target_modules=["all-linear"]).lora_target_modules is None
+    assert ModelOptions(lora_dropout=0, lora_r=1).lora_r == 1
+
+
+def test_model_aliases(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert MODEL_ALIASES["llama-7b"] == "meta-llama/Llama-2-7b-hf"
+    path, sentence = resolve_model("llama-7b")
+    assert path == "meta-llama/Llama-2-7b-hf"
+    assert sentence is not None
+    assert sentence.startswith("llama-7b means " + path)
+    assert resolve_model("Qwen3-8B")[0] == "Qwen/Qwen3-8B"
+    assert resolve_model("org/other") == ("org/other", None)
+    (tmp_path / "llama-7b").mkdir()
+    assert resolve_model("llama-7b") == ("llama-7b", None)
+
+
+def test_reference_folder(monkeypatch):
+    monkeypatch.delenv("FASTDPO_CACHE", raising=False)
+    monkeypatch.setenv("HOME", "/home/u")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert reference_folder(None) == Path("/home/u/.cache/fastdpo/reference")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert reference_folder(None) == Path("/xdg/fastdpo/reference")
+    monkeypatch.setenv("FASTDPO_CACHE", "~/own")
+    assert reference_folder(None) == Path("/home/u/own/reference")
+    assert reference_folder("~/here") == Path("/home/u/here")
+    assert reference_folder("off") is None
+
+
+def test_presets_and_what_makes_one_give_way():
+    values = presets({})
+    assert values["learning_rate"] == 1e-5
+    assert values["lr_scheduler_type"] == "cosine"
+    assert values["warmup_steps"] == 0.1
+    assert values["num_train_epochs"] == 1
+    batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    assert values[batch[0]] * values[batch[1]] == 32
+    assert values["eval_strategy"] == "epoch"
+    given = {"gradient_accumulation_steps": 4}
+    assert {**presets(given), **given}[batch[0]] == 8
+    given = {"per_device_train_batch_size": 4}
+    assert {**presets(given), **given}[batch[1]] == 1
+    assert presets({"eval_steps": 50})["eval_strategy"] == "steps"
+    assert presets({"full": True})["learning_rate"] == 1e-6
+    assert presets({"full": False})["learning_rate"] == 1e-5
+
+
+def test_run_options_are_inherited_options_of_the_config(config):
+    assert names(RunOptions) <= names(DPOConfig) - names(PreferenceOptions)
+    DPOConfig(**presets({}))
+
+
+def test_config_keeps_the_defaults_of_trl(config):
+    theirs = pytest.importorskip("trl").DPOConfig(output_dir="x", bf16=False)
+    ours = config()
+    differ = {"output_dir", "truncation_mode", "logging_nan_inf_filter", "remove_unused_columns"}
+    shared = names(type(theirs)) & names(DPOConfig) - differ
+    assert {"learning_rate", "beta", "loss_type", "max_length", "logging_steps"} <= shared
+    for name in shared - {"accelerator_config", "bf16"}:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in names(type(theirs)) - names(DPOConfig) - {"trust_remote_code"}:
+        assert name in REMOVED_OPTIONS, f"advise on {name} in former_options.py"
+
+
+def test_output_dir_comes_first_and_has_a_default():
+    assert DPOConfig("runs/a").output_dir == "runs/a"
+    assert DPOConfig().output_dir == "fastdpo-output"
+
+
+def test_bf16_follows_the_card(config, monkeypatch):
+    assert config().bf16 is cuda_has_bf16()
+    assert config(bf16=False).bf16 is False
+    monkeypatch.setattr("fastdpo.config.cuda_has_bf16", lambda: True)
+    assert config(use_cpu=True).bf16 is False
+    assert config(fp16=True).bf16 is False
+
+
+def test_both_names_of_checkpointing_work_without_a_warning(config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for options, wanted in (
+            ({}, True),
+            ({"gradient_checkpointing": False}, False),
+            ({"activation_checkpointing": False}, False),
+            ({"gradient_checkpointing": True}, True),
+        ):
+            made = config(**options)
+            assert made.gradient_checkpointing is made.activation_checkpointing is wanted
+        made = config(gradient_checkpointing_kwargs='{"use_reentrant": false}')
+    assert made.activation_checkpointing_kwargs == {"use_reentrant": False}
+    assert made.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"auto_find_batch_size": True},
+        {"deepspeed": {"zero_optimization": {}}},
+        {"fsdp": "full_shard"},
+        {"fsdp": True},
+        {"label_smoothing_factor": 0.1},
+        {"torch_compile": True},
+        {"torch_compile_backend": "inductor"},
+        {"use_liger_kernel": True},
+        {"neftune_noise_alpha": 5.0},
+        {"train_sampling_strategy": "group_by_length"},
+        {"ignore_data_skip": True},
+        {"logging_nan_inf_filter": True},
+        {"remove_unused_columns": True},
+        {"debug": "tpu_metrics_debug"},
+        {"beta": 0.0},
+    ],
+)
+def test_config_refuses_by_name(config, options):
+    with pytest.raises(ValueError, match=f"--{next(iter(options))} "):
+        config(**options)
+
+
+def test_config_refuses_a_distributed_launch(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one GPU"):
+        config()
+
+
+def test_unknown_options_get_advice_from_python_too(config):
+    with pytest.raises(TypeError, match=r"'max_prompt_length': use max_length"):
+        config(max_prompt_length=512)
+    with pytest.raises(TypeError, match=r"'lerning_rate': the nearest is learning_rate"):
+        config(lerning_rate=1e-5)
+    with pytest.raises(TypeError, match="model_init_kwargs="):
+        config(trust_remote_code=True)
+
+
+def test_one_gpu_is_used_of_two(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    made = config(bf16=False)
+    assert made.n_gpu == 1
+    assert made.train_batch_size == made.per_device_train_batch_size
+
+
+def test_config_survives_copying_pickling_and_a_round_trip(config):
+    made = config(beta=0.2, bf16=False, max_length=None)
+    again = DPOConfig(**made.to_dict())
+    replaced = dataclasses.replace(made, gradient_accumulation_steps=4)
+    for other in (again, replaced, copy.copy(made), pickle.loads(pickle.dumps(made))):
+        assert other.beta == 0.2
+        assert other.max_length is None
+        assert other.gradient_checkpointing is True
+    assert replaced.gradient_accumulation_steps == 4

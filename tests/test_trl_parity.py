@@ -1,0 +1,99 @@
+"""The same pairs in the same order through trl.DPOTrainer 1.16: loss and gradient norm agree.
+
+`make test` runs a short form of each; `make soak` 20 updates of each (`--soak`).
+"""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.data import read_rows
+from fastdpo.modeling.adapters import lora_config
+
+trl = pytest.importorskip("trl", reason="the oracle is trl.DPOTrainer (pip install fastdpo[dev])")
+
+PAIRS_PER_UPDATE = 8
+BOUND = 2e-5  # relative; own-against-own with another T is as far apart (prototype: 1e-5)
+
+
+def common_arguments(folder, accumulation, updates):
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": PAIRS_PER_UPDATE // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": updates,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "beta": 0.1,
+    }
+
+
+def curve(trainer):
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def story_model(shared_data):
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "hf" / "stories260K")
+    tokenizer.eos_token = tokenizer.pad_token = "<s>"
+    model = AutoModelForCausalLM.from_pretrained(
+        shared_data / "hf" / "stories260K", dtype=torch.float32
+    )
+    rows = read_rows(str(shared_data / "prefs/tinystories/ts_happy_onpolicy_train.jsonl"))
+    # From row 150 on: there are pairs whose prompt merges with the completion among them.
+    return model, tokenizer, [dict(row) for row in rows.rows[150:400]]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_loss_and_gradient_norm_equal_trl(story_model, tmp_path, tuning, accumulation, soak):
+    updates = 20 if soak else 4
+    model, tokenizer, rows = story_model
+    rows = rows[: updates * PAIRS_PER_UPDATE]
+    arguments = common_arguments(tmp_path, accumulation, updates)
+    peft_config = None if tuning == "full" else lora_config(16, 32, 0.0, None)
+    ours = DPOTrainer(
+        copy.deepcopy(model),
+        args=DPOConfig(**arguments, truncation_mode="keep_start", ref_cache=str(tmp_path / "ref")),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    torch.manual_seed(ours.args.seed)  # TRL leaves the adapter's first weights to the caller
+    theirs = trl.DPOTrainer(
+        copy.deepcopy(model),
+        args=trl.DPOConfig(**arguments, precompute_ref_log_probs=tuning == "full"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=copy.deepcopy(peft_config),
+    )
+    our_curve, their_curve = curve(ours), curve(theirs)
+    assert len(our_curve) == len(their_curve) == updates
+    for name in ("loss", "grad_norm"):
+        worst = max(
+            abs(a[name] - b[name]) / abs(b[name])
+            for a, b in zip(our_curve, their_curve, strict=True)
+        )
+        print(f"{tuning} accumulation {accumulation}: {name} within {worst:.1e} of TRL's")
+        assert worst <= BOUND, f"{name} differs by {worst:.1e} relative"
+    for name in ("logps/chosen", "logps/rejected"):
+        assert our_curve[-1][name] == pytest.approx(their_curve[-1][name], rel=1e-5), name
+    # Per token, TRL averages the averages of its micro-batches: equal only without accumulation.
+    per_token = 1e-5 if accumulation == 1 else 1e-2
+    for name in ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
+        assert our_curve[-1][name] == pytest.approx(their_curve[-1][name], rel=per_token), name
+    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+        assert our_curve[-1][name] == pytest.approx(their_curve[-1][name], abs=1e-4), name
+    assert our_curve[-1]["num_tokens"] == their_curve[-1]["num_tokens"]
