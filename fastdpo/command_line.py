@@ -219,6 +219,8 @@ class _Parser(HfArgumentParser):
             if action.nargs == 0 and action.const is False:  # a --no_x of HfArgumentParser
                 action.help = f"Turn --{action.dest} off."
                 action.default = argparse.SUPPRESS
+            elif action.nargs is None and _accepts(self.hints.get(action.dest), bool):
+                action.nargs, action.const = "?", True  # a flag whose default is decided later
             elif action.type in (int, float) and _accepts(self.hints[action.dest], NoneType):
                 action.type = _or_none(action.type)
 

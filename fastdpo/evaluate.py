@@ -123,12 +123,12 @@ def _load(model: ModelOptions, name: str) -> "PreTrainedModel":
 def _read_pairs(
     data: DataOptions, options: EvaluationOptions, tokenizer: "PreTrainedTokenizerBase"
 ) -> "PairDataset":
-    from fastdpo.data import prepare_pairs, read_rows
+    from fastdpo.data import prepare_pairs, read_held_out
 
     source = data.eval_dataset or data.dataset_name
     if source is None:
         raise ValueError("--dataset is missing: pass held-out pairs, a .jsonl file for example.")
-    rows = read_rows(source, split=data.dataset_test_split, config_name=data.dataset_config)
+    rows = read_held_out(source, split=data.dataset_test_split, config_name=data.dataset_config)
     pairs = prepare_pairs(rows, tokenizer, max_length=options.max_length)
     say(pairs.report.describe())
     return pairs

@@ -89,7 +89,7 @@ def _model_name(model: ModelOptions) -> str:
 
 def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
     """Training rows, and the rows to evaluate on if there are any."""
-    from fastdpo.data import UnknownSplitError, read_rows
+    from fastdpo.data import UnknownSplitError, read_held_out, read_rows
 
     name = data.dataset_name
     if name is None:
@@ -98,7 +98,7 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
     options = {"config_name": data.dataset_config}
     train_rows = read_rows(name, split=data.dataset_train_split, **options)
     if data.eval_dataset is not None:
-        return train_rows, read_rows(data.eval_dataset, split=data.dataset_test_split)
+        return train_rows, read_held_out(data.eval_dataset, split=data.dataset_test_split)
     if Path(name).is_file():
         return train_rows, None
     try:

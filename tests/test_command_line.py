@@ -244,3 +244,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+def test_optional_booleans_are_flags():
+    assert parse("train", [ModelOptions], ["--disable_tqdm"], training=True).training.disable_tqdm

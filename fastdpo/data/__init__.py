@@ -3,11 +3,12 @@
 from fastdpo.data.errors import DataError, UnknownSplitError
 from fastdpo.data.formats import PreferenceRow
 from fastdpo.data.pairs import Pair, PairDataset, PairLengths, PreparationReport
-from fastdpo.data.reading import Rows, read_rows, rows_from
+from fastdpo.data.reading import Rows, read_held_out, read_rows, rows_from
 from fastdpo.data.tokenising import prepare_pairs
 
 __all__ = [
     "read_rows",
+    "read_held_out",
     "rows_from",
     "prepare_pairs",
     "Pair",

@@ -1,0 +1,203 @@
+"""Adapters on one set of weights: dense and 4-bit, on and off, saved and reloaded."""
+
+import copy
+
+import pytest
+import torch
+from fastdpo_kernels.lora_linear import dense_weight
+from peft import PeftModel, get_peft_model
+from peft.tuners import lora
+from test_packed_pairs import random_groups
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fastdpo.batching import pack_update
+from fastdpo.modeling.adapters import (
+    FusedLoraLinear,
+    adapters_off,
+    add_adapter,
+    fuse,
+    lora_config,
+)
+from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.loading import eval_mode, load_model
+from fastdpo.modeling.logprobs import packed_logprobs
+
+CONFIG = LlamaConfig(
+    vocab_size=131, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+)  # fmt: skip
+GROUPS = random_groups(count=5)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapted(folder, *, load_in_4bit=False, dtype=torch.float32, dropout=0.0):
+    """A model with an adapter whose B is not zero."""
+    torch.manual_seed(1)
+    model = load_model(str(folder), dtype=dtype, load_in_4bit=load_in_4bit)
+    model = add_adapter(model, lora_config(8, 16, dropout, None))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def log_probs(model):
+    (micro_batch,) = pack_update(GROUPS, 512)
+    with packed_attention(model.config):
+        return packed_logprobs(model, micro_batch).logps
+
+
+def lora_gradients(model):
+    model.zero_grad()
+    log_probs(model).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), f"{name} changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_gradients_survive_passes_without_gradient(base_folder, load_in_4bit, dtype):
+    """R: bitsandbytes repacks 4-bit weights on AVX512-BF16 CPUs at the first eval-mode pass."""
+    model = adapted(base_folder, load_in_4bit=load_in_4bit, dtype=dtype)
+    before = lora_gradients(model)
+    assert all(gradient.dtype == torch.float32 for gradient in before.values())
+    assert all((gradient != 0).any() for gradient in before.values())
+    with eval_mode(model), torch.no_grad():
+        policy = log_probs(model)
+        with adapters_off(model):
+            reference = log_probs(model)
+    assert (policy != reference).all()
+    assert_equal(lora_gradients(model), before)
+    with adapters_off(model), torch.no_grad():
+        assert torch.equal(log_probs(model), reference)
+    assert_equal(lora_gradients(model), before)
+
+
+def test_stock_bitsandbytes_repacks_here(base_folder):
+    """The trap that `FrozenLinear4bit` avoids; on other processors there is nothing to show."""
+    layer = load_model(str(base_folder), dtype=torch.bfloat16, load_in_4bit=True).model.layers[0]
+    stock = layer.mlp.up_proj
+    before = stock.weight.data.clone()
+    with torch.no_grad():
+        stock.eval()(torch.zeros(1, 64, dtype=torch.bfloat16))
+    if torch.equal(stock.weight.data, before):
+        pytest.skip("bitsandbytes does not repack on this processor (no AVX512-BF16)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_4bit_equals_its_dequantized_dense_twin(base_folder, dtype):
+    quantized = adapted(base_folder, load_in_4bit=True, dtype=dtype)
+    dense = adapted(base_folder, dtype=dtype)
+    layers = dict(quantized.named_modules())
+    for name, module in dense.named_modules():
+        if name.endswith("base_layer"):
+            module.weight.data = dense_weight(layers[name].weight, dtype)
+    for (name, mine), theirs in zip(quantized.named_parameters(), dense.parameters(), strict=True):
+        if "lora" in name:
+            theirs.data = mine.data.clone()
+    found, wanted = lora_gradients(quantized), lora_gradients(dense)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2  # bf16: 2^-8 a product, a few deep
+    for name, gradient in found.items():
+        error = (gradient - wanted[name]).norm() / wanted[name].norm()
+        assert error <= bound, f"{name} is off by {error:.1e}"
+
+
+def test_equals_stock_peft_in_fp32(base_folder):
+    ours = adapted(base_folder)
+    stock = copy.deepcopy(ours)
+    for module in stock.modules():
+        if isinstance(module, lora.Linear):
+            module.__class__ = lora.Linear
+    assert torch.allclose(log_probs(ours), log_probs(stock), rtol=1e-6)
+    for (name, mine), theirs in zip(
+        lora_gradients(ours).items(), lora_gradients(stock).values(), strict=True
+    ):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), name
+
+
+def test_flags_and_modes_are_put_back_even_after_an_exception(base_folder):
+    model = adapted(base_folder)
+    frozen = next(p for n, p in model.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)
+    model.model.model.layers[0].eval()
+
+    def state():
+        return (
+            {n: p.requires_grad for n, p in model.named_parameters()},
+            {n: m.training for n, m in model.named_modules()},
+            [m.disable_adapters for m in model.modules() if hasattr(m, "disable_adapters")],
+        )
+
+    before = state()
+    with adapters_off(model), eval_mode(model):
+        log_probs(model)
+    assert state() == before
+    with pytest.raises(ZeroDivisionError), adapters_off(model), eval_mode(model):
+        raise ZeroDivisionError
+    assert state() == before
+    with adapters_off(model):
+        with adapters_off(model):
+            off = log_probs(model)
+        assert torch.equal(log_probs(model), off)
+
+
+def test_zero_b_is_bitwise_the_base_and_dropout_does_not_touch_the_reference(base_folder):
+    model = load_model(str(base_folder), dtype=torch.float32)
+    plain = log_probs(copy.deepcopy(model).train())
+    model = add_adapter(model, lora_config(8, 16, 0.5, None)).train()
+    assert torch.equal(log_probs(model), plain)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    assert not torch.equal(log_probs(model), log_probs(model)), "dropout draws no mask"
+    with adapters_off(model):
+        state = torch.get_rng_state()
+        assert torch.equal(log_probs(model), plain)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_saved_adapter_loads_with_plain_peft(base_folder, tmp_path, load_in_4bit, dtype):
+    ours = adapted(base_folder, load_in_4bit=load_in_4bit, dtype=dtype).eval()
+    ours.save_pretrained(tmp_path)
+    base = load_model(str(base_folder), dtype=dtype)
+    stock = PeftModel.from_pretrained(base, tmp_path).eval()
+    mine = {n: p for n, p in ours.named_parameters() if "lora" in n}
+    theirs = {n: p for n, p in stock.named_parameters() if "lora" in n}
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    if load_in_4bit:
+        return  # the dense base is another model; only the adapter is compared
+    with torch.no_grad():
+        per_token = (log_probs(ours) - log_probs(stock)).abs()
+    bound = 1e-4 if dtype == torch.float32 else 0.05 * 16  # sums of up to 16 tokens
+    assert per_token.max() <= bound
+
+
+def test_a_users_own_peft_model_is_converted_in_place(base_folder):
+    model = load_model(str(base_folder), dtype=torch.float32)
+    theirs = get_peft_model(model, lora_config(8, 16, 0.0, ["q_proj", "v_proj"]))
+    fuse(theirs)
+    fuse(theirs)
+    fused = [name for name, m in theirs.named_modules() if type(m) is FusedLoraLinear]
+    assert len(fused) == 2 * CONFIG.num_hidden_layers
+    with pytest.raises(ValueError, match="another adapter"):
+        add_adapter(theirs, lora_config(8, 16, 0.0, None))
+    merged = theirs.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
