@@ -81,6 +81,10 @@ class DPOTrainer(Trainer):
         optimizers: as in transformers.
         peft_config: train an adapter of this kind instead of all weights.
 
+    Attributes:
+        first_update_margin: largest absolute margin of the first update, nats: 0 or rounding,
+            unless the adapter was not new; None before it.
+
     Raises:
         DataError: rows that cannot be used, with their place.
         ModelError: the model or tokenizer cannot be had.
@@ -123,6 +127,7 @@ class DPOTrainer(Trainer):
         self._saving_into: Path | None = None
         self._store: ReferenceStore | None = None
         self._base_is_original = True
+        self.first_update_margin: float | None = None
         super().__init__(
             model=policy,
             args=_one_update_per_step(args, self.trains_adapter),
@@ -321,21 +326,26 @@ class DPOTrainer(Trainer):
                 references = self._references_now(micro_batches)
             else:
                 references = [micro_batch.ref_logps for micro_batch in micro_batches]
-            losses = [
+            parts = [
                 self._backward(micro_batch, reference, len(inputs))
                 for micro_batch, reference in zip(micro_batches, references, strict=True)
             ]
-        loss = torch.stack(losses).sum()
+        loss = torch.stack([part for part, _ in parts]).sum()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of update {self.state.global_step + 1} is {loss.item()}; no weight has "
                 "changed in this update. Lower the learning rate, or train in bfloat16 or float32."
             )
+        if self.state.global_step == 0:
+            self.first_update_margin = float(torch.cat([m for _, m in parts]).abs().max())
+            logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
         self._count(inputs, micro_batches)
         return loss
 
-    def _backward(self, micro_batch: MicroBatch, ref_logps: Tensor, pairs: int) -> Tensor:
-        """Add the gradient of one micro-batch; returns its part of the update's mean loss."""
+    def _backward(
+        self, micro_batch: MicroBatch, ref_logps: Tensor, pairs: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of one micro-batch; its part of the mean loss, () and its margins."""
         args = self.user_args
         outputs = METRIC_OUTPUTS if self._logs_this_update() else ()
         with self.autocast():
@@ -353,7 +363,7 @@ class DPOTrainer(Trainer):
                 found.extras.mean_logits,
                 found.extras.is_top1,
             )
-        return loss.detach()
+        return loss.detach(), (logratios[:, 0] - logratios[:, 1]).detach()
 
     def _references_now(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Reference log-probs of the very micro-batches that are about to be trained on."""

@@ -1,0 +1,360 @@
+"""The demo's inputs, made on the spot: a tiny Llama, what it was taught, pairs of its own samples.
+
+Guests ask an innkeeper for things. The innkeeper answers kindly or gruffly, one as often as the
+other, so a model taught this language prefers neither; preference training makes it kind.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastdpo import files
+
+Report = Callable[[str], None]
+
+FORMAT = 1
+"""Of the demo's files; another format is made anew."""
+MARKER, MODEL, TRAIN, DEV = "demo.json", "model", "train.jsonl", "dev.jsonl"
+
+# Initials differ within a list: a small model then learns within seconds which word to repeat.
+GUESTS = "Bard Dwarf Elf Giant King Monk Nun Pirate Troll Witch".split()
+QUALITIES = "cold fresh hot local mild plain rich sweet tasty warm".split()
+THINGS = "ale bread cider eggs fish honey jam milk pies soup tea wine".split()
+
+# Opening, verb and manner, each with a word of the same length in the other tone, and word by word
+# equally likely: neither tone is longer or likelier than the other.
+KIND = (("Gladly!", "Surely!", "Welcome!"), ("Enjoy", "Have", "Share"), ("dear", "good", "kind"))
+GRUFF = (("Humbug!", "No way!", "Go away!"), ("Leave", "Skip", "Avoid"), ("rude", "daft", "smug"))
+WORD_WEIGHTS = (5, 3, 2)
+MAX_COMPLETION_TOKENS = 48
+"""The longest completion of the language has 42 bytes."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where the demo's inputs lie, and one held-out prompt to show."""
+
+    model_dir: Path
+    train_file: Path
+    dev_file: Path
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the demo's files depend on."""
+
+    seed: int = 0
+    hidden_size: int = 64
+    """All linear layers stay multiples of 32 wide: bitsandbytes' 4-bit code on CPUs needs it."""
+    intermediate_size: int = 160
+    updates: int = 350
+    """Of teaching; copying the guest's words is learned by the 150th, the rest makes it sure."""
+    texts_per_update: int = 32
+    learning_rate: float = 8e-3
+    train_pairs: int = 600
+    dev_pairs: int = 150
+    samples_per_prompt: int = 4
+    prompts_per_batch: int = 128
+
+
+RECIPE = Recipe()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a guest asks for."""
+
+    guest: str
+    quality: str
+    thing: str
+
+    @property
+    def prompt(self) -> str:
+        """As the model reads it."""
+        return f"{self.guest}: {self.quality.capitalize()} {self.thing}?\nHost:"
+
+    def completion(self, opening: str, verb: str, manner: str) -> str:
+        """The innkeeper's answer in these words (or patterns of words)."""
+        what, who = f"{self.quality} {self.thing}", self.guest.lower()
+        return f" {opening} {verb} {what}, {manner} {who}."
+
+
+def split_requests(seed: int) -> tuple[list[Request], list[Request]]:
+    """All requests of the language, shuffled: three quarters to train on and the rest held out."""
+    requests = [Request(*words) for words in product(GUESTS, QUALITIES, THINGS)]
+    random.Random(seed).shuffle(requests)
+    held_out = len(requests) // 4
+    return requests[held_out:], requests[:held_out]
+
+
+def speak(request: Request, rng: random.Random) -> str:
+    """An answer to `request`, kind or gruff with equal probability."""
+    tone = rng.choice((KIND, GRUFF))
+    return request.completion(*(rng.choices(words, WORD_WEIGHTS)[0] for words in tone))
+
+
+def kindness(request: Request, completion: str) -> int | None:
+    """The rule that ranks completions: kind words minus gruff words.
+
+    Args:
+        request: what was asked for.
+        completion: what the model answered, without its end-of-text token.
+
+    Returns:
+        From -3 (all gruff) to 3 (all kind); None if the answer breaks the grammar or does not
+        speak of what was asked for, to the guest who asked.
+    """
+    slots = ("|".join((*kind, *gruff)) for kind, gruff in zip(KIND, GRUFF, strict=True))
+    answer = Request(*map(re.escape, (request.guest, request.quality, request.thing)))
+    pattern = answer.completion(*(f"({slot})" for slot in slots)).replace(".", r"\.")
+    match = re.fullmatch(pattern, completion)
+    if match is None:
+        return None
+    return sum(1 if word in kind else -1 for word, kind in zip(match.groups(), KIND, strict=True))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes: token id = byte value, then `<s>` `</s>` `<pad>`; begins with `<s>`.
+
+    Returns:
+        256 + 3 tokens, no merges, padding on the left as generation wants it.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    symbols = {byte: chr(byte) for byte in printable}
+    symbols |= {byte: chr(256 + place) for place, byte in enumerate(hidden)}  # as GPT-2 shows them
+    special = ["<s>", "</s>", "<pad>"]
+    vocabulary = {symbols[byte]: byte for byte in range(256)}
+    vocabulary |= {token: 256 + place for place, token in enumerate(special)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 256)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_demo(folder: Path, *, seed: int = 0, report: Report, recipe: Recipe = RECIPE) -> Demo:
+    """Make the demo's model and preference pairs in `folder`, or take those that lie there.
+
+    Args:
+        folder: gets `model/`, `train.jsonl`, `dev.jsonl` and, last, `demo.json`.
+        seed: of everything random; the global random states are left as they are.
+        report: called with one line before and after each longer phase.
+        recipe: sizes; the defaults are what the demo runs with.
+
+    Returns:
+        The paths, and one held-out prompt to show.
+
+    Raises:
+        FileExistsError: `folder` holds files of these names that are not a demo's.
+        RuntimeError: the taught model's samples gave no pair (too few updates in `recipe`).
+        OSError: a file cannot be written; what is there is made anew the next time.
+    """
+    recipe = dataclasses.replace(recipe, seed=seed)
+    prompt = _finished_prompt(folder, recipe)
+    if prompt is None:
+        prompt = _make(folder, recipe, report)
+    else:
+        report(f"Demo: reusing the model and pairs in {folder}; delete it to make them anew.")
+    return Demo(folder / MODEL, folder / TRAIN, folder / DEV, prompt)
+
+
+def _finished_prompt(folder: Path, recipe: Recipe) -> str | None:
+    """The shown prompt if `folder` holds a complete demo of this recipe."""
+    names = (MODEL, TRAIN, DEV)
+    missing = [name for name in names if not (folder / name).exists()]
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if len(missing) < len(names):
+            found = next(name for name in names if name not in missing)
+            raise FileExistsError(
+                f"{folder} holds {found} but no {MARKER}, so it is not the demo's to overwrite: "
+                f"make the demo in another folder, or move {found} away"
+            ) from None
+        return None
+    except ValueError:
+        return None
+    wanted = {"format": FORMAT, "recipe": dataclasses.asdict(recipe), "complete": True}
+    if missing or any(marker.get(key) != value for key, value in wanted.items()):
+        return None
+    return marker["prompt"]
+
+
+def _make(folder: Path, recipe: Recipe, report: Report) -> str:
+    marker = {"format": FORMAT, "recipe": dataclasses.asdict(recipe), "complete": False}
+    files.write_json(folder / MARKER, marker)
+    tokenizer = make_tokenizer()
+    train_requests, dev_requests = split_requests(recipe.seed)
+    with _own_rng(recipe.seed):
+        model = _teach(tokenizer, train_requests, recipe, report)
+        start = time.monotonic()
+        train = _pairs(model, tokenizer, train_requests, recipe.train_pairs, recipe)
+        dev = _pairs(model, tokenizer, dev_requests, recipe.dev_pairs, recipe)
+    report(
+        f"Demo: made pairs of its own samples, kinder against gruffer, in "
+        f"{time.monotonic() - start:.1f} s: {len(train)} to train on, {len(dev)} held out."
+    )
+    _save(model, tokenizer, folder / MODEL)
+    for name, rows in ((TRAIN, train), (DEV, dev)):
+        files.write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+    prompt = dev[0]["prompt"]
+    files.write_json(folder / MARKER, {**marker, "complete": True, "prompt": prompt})
+    return prompt
+
+
+@contextmanager
+def _own_rng(seed: int) -> Iterator[None]:
+    """Torch's CPU generator seeded inside and as it was outside; no GPU's is touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _teach(
+    tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request], recipe: Recipe, report: Report
+) -> LlamaForCausalLM:
+    """A small Llama that speaks the language, both tones alike."""
+    model = LlamaForCausalLM(_config(tokenizer, recipe)).train()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    report(f"Demo: teaching a Llama of {size:,} parameters a small language of bytes ...")
+    start, rng, loss = time.monotonic(), random.Random(recipe.seed), torch.zeros(())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    for update in tqdm(
+        range(recipe.updates), desc="teaching", unit="update", leave=False, disable=None
+    ):
+        decay = 0.5 + 0.5 * math.cos(math.pi * update / recipe.updates)
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(decay, (update + 1) / 20)
+        asked = rng.choices(requests, k=recipe.texts_per_update)
+        texts = [request.prompt + speak(request, rng) + "</s>" for request in asked]
+        ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    report(
+        f"Demo: taught it {recipe.updates * recipe.texts_per_update:,} lines in "
+        f"{time.monotonic() - start:.1f} s; loss {loss.item():.3f} nats a byte."
+    )
+    return model.eval()
+
+
+def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=math.ceil(len(tokenizer) / 32) * 32,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _pairs(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: Sequence[Request],
+    wanted: int,
+    recipe: Recipe,
+) -> list[dict[str, str]]:
+    """The kindest against the gruffest of the model's own samples of each request, ties skipped."""
+    rows: list[dict[str, str]] = []
+    with tqdm(total=wanted, desc="sampling", unit="pair", leave=False, disable=None) as bar:
+        for first in range(0, len(requests), recipe.prompts_per_batch):
+            asked = requests[first : first + recipe.prompts_per_batch]
+            samples = _sample(model, tokenizer, asked, recipe.samples_per_prompt)
+            for request, completions in zip(asked, samples, strict=True):
+                rows += _pair(request, completions)
+            bar.update(min(len(rows), wanted) - bar.n)
+            if len(rows) >= wanted:
+                return rows[:wanted]
+    if not rows:
+        raise RuntimeError(
+            f"no two well-formed samples of one of {len(requests)} prompts differ in tone after "
+            f"{recipe.updates} updates of teaching; more are needed ({RECIPE.updates} by default)"
+        )
+    return rows
+
+
+def _pair(request: Request, completions: Sequence[str]) -> list[dict[str, str]]:
+    """The kindest completion against the gruffest as a row of data; no row if they are equal."""
+    scores = {text: score for text in completions if (score := kindness(request, text)) is not None}
+    if not scores:
+        return []
+    chosen, rejected = max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__)
+    if scores[chosen] == scores[rejected]:
+        return []
+    return [{"prompt": request.prompt, "chosen": chosen, "rejected": rejected}]
+
+
+def _sample(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: Sequence[Request],
+    count: int,
+) -> list[list[str]]:
+    """`count` completions of each request's prompt at temperature 1, those that end left in."""
+    prompts = [request.prompt for request in requests]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    ids = model.generate(
+        **inputs,
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=count,
+        max_new_tokens=MAX_COMPLETION_TOKENS,
+    )
+    completions = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :])
+    ended = [
+        text.split(tokenizer.eos_token)[:1] * (tokenizer.eos_token in text) for text in completions
+    ]
+    return [sum(ended[first : first + count], []) for first in range(0, len(ended), count)]
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Model and tokenizer in `folder`, whole or not at all."""
+    temporary = files.temporary_name(folder)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            files.sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

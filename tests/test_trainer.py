@@ -1,0 +1,352 @@
+"""DPOTrainer: what an update is, what is logged, saved and resumed."""
+
+import copy
+import json
+import logging
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.checkpoint import CheckpointError
+from fastdpo.modeling.adapters import lora_config
+from fastdpo.modeling.loading import load_model
+
+CONFIG = LlamaConfig(
+    vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+    bos_token_id=256, eos_token_id=257,
+)  # fmt: skip
+
+
+def byte_tokenizer():
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def preference_rows(count, seed=0):
+    draw = np.random.default_rng(seed)
+    words = ["good", "bad", "fine", "poor", "sunny", "rainy", "calm", "loud"]
+
+    def text(low, high):
+        return " ".join(draw.choice(words, draw.integers(low, high)))
+
+    return [
+        {"prompt": f"The day was {text(1, 4)}.", "chosen": f" Good: {text(1, 6)}!",
+         "rejected": f" Bad: {text(1, 6)}?"}
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+ROWS, HELD_OUT = preference_rows(35), preference_rows(11, seed=1)
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG)
+
+
+@pytest.fixture
+def train_with(base, tmp_path, monkeypatch):
+    """Build a trainer over a copy of the base; its reference store is private to the test."""
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
+
+    def build(*, tuning="lora", dropout=0.0, model=None, callbacks=None, rows=ROWS, **options):
+        arguments = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "learning_rate": 5e-3,
+            "lr_scheduler_type": "linear",
+            "num_train_epochs": 1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "activation_checkpointing": False,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return DPOTrainer(
+            copy.deepcopy(base) if model is None else model,
+            args=DPOConfig(**arguments | options),
+            train_dataset=rows,
+            eval_dataset=HELD_OUT,
+            processing_class=TOKENIZER,
+            callbacks=callbacks,
+            peft_config=lora_config(4, 8, dropout, None) if tuning == "lora" else None,
+        )
+
+    return build
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), f"{name} differs"
+
+
+def training_log(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def without_time(log):
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in log]
+
+
+class SeenPairs(TrainerCallback):
+    """Counts updates; the sampler is asked for the order."""
+
+    def __init__(self):
+        self.updates = 0
+
+    def on_step_end(self, *_args, **_kwargs):
+        self.updates += 1
+
+
+def order_of(trainer, epochs=2):
+    loader = trainer.get_train_dataloader()
+    seen = []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        seen += [[g.prompt_ids.tobytes() + g.completions[0].tobytes() for g in u] for u in loader]
+    return seen
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (1, 8)])
+def test_an_update_is_batch_times_accumulation_pairs(train_with, batch, accumulation):
+    counted = SeenPairs()
+    options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    trainer = train_with(callbacks=[counted], num_train_epochs=2, **options)
+    user_args = trainer.user_args
+    trainer.train()
+    assert counted.updates == trainer.state.global_step == 2 * 5  # 35 pairs: 4 of 8 and one of 3
+    assert [len(update) for update in order_of(trainer, 1)] == [8, 8, 8, 8, 3]
+    assert user_args.per_device_train_batch_size == batch
+    assert user_args.gradient_accumulation_steps == accumulation
+    learning_rates = [line["learning_rate"] for line in training_log(trainer)]
+    assert learning_rates == pytest.approx([5e-3 * (1 - step / 10) for step in range(10)])
+
+
+def test_the_split_of_the_batch_changes_no_bit(train_with):
+    runs = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        trainer = train_with(
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
+        trainer.train()
+        runs.append((weights(trainer), without_time(training_log(trainer))))
+    assert_same_weights(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+
+
+def test_micro_batch_size_and_sharing_change_rounding_only(train_with):
+    curves = []
+    for options in ({}, {"micro_batch_tokens": 128}, {"shared_prefix": "off"}):
+        trainer = train_with(learning_rate=1e-4, **options)
+        trainer.train()
+        curves.append([(line["loss"], line["grad_norm"]) for line in training_log(trainer)])
+    assert np.allclose(curves[0], curves[1], rtol=2e-5)
+    assert np.allclose(curves[0], curves[2], rtol=2e-5)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_first_update_has_no_margin(train_with, tuning):
+    """The store's log-probs were computed among other neighbours: still not a bit differs."""
+    trainer = train_with(tuning=tuning, max_steps=2)
+    trainer.train()
+    assert trainer.first_update_margin == 0.0
+    first, second = training_log(trainer)
+    assert first["rewards/margins"] == 0.0
+    assert first["rewards/accuracies"] == 0.5
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert second["loss"] != first["loss"]
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_reference_within_the_update_is_exact_too(train_with, base, tmp_path, load_in_4bit):
+    base.save_pretrained(tmp_path / "base")
+    logs = []
+    for ref_cache in ("off", None):
+        model = load_model(str(tmp_path / "base"), dtype=torch.float32, load_in_4bit=load_in_4bit)
+        trainer = train_with(model=model, ref_cache=ref_cache, dropout=0.1)
+        trainer.train()
+        logs.append(without_time(training_log(trainer)))
+        assert not list(tmp_path.rglob("shard-*")) or ref_cache is None
+    assert logs[0][0]["rewards/margins"] == 0.0
+    assert logs[0] == logs[1]
+
+
+def test_full_training_without_a_stored_reference_is_refused(train_with):
+    with pytest.raises(ValueError, match="reference is gone after"):
+        train_with(tuning="full", ref_cache="off")
+
+
+def test_a_second_run_computes_no_reference_and_trains_alike(train_with, monkeypatch):
+    first = train_with()
+    first.train()
+    monkeypatch.setattr(
+        "fastdpo.reference.filling.score_groups",
+        lambda *_, **__: pytest.fail("a reference log-prob was computed again"),
+    )
+    second = train_with(logging_steps=3)  # other figures asked for, same weights
+    second.train()
+    assert_same_weights(weights(first), weights(second))
+    assert order_of(first) == order_of(second)
+
+
+def test_poisoned_reference_changes_the_loss(train_with):
+    trainer = train_with(max_steps=1)
+    trainer._add_reference(trainer.train_dataset, "train")
+    trainer.train_dataset.ref_logps[:, 0] -= 5.0
+    trainer.train()
+    assert training_log(trainer)[0]["rewards/margins"] == pytest.approx(0.5)
+
+
+def test_order_depends_on_seed_and_epoch_alone(train_with):
+    order = order_of(train_with())
+    assert order[:5] != order[5:], "epochs repeat each other"
+    assert sorted(chain(*order[:5])) == sorted(chain(*order[5:]))
+    assert order_of(train_with(seed=7)) != order
+    assert order_of(train_with(learning_rate=1.0)) == order
+    sequential = order_of(train_with(train_sampling_strategy="sequential"))
+    assert sequential[:5] == sequential[5:]
+
+
+def test_evaluation_weighs_pairs_and_knows_the_reference(train_with):
+    trainer = train_with(tuning="full", micro_batch_tokens=128)
+    before = trainer.evaluate()
+    assert before["eval_loss"] == pytest.approx(np.log(2), abs=1e-9)
+    assert before["eval_rewards/accuracies"] == 0.5
+    trainer.train()
+    after = trainer.evaluate()
+    groups = trainer.eval_dataset
+    from fastdpo.modeling.scoring import score_pairs
+
+    margins = score_pairs(trainer.model, groups, micro_batch_tokens=4096).logps - groups.ref_logps
+    margins = margins[:, 0] - margins[:, 1]
+    assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-0.1 * margins)).mean())
+    assert after["eval_rewards/accuracies"] == (margins > 0).mean()
+    assert after["eval_rewards/accuracies"] > 0.9
+    with pytest.raises(ValueError, match="before the first update"):
+        trainer.evaluate(preference_rows(3, seed=5))
+
+
+def test_metric_names_are_trls_and_ours(train_with):
+    trainer = train_with(max_steps=1)
+    trainer.train()
+    names = set(training_log(trainer)[0])
+    wanted = {
+        "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "entropy",
+        "mean_token_accuracy", "logits/chosen", "logits/rejected", "logps/chosen",
+        "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+        "rewards/margins", "perf/pairs_per_second", "perf/tokens_per_second",
+    }  # fmt: skip
+    assert wanted <= names
+    evaluated = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    assert wanted - {n for n in wanted if n.startswith("perf/")} - {
+        "grad_norm", "learning_rate", "num_tokens"
+    } <= evaluated  # fmt: skip
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("stop_after", [3, 5, 7])
+def test_resume_is_bitwise(train_with, tmp_path, tuning, stop_after):
+    options = {"tuning": tuning, "dropout": 0.1, "num_train_epochs": 2}
+    whole = train_with(**options)
+    whole.train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == stop_after
+
+    options |= {"save_strategy": "steps", "save_steps": stop_after, "save_total_limit": 1}
+    train_with(callbacks=[Stop()], **options).train()
+    resumed = train_with(**options, eval_strategy="steps", eval_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed), weights(whole))
+    assert without_time(training_log(resumed))[-1]["loss"] == training_log(whole)[-1]["loss"]
+    names = [path.name for path in (tmp_path / "out").iterdir()]
+    assert names == ["checkpoint-10"], "save_total_limit is 1, and no temporary folder stays"
+    pickled = [p.name for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".pt", ".pth")]
+    assert pickled == []
+
+
+def test_resume_refuses_another_run_and_skips_damage(train_with, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    train_with(**options).train()
+    with pytest.raises(CheckpointError, match="seed: the checkpoint has 42, this run 1"):
+        train_with(seed=1, **options).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="data"):
+        train_with(rows=ROWS[1:], **options).train(resume_from_checkpoint=True)
+    newest = tmp_path / "out" / "checkpoint-5" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    (tmp_path / "out" / "checkpoint-9").mkdir()
+    with caplog.at_level(logging.INFO, logger="fastdpo"):
+        train_with(**options).train(resume_from_checkpoint=True)
+    assert "Resuming from" in caplog.text
+    assert "checkpoint-4" in caplog.text
+    assert "optimizer.safetensors is missing or not" in caplog.text
+
+
+def test_the_saved_adapter_is_plain_peft(train_with, base, tmp_path):
+    trainer = train_with()
+    trainer.train()
+    trainer.save_model()
+    out = tmp_path / "out"
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), out)
+    ours = {n: p for n, p in trainer.model.named_parameters() if "lora" in n}
+    theirs = {n: p for n, p in stock.named_parameters() if "lora" in n}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (out / "tokenizer.json").exists()
+    assert json.loads((out / "training_args.json").read_text())["beta"] == 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(train_with):
+    trainer = train_with(max_steps=2)
+    trainer._add_reference(trainer.train_dataset, "train")
+    trainer.train_dataset.ref_logps[:] = np.nan
+    before = weights(trainer)
+    with pytest.raises(FloatingPointError, match="update 1 is nan"):
+        trainer.train()
+    assert_same_weights(weights(trainer), before)
+
+
+def test_adapters_stay_fp32_on_a_bf16_base_and_move_at_a_tiny_learning_rate(train_with, base):
+    trainer = train_with(
+        model=copy.deepcopy(base).to(torch.bfloat16), learning_rate=1e-6, max_steps=2,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    moved = [(before[n] != after[n]).double().mean().item() for n in before if "lora_B" in n]
+    assert all(weight.dtype == torch.float32 for weight in after.values())
+    assert min(moved) > 0.99
+    assert trainer.model.model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_arguments_of_trl_that_make_no_sense_here_are_refused_by_name(train_with, base):
+    with pytest.raises(TypeError, match="no ref_model: the reference is the model itself"):
+        DPOTrainer(base, ref_model=base, args=DPOConfig(use_cpu=True))
+    with pytest.raises(ValueError, match="loaded already"):
+        train_with(model_init_kwargs={"revision": "x"})
