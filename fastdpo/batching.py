@@ -10,12 +10,14 @@ to the trunk and to itself. A micro-batch is one row of T tokens: groups one aft
     positions     0    1    2   3     4   5    3   4  5      0    1
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fastdpo.data.pairs import PairDataset
 
@@ -32,7 +34,7 @@ class Group:
     ref_logps: np.ndarray | None = None  # (k,) float64, nats
 
 
-class PairGroups(Sequence[Group]):
+class PairGroups(Dataset[Group], Sequence[Group]):
     """The pairs of a data set as groups, with their reference log-probs once they are known.
 
     Args:
@@ -46,10 +48,18 @@ class PairGroups(Sequence[Group]):
         self.pairs = pairs
         self.ref_logps: np.ndarray | None = None
 
+    def content_hash(self) -> str:
+        """The sha256, in hex, of all token ids in order."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            for ids in (pair.prompt_ids, *pair.completions):
+                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Group:  # pyrefly: ignore
+    def __getitem__(self, index: int) -> Group:  # pyrefly: ignore[bad-override]
         pair = self.pairs[index]
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
         return Group(pair.prompt_ids, pair.completions, ref_logps)

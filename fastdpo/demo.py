@@ -1,7 +1,6 @@
 """The demo's inputs, made on the spot: a tiny Llama, what it was taught, pairs of its own samples.
 
-Guests ask an innkeeper for things. The innkeeper answers kindly or gruffly, one as often as the
-other, so a model taught this language prefers neither; preference training makes it kind.
+The language is in `demo_language.py`. Nothing is downloaded and nothing comes with the package.
 """
 
 import dataclasses
@@ -9,21 +8,21 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo import files
+from fastdpo.demo_language import Request, pair_of, speak, split_requests
 
 Report = Callable[[str], None]
 
@@ -31,16 +30,6 @@ FORMAT = 1
 """Of the demo's files; another format is made anew."""
 MARKER, MODEL, TRAIN, DEV = "demo.json", "model", "train.jsonl", "dev.jsonl"
 
-# Initials differ within a list: a small model then learns within seconds which word to repeat.
-GUESTS = "Bard Dwarf Elf Giant King Monk Nun Pirate Troll Witch".split()
-QUALITIES = "cold fresh hot local mild plain rich sweet tasty warm".split()
-THINGS = "ale bread cider eggs fish honey jam milk pies soup tea wine".split()
-
-# Opening, verb and manner, each with a word of the same length in the other tone, and word by word
-# equally likely: neither tone is longer or likelier than the other.
-KIND = (("Gladly!", "Surely!", "Welcome!"), ("Enjoy", "Have", "Share"), ("dear", "good", "kind"))
-GRUFF = (("Humbug!", "No way!", "Go away!"), ("Leave", "Skip", "Avoid"), ("rude", "daft", "smug"))
-WORD_WEIGHTS = (5, 3, 2)
 MAX_COMPLETION_TOKENS = 48
 """The longest completion of the language has 42 bytes."""
 
@@ -74,59 +63,6 @@ class Recipe:
 
 
 RECIPE = Recipe()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a guest asks for."""
-
-    guest: str
-    quality: str
-    thing: str
-
-    @property
-    def prompt(self) -> str:
-        """As the model reads it."""
-        return f"{self.guest}: {self.quality.capitalize()} {self.thing}?\nHost:"
-
-    def completion(self, opening: str, verb: str, manner: str) -> str:
-        """The innkeeper's answer in these words (or patterns of words)."""
-        what, who = f"{self.quality} {self.thing}", self.guest.lower()
-        return f" {opening} {verb} {what}, {manner} {who}."
-
-
-def split_requests(seed: int) -> tuple[list[Request], list[Request]]:
-    """All requests of the language, shuffled: three quarters to train on and the rest held out."""
-    requests = [Request(*words) for words in product(GUESTS, QUALITIES, THINGS)]
-    random.Random(seed).shuffle(requests)
-    held_out = len(requests) // 4
-    return requests[held_out:], requests[:held_out]
-
-
-def speak(request: Request, rng: random.Random) -> str:
-    """An answer to `request`, kind or gruff with equal probability."""
-    tone = rng.choice((KIND, GRUFF))
-    return request.completion(*(rng.choices(words, WORD_WEIGHTS)[0] for words in tone))
-
-
-def kindness(request: Request, completion: str) -> int | None:
-    """The rule that ranks completions: kind words minus gruff words.
-
-    Args:
-        request: what was asked for.
-        completion: what the model answered, without its end-of-text token.
-
-    Returns:
-        From -3 (all gruff) to 3 (all kind); None if the answer breaks the grammar or does not
-        speak of what was asked for, to the guest who asked.
-    """
-    slots = ("|".join((*kind, *gruff)) for kind, gruff in zip(KIND, GRUFF, strict=True))
-    answer = Request(*map(re.escape, (request.guest, request.quality, request.thing)))
-    pattern = answer.completion(*(f"({slot})" for slot in slots)).replace(".", r"\.")
-    match = re.fullmatch(pattern, completion)
-    if match is None:
-        return None
-    return sum(1 if word in kind else -1 for word, kind in zip(match.groups(), KIND, strict=True))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -202,9 +138,9 @@ def _finished_prompt(folder: Path, recipe: Recipe) -> str | None:
     except ValueError:
         return None
     wanted = {"format": FORMAT, "recipe": dataclasses.asdict(recipe), "complete": True}
-    if missing or any(marker.get(key) != value for key, value in wanted.items()):
+    if missing or not isinstance(marker, dict):
         return None
-    return marker["prompt"]
+    return marker.get("prompt") if wanted.items() <= marker.items() else None
 
 
 def _make(folder: Path, recipe: Recipe, report: Report) -> str:
@@ -299,8 +235,8 @@ def _pairs(
         for first in range(0, len(requests), recipe.prompts_per_batch):
             asked = requests[first : first + recipe.prompts_per_batch]
             samples = _sample(model, tokenizer, asked, recipe.samples_per_prompt)
-            for request, completions in zip(asked, samples, strict=True):
-                rows += _pair(request, completions)
+            found = (pair_of(*both) for both in zip(asked, samples, strict=True))
+            rows += [row for row in found if row is not None]
             bar.update(min(len(rows), wanted) - bar.n)
             if len(rows) >= wanted:
                 return rows[:wanted]
@@ -310,17 +246,6 @@ def _pairs(
             f"{recipe.updates} updates of teaching; more are needed ({RECIPE.updates} by default)"
         )
     return rows
-
-
-def _pair(request: Request, completions: Sequence[str]) -> list[dict[str, str]]:
-    """The kindest completion against the gruffest as a row of data; no row if they are equal."""
-    scores = {text: score for text in completions if (score := kindness(request, text)) is not None}
-    if not scores:
-        return []
-    chosen, rejected = max(scores, key=scores.__getitem__), min(scores, key=scores.__getitem__)
-    if scores[chosen] == scores[rejected]:
-        return []
-    return [{"prompt": request.prompt, "chosen": chosen, "rejected": rejected}]
 
 
 def _sample(
@@ -339,18 +264,20 @@ def _sample(
         num_return_sequences=count,
         max_new_tokens=MAX_COMPLETION_TOKENS,
     )
-    completions = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :])
-    ended = [
-        text.split(tokenizer.eos_token)[:1] * (tokenizer.eos_token in text) for text in completions
+    texts = tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :])
+    return [
+        [text.split("</s>")[0] for text in texts[first : first + count] if "</s>" in text]
+        for first in range(0, len(texts), count)
     ]
-    return [sum(ended[first : first + count], []) for first in range(0, len(ended), count)]
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Model and tokenizer in `folder`, whole or not at all."""
     temporary = files.temporary_name(folder)
     try:
-        model.save_pretrained(temporary)
+        temporary.mkdir(parents=True)
+        model.config.save_pretrained(temporary)
+        save_file(model.state_dict(), temporary / "model.safetensors", {"format": "pt"})
         tokenizer.save_pretrained(temporary)
         for path in temporary.iterdir():
             files.sync(path)

@@ -64,7 +64,7 @@ def run(model: ModelOptions, data: DataOptions, options: EvaluationOptions) -> "
         )
         ref_texts = complete(reference, tokenizer, prompts, **length)
     completions = [
-        Completion(tokenizer.decode(prompt, skip_special_tokens=True), before, after)
+        Completion(str(tokenizer.decode(prompt, skip_special_tokens=True)), before, after)
         for prompt, before, after in zip(prompts, ref_texts, texts, strict=True)
     ]
     return evaluate_scored(scored, ref_scored, beta=options.beta, completions=completions)

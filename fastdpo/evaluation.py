@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo import losses
 from fastdpo.batching import Group
@@ -129,9 +131,9 @@ def score_both(
 
 
 def complete(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
     reference: bool = False,
@@ -142,8 +144,8 @@ def complete(
     texts = []
     with off, eval_mode(model), torch.no_grad():
         for prompt in prompts:
-            ids = torch.tensor([list(map(int, prompt))], device=causal_lm.device)
-            written = causal_lm.generate(
+            ids = torch.from_numpy(prompt.astype(np.int64))[None].to(causal_lm.device)
+            written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
@@ -151,7 +153,8 @@ def complete(
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,
             )
-            texts.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+            text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+            texts.append(str(text))
     return texts
 
 

@@ -23,7 +23,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
         The sha256 of the bytes, in hex.
 
     Raises:
-        OSError: the disk is full, read-only or failing; `path` is then as it was before.
+        OSError: the disk is full, read-only or failing, with the path; the file of that name is
+            then as it was before, or, when only the last sync of the folder failed, new and whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -33,15 +34,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
         digest = sha256_of(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk names no file
         raise
     return digest
 
 
 def write_text(path: Path, text: str) -> str:
     """Write `text` as UTF-8, atomically; returns the sha256 in hex."""
-    return write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode()))
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> str:
+    """Write `content` atomically; returns the sha256 in hex."""
+    return write_atomically(path, lambda temporary: _write_bytes(temporary, content))
 
 
 def write_json(path: Path, content: Any) -> str:

@@ -1,5 +1,6 @@
 """The figures of training and evaluation under TRL's names, as sums that any split adds up to."""
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -69,3 +70,32 @@ class MetricSums:
         """Start anew."""
         self.sums.clear()
         self.counts.clear()
+
+
+class Throughput:
+    """Pairs and tokens a second between two log lines."""
+
+    def __init__(self) -> None:
+        self.began_s: float | None = None
+        self.pairs = 0
+        self.tokens = 0
+
+    def start(self) -> None:
+        """The clock runs from the first update after a log line."""
+        if self.began_s is None:
+            self.began_s = time.perf_counter()
+
+    def add(self, pairs: int, tokens: int) -> None:
+        """Count one update."""
+        self.pairs += pairs
+        self.tokens += tokens
+
+    def figures(self) -> dict[str, float]:
+        """Rates under their logged names; nothing before the first update."""
+        if self.began_s is None:
+            return {}
+        elapsed_s = time.perf_counter() - self.began_s
+        return {
+            "perf/pairs_per_second": self.pairs / elapsed_s,
+            "perf/tokens_per_second": self.tokens / elapsed_s,
+        }

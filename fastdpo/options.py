@@ -202,6 +202,12 @@ class PreferenceOptions:
                 raise ValueError("--ref_cache is empty; give a folder, off, or leave it out.")
         self.model_init_kwargs = _as_dict("model_init_kwargs", self.model_init_kwargs)
 
+    @property
+    def from_pretrained_options(self) -> dict[str, Any]:
+        """`model_init_kwargs` as the dict that it is from `__post_init__` on."""
+        assert not isinstance(self.model_init_kwargs, str), "__post_init__ has read the JSON"
+        return dict(self.model_init_kwargs or {})
+
 
 @dataclass
 class RunOptions:

@@ -43,7 +43,10 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     from fastdpo.trainer import DPOTrainer
 
     name = _model_name(model)
-    source = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    source: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
     tokenizer = load_tokenizer(name, **source)
     train_rows, eval_rows = _read(data)
     if not (model.full or model.qlora or model.lora):
@@ -52,7 +55,11 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
         )
     dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
     policy = load_model(
-        name, dtype=dtype, load_in_4bit=model.qlora, **source, **(config.model_init_kwargs or {})
+        name,
+        dtype=dtype,
+        load_in_4bit=model.qlora,
+        options=config.from_pretrained_options,
+        **source,
     )
     config.model_init_kwargs = None
     if eval_rows is None:

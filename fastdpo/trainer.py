@@ -1,16 +1,15 @@
 """`DPOTrainer`: one readable update over packed pairs, on the shoulders of transformers.Trainer."""
 
 import copy
-import hashlib
 import logging
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -34,11 +33,12 @@ from fastdpo.batching import (
     default_micro_batch_tokens,
     pack_update,
 )
+from fastdpo.checkpoint import load_optimizer, load_rng_state
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairDataset, prepare_pairs, rows_from
 from fastdpo.data.order import UpdateSampler
 from fastdpo.losses import LOSSES
-from fastdpo.metrics import MetricSums
+from fastdpo.metrics import MetricSums, Throughput
 from fastdpo.modeling.adapters import adapters_off, add_adapter, fuse
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import causal_lm_of, head_of
@@ -52,7 +52,7 @@ from fastdpo.modeling.loading import (
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS, packed_logprobs
 from fastdpo.modeling.scoring import score_pairs
 from fastdpo.options import reference_folder
-from fastdpo.reference import ReferenceStore, reference_identity, reference_logps
+from fastdpo.reference import ReferenceSource
 
 logger = logging.getLogger(__name__)
 
@@ -118,27 +118,35 @@ class DPOTrainer(Trainer):
                 "--ref_cache is off and all weights are trained: the reference is gone after the "
                 "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
             )
-        self.user_args = args
-        self.reference_folder = reference_folder(args.ref_cache)
+        self.user_args, self.policy = args, policy
         self._vocabulary_size = head_of(policy).weight.shape[0]
         self._tokenizer = tokenizer
-        self._train_sums, self._window = MetricSums(), _Window()
+        self._train_sums, self._throughput = MetricSums(), Throughput()
         self._tokens_seen = 0
         self._saving_into: Path | None = None
-        self._store: ReferenceStore | None = None
-        self._base_is_original = True
         self.first_update_margin: float | None = None
+        self.train_groups = self._groups(train_dataset, "train")
+        self.eval_groups = self._eval_groups(eval_dataset)
         super().__init__(
             model=policy,
             args=_one_update_per_step(args, self.trains_adapter),
-            train_dataset=self._groups(train_dataset, "train"),
-            eval_dataset=self._eval_groups(eval_dataset),
+            train_dataset=self.train_groups,
+            eval_dataset=self.eval_groups,  # pyrefly: ignore[bad-argument-type]
             processing_class=tokenizer,
             callbacks=callbacks,
-            optimizers=optimizers,
+            optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
-        device = causal_lm_of(self.model).device
-        self.micro_batch_tokens = args.micro_batch_tokens or default_micro_batch_tokens(device)
+        self.micro_batch_tokens = args.micro_batch_tokens or default_micro_batch_tokens(
+            causal_lm_of(policy).device
+        )
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.reference = ReferenceSource(
+            policy,
+            reference_folder(args.ref_cache),
+            compute_dtype=mixed.get(self.accelerator.mixed_precision, causal_lm_of(policy).dtype),
+            micro_batch_tokens=self.micro_batch_tokens,
+            shared_prefix=self.shares_prefix,
+        )
 
     # The policy and its data
 
@@ -149,8 +157,9 @@ class DPOTrainer(Trainer):
         peft_config: PeftConfig | None,
     ) -> PreTrainedModel | PeftModel:
         if isinstance(model, str | os.PathLike):
-            options = {"dtype": resolve_dtype("auto"), **(args.model_init_kwargs or {})}
-            model = load_model(str(model), **options)
+            model = load_model(
+                str(model), dtype=resolve_dtype("auto"), options=args.from_pretrained_options
+            )
         elif args.model_init_kwargs:
             raise ValueError(
                 "model_init_kwargs are for a model given by name; this one is loaded already. Pass "
@@ -183,76 +192,48 @@ class DPOTrainer(Trainer):
             logger.info("%s", dataset.report.describe())
         return PairGroups(dataset)
 
-    def _eval_groups(self, dataset: Any) -> Any:
-        if isinstance(dataset, dict):
-            return {name: self._groups(part, name) for name, part in dataset.items()}
-        return self._groups(dataset, "eval")
+    def _eval_groups(self, dataset: Any) -> PairGroups | dict[str, PairGroups] | None:
+        if not isinstance(dataset, dict):
+            return self._groups(dataset, "eval")
+        prepared = {name: self._groups(part, name) for name, part in dataset.items()}
+        return {name: groups for name, groups in prepared.items() if groups is not None}
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of B groups, one batch an update."""
-        if self.train_dataset is None:
+        if self.train_groups is None:
             raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
         args = self.user_args
         sampler = UpdateSampler(
-            len(self.train_dataset),
+            len(self.train_groups),
             self.pairs_per_update,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
         loader = DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
+            self.train_groups, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
         )
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All groups of one evaluation set; `evaluation_loop` packs them itself."""
         if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        groups = self._groups(self.eval_dataset if eval_dataset is None else eval_dataset, "eval")
+            eval_dataset = dict(self._eval_sets())[eval_dataset]
+        groups = self._groups(self.eval_groups if eval_dataset is None else eval_dataset, "eval")
         if groups is None:
             raise ValueError("there is no eval_dataset: pass one to DPOTrainer or evaluate().")
         return DataLoader(groups, batch_size=self.pairs_per_update, collate_fn=list)
+
+    def _eval_sets(self) -> list[tuple[str, PairGroups]]:
+        if isinstance(self.eval_groups, dict):
+            return list(self.eval_groups.items())
+        return [] if self.eval_groups is None else [("eval", self.eval_groups)]
 
     @property
     def pairs_per_update(self) -> int:
         """B, as the user's options make it."""
         args = self.user_args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps
-
-    # The reference
-
-    def _add_reference(self, groups: PairGroups, name: str) -> None:
-        """Fill in `groups.ref_logps` from the store, computing what it does not have."""
-        if groups.ref_logps is not None:
-            return
-        if not self._base_is_original:
-            raise ValueError(
-                f"the reference of {name} was not computed before the first update, and all "
-                "weights have been trained since: pass the data to DPOTrainer as eval_dataset."
-            )
-        options = {
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "shared_prefix": self.shares_prefix,
-        }
-        with self.autocast():
-            if self.reference_folder is not None:
-                groups.ref_logps = reference_logps(
-                    self.model, groups, self._reference_store(), name=name, **options
-                )
-            else:
-                with adapters_off(self.model):
-                    scored = score_pairs(
-                        self.model, groups, description=f"Reference of {name}", **options
-                    )
-                groups.ref_logps = scored.logps
-
-    def _reference_store(self) -> ReferenceStore:
-        if self._store is None:
-            assert self.reference_folder is not None, "the store is off"
-            identity = reference_identity(self.model, self._compute_dtype())
-            self._store = ReferenceStore(self.reference_folder, identity)
-        return self._store
 
     @property
     def shares_prefix(self) -> bool:
@@ -263,9 +244,9 @@ class DPOTrainer(Trainer):
         """Mixed precision around backbone and head; accelerate wraps only model.forward."""
         return self.accelerator.autocast()
 
-    def _compute_dtype(self) -> torch.dtype:
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return mixed.get(self.accelerator.mixed_precision, causal_lm_of(self.model).dtype)
+    def _add_reference(self, groups: PairGroups, name: str) -> None:
+        with self.autocast():
+            self.reference.fill(groups, name)
 
     # Training
 
@@ -290,20 +271,20 @@ class DPOTrainer(Trainer):
         folder = None
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
-                folder = checkpoint.newest_verified(Path(self.args.output_dir))
+                folder = checkpoint.newest_verified(Path(str(self.args.output_dir)))
             else:
                 folder = Path(resume_from_checkpoint)
             checkpoint.require_same_run(checkpoint.verify(folder), self._run_description())
             logger.info("Resuming from %s", folder)
-        if self.reference_folder is not None and self.train_dataset is not None:
-            self._add_reference(self.train_dataset, "train")
+        if self.train_groups is not None and self.reference.folder is not None:
+            self._add_reference(self.train_groups, "train")
         if not self.trains_adapter:
-            for name, groups in _by_name(self.eval_dataset):
+            for name, groups in self._eval_sets():
                 self._add_reference(groups, name)
-            self._base_is_original = False
+        self.reference.begin_training()
         return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
 
-    def training_step(
+    def training_step(  # pyrefly: ignore[bad-override]
         self, model: nn.Module, inputs: list[Group], num_items_in_batch: Any = None
     ) -> Tensor:
         """The gradient of one update of B pairs, micro-batch by micro-batch.
@@ -311,7 +292,7 @@ class DPOTrainer(Trainer):
         Returns:
             () float64: the mean loss of the pairs, detached.
         """
-        self._window.start()
+        self._throughput.start()
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers
@@ -321,14 +302,13 @@ class DPOTrainer(Trainer):
                 inputs, self.micro_batch_tokens, shared_prefix=self.shares_prefix
             )
         ]
-        with packed_attention(causal_lm_of(self.model).config):
-            if micro_batches[0].ref_logps is None:
-                references = self._references_now(micro_batches)
-            else:
-                references = [micro_batch.ref_logps for micro_batch in micro_batches]
+        with packed_attention(causal_lm_of(self.policy).config):
+            references = [m.ref_logps for m in micro_batches if m.ref_logps is not None]
             parts = [
                 self._backward(micro_batch, reference, len(inputs))
-                for micro_batch, reference in zip(micro_batches, references, strict=True)
+                for micro_batch, reference in zip(
+                    micro_batches, references or self._references_now(micro_batches), strict=True
+                )
             ]
         loss = torch.stack([part for part, _ in parts]).sum()
         if not torch.isfinite(loss):
@@ -349,26 +329,21 @@ class DPOTrainer(Trainer):
         args = self.user_args
         outputs = METRIC_OUTPUTS if self._logs_this_update() else ()
         with self.autocast():
-            found = packed_logprobs(self.model, micro_batch, outputs)
+            found = packed_logprobs(self.policy, micro_batch, outputs)
         logps, reference = found.logps.view(-1, 2), ref_logps.view(-1, 2)
         logratios = logps - reference
         per_pair = LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
         loss = per_pair.sum() / pairs
         self.accelerator.backward(loss)
         self._train_sums.add_rewards(logps, reference, args.beta)
-        if found.extras is not None:
-            self._train_sums.add_tokens(
-                micro_batch.completion_tokens,
-                found.extras.entropy,
-                found.extras.mean_logits,
-                found.extras.is_top1,
-            )
+        if outputs:
+            self._train_sums.add_tokens(micro_batch.completion_tokens, **found.extras)
         return loss.detach(), (logratios[:, 0] - logratios[:, 1]).detach()
 
     def _references_now(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Reference log-probs of the very micro-batches that are about to be trained on."""
-        with adapters_off(self.model), eval_mode(self.model), torch.no_grad(), self.autocast():
-            return [packed_logprobs(self.model, m).logps for m in micro_batches]
+        with adapters_off(self.policy), eval_mode(self.policy), torch.no_grad(), self.autocast():
+            return [packed_logprobs(self.policy, m).logps for m in micro_batches]
 
     # Evaluation
 
@@ -382,16 +357,18 @@ class DPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         """TRL's figures over a set of pairs, every pair weighing the same."""
         groups, args = dataloader.dataset, self.user_args
+        assert isinstance(groups, PairGroups), "get_eval_dataloader makes them"
         self._add_reference(groups, metric_key_prefix)
         with self.autocast():
             scored = score_pairs(
-                self.model,
+                self.policy,
                 groups,
                 micro_batch_tokens=self.micro_batch_tokens,
                 shared_prefix=self.shares_prefix,
                 outputs=METRIC_OUTPUTS,
                 description=None if args.disable_tqdm else description,
             )
+        assert groups.ref_logps is not None, "filled in above"
         logps, reference = torch.from_numpy(scored.logps), torch.from_numpy(groups.ref_logps)
         logratios = logps - reference
         sums = MetricSums()
@@ -401,7 +378,7 @@ class DPOTrainer(Trainer):
         sums.add_rewards(logps, reference, args.beta)
         sums.add_tokens(torch.from_numpy(scored.tokens.reshape(-1)), **scored.extras)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in sums.averages().items()}
-        return EvalLoopOutput(None, None, metrics, num_samples=len(groups))
+        return EvalLoopOutput(np.empty(0), None, metrics, num_samples=len(groups))
 
     # Figures
 
@@ -416,25 +393,25 @@ class DPOTrainer(Trainer):
     def _count(self, groups: Sequence[Group], micro_batches: Sequence[MicroBatch]) -> None:
         both_rows = [2 * len(g.prompt_ids) + sum(map(len, g.completions)) for g in groups]
         self._tokens_seen += sum(both_rows)
-        self._window.add(len(groups), sum(m.real_tokens for m in micro_batches))
+        self._throughput.add(len(groups), sum(m.real_tokens for m in micro_batches))
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += sum(both_rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the updates since the last training log to a training log."""
         if "loss" in logs:
-            logs |= self._train_sums.averages() | self._window.figures()
+            logs |= self._train_sums.averages() | self._throughput.figures()
             logs["num_tokens"] = self._tokens_seen
             if torch.cuda.is_available():
                 logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             self._train_sums.clear()
-            self._window = _Window()
+            self._throughput = Throughput()
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: list[Group]) -> int:
+    def floating_point_ops(self, inputs: list[Group]) -> int:  # pyrefly: ignore[bad-override]
         """6 FLOPs per parameter and token of both rows, as transformers counts them."""
         tokens = sum(2 * len(g.prompt_ids) + sum(map(len, g.completions)) for g in inputs)
-        return 6 * tokens * causal_lm_of(self.model).num_parameters(exclude_embeddings=True)
+        return 6 * tokens * causal_lm_of(self.policy).num_parameters(exclude_embeddings=True)
 
     def _track_num_input_tokens(self, inputs: list[Group]) -> None:
         """Counted in `_count`."""
@@ -443,15 +420,12 @@ class DPOTrainer(Trainer):
 
     def _run_description(self) -> dict[str, Any]:
         """What a resumed run must share with the one that was stopped."""
-        args, digest = self.user_args, hashlib.sha256()
-        for group in self.train_dataset:
-            for ids in (group.prompt_ids, *group.completions):
-                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        args = self.user_args
         return {
             "pairs_per_update": self.pairs_per_update,
             "seed": args.seed,
             "data_seed": args.data_seed,
-            "data": digest.hexdigest(),
+            "data": None if self.train_groups is None else self.train_groups.content_hash(),
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
             "beta": args.beta,
@@ -481,53 +455,30 @@ class DPOTrainer(Trainer):
         checkpoint.rotate(output_dir, self.args.save_total_limit, Path(best) if best else None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
+        self.policy.save_pretrained(str(folder), state_dict=state_dict)
         self._tokenizer.save_pretrained(folder)
         files.write_text(folder / TRAINING_ARGUMENTS, self.user_args.to_json_string() + "\n")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None, "training has begun"
+        assert self.lr_scheduler is not None, "training has begun"
         scheduler_state = self.lr_scheduler.state_dict()
-        checkpoint.save_optimizer(Path(output_dir), self.optimizer, scheduler_state, self.model)
+        checkpoint.save_optimizer(Path(output_dir), self.optimizer, scheduler_state, self.policy)
 
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is not None:
-            folder = Path(checkpoint_folder)
-            state = checkpoint.load_optimizer(folder, self.optimizer, self.model)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.optimizer is not None, "training is about to begin"
+            assert self.lr_scheduler is not None, "training is about to begin"
+            state = load_optimizer(Path(checkpoint), self.optimizer, self.policy)
             self.lr_scheduler.load_state_dict(state)
 
     def _save_rng_state(self, output_dir: str) -> None:
         checkpoint.save_rng_state(Path(output_dir))
 
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        if checkpoint_folder is not None:
-            checkpoint.load_rng_state(Path(checkpoint_folder))
-
-
-class _Window:
-    """Pairs, tokens and time between two log lines."""
-
-    def __init__(self) -> None:
-        self.began_s: float | None = None
-        self.pairs = 0
-        self.tokens = 0
-
-    def start(self) -> None:
-        if self.began_s is None:
-            self.began_s = time.perf_counter()
-
-    def add(self, pairs: int, tokens: int) -> None:
-        self.pairs += pairs
-        self.tokens += tokens
-
-    def figures(self) -> dict[str, float]:
-        if self.began_s is None:
-            return {}
-        elapsed_s = time.perf_counter() - self.began_s
-        return {
-            "perf/pairs_per_second": self.pairs / elapsed_s,
-            "perf/tokens_per_second": self.tokens / elapsed_s,
-        }
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng_state(Path(checkpoint))
 
 
 def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
@@ -541,14 +492,6 @@ def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
     if trains_adapter:
         own.bf16 = own.fp16 = False
     return own
-
-
-def _by_name(eval_dataset: Any) -> list[tuple[str, PairGroups]]:
-    if eval_dataset is None:
-        return []
-    return (
-        list(eval_dataset.items()) if isinstance(eval_dataset, dict) else [("eval", eval_dataset)]
-    )
 
 
 def _refuse(**arguments: Any) -> None:

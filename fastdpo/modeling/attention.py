@@ -99,7 +99,7 @@ def segment_attention(
         )
     packed.layers_run += 1
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedSegments = packed) -> Tensor:
         window = sliding_window if sliding_window and k.shape[2] > sliding_window else None
         if softcap is not None:
             mask = packed.mask(q.shape[2], k.shape[2], window, q.device)

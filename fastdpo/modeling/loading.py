@@ -39,7 +39,7 @@ def load_model(
     load_in_4bit: bool = False,
     revision: str = "main",
     trust_remote_code: bool = False,
-    **kwargs: Any,
+    options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM onto the GPU if there is one.
 
@@ -49,12 +49,12 @@ def load_model(
         load_in_4bit: NF4 with double quantization, computing in `dtype`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that the repository brings.
-        **kwargs: for `from_pretrained`; they win over the above.
+        options: more arguments for `from_pretrained`; they win over the above.
 
     Raises:
         ModelError: the model cannot be found or reached; says what to pass instead.
     """
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
@@ -62,14 +62,14 @@ def load_model(
         "device_map": {"": 0} if torch.cuda.is_available() else {"": "cpu"},
     }
     if load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
+        arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **options | kwargs)
+        return AutoModelForCausalLM.from_pretrained(name, **arguments | (options or {}))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {_first_line(error)} {HUB_HINT}"
@@ -85,13 +85,16 @@ def load_tokenizer(
         ModelError: it cannot be found or reached; says what to pass instead.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the tokenizer of {name!r}: {_first_line(error)} {HUB_HINT}"
         ) from error
+    if tokenizer is None:
+        raise ModelError(f"the model {name!r} has no tokenizer. {HUB_HINT}")
+    return tokenizer
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -100,7 +103,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain float, not a module)
 
 
 @contextmanager

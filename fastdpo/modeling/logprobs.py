@@ -19,7 +19,7 @@ class PackedLogprobs:
 
     logps: Tensor  # (C,) float64, nats, summed over each completion's tokens
     token_logps: Tensor  # (M,) float32, nats; completion by completion, tokens in order
-    extras: LinearLogprobs | None  # (M,) figures without gradient, when asked for
+    extras: dict[str, Tensor]  # (M,) figures without gradient, by the names asked for
 
 
 def packed_logprobs(
@@ -59,16 +59,16 @@ def packed_logprobs(
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         ignore_index=None,
-        outputs=outputs,  # pyrefly: ignore
+        outputs=outputs,
     )
-    extras = None
-    if isinstance(scored, LinearLogprobs):
-        extras = LinearLogprobs(
-            *(None if figure is None else figure[micro_batch.token_index] for figure in scored)
-        )
-        scored = scored.token_logps
-    token_logps = scored[micro_batch.token_index]
-    return PackedLogprobs(completion_sums(token_logps, micro_batch), token_logps, extras)
+    per_state = scored._asdict() if isinstance(scored, LinearLogprobs) else {"token_logps": scored}
+    figures = {
+        name: figure[micro_batch.token_index]
+        for name, figure in per_state.items()
+        if figure is not None
+    }
+    token_logps = figures.pop("token_logps")
+    return PackedLogprobs(completion_sums(token_logps, micro_batch), token_logps, figures)
 
 
 def completion_sums(per_token: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -1,6 +1,6 @@
 """Log-probs of many groups without gradients: the reference pass and every evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def score_groups(
     outputs: tuple[str, ...] = (),
     shared_prefix: bool = True,
     description: str | None = None,
-) -> Iterator[ScoredGroup]:
+) -> Generator[ScoredGroup]:
     """Score every group once, the longest first, in full micro-batches.
 
     Runs in eval mode and touches neither RNG state, training flags nor the model's own attention
@@ -99,9 +99,7 @@ def _split(
     ends = np.cumsum(micro_batch.completion_tokens.cpu().numpy())[:-1]
     tokens = np.split(logprobs.token_logps.float().cpu().numpy(), ends)
     extras = {
-        name: np.split(figure.cpu().numpy(), ends)
-        for name, figure in (logprobs.extras._asdict() if logprobs.extras else {}).items()
-        if figure is not None and name != "token_logps"
+        name: np.split(figure.cpu().numpy(), ends) for name, figure in logprobs.extras.items()
     }
     first = 0
     for position in micro_batch.group_indices:

@@ -2,6 +2,7 @@
 
 from fastdpo.reference.filling import reference_logps
 from fastdpo.reference.identity import reference_identity
+from fastdpo.reference.source import ReferenceSource
 from fastdpo.reference.store import ReferenceStore
 
-__all__ = ["ReferenceStore", "reference_identity", "reference_logps"]
+__all__ = ["ReferenceSource", "ReferenceStore", "reference_identity", "reference_logps"]

@@ -1,5 +1,6 @@
 """The reference pass: look up what is known, compute the rest with the adapters off, keep it."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -58,20 +59,26 @@ def reference_logps(
     if not missing:
         return found
     waiting: list[ScoredCompletion] = []
-    with adapters_off(model):
-        for scored in score_groups(
-            model,
-            [groups[i] for i in missing],
-            micro_batch_tokens=micro_batch_tokens,
-            shared_prefix=shared_prefix,
-            description=f"Reference log-probs of {name}",
-        ):
-            rows = zip(keys[missing[scored.index]], scored.logps, scored.token_logps, strict=True)
-            waiting += [ScoredCompletion(key, float(sum_), tokens) for key, sum_, tokens in rows]
-            if len(waiting) >= SHARD_COMPLETIONS:
-                store.append(waiting)
-                waiting = []
-    store.append(waiting)
+    all_scored = score_groups(
+        model,
+        [groups[i] for i in missing],
+        micro_batch_tokens=micro_batch_tokens,
+        shared_prefix=shared_prefix,
+        description=f"Reference log-probs of {name}",
+    )
+    # Closed here and not by the garbage collector, or a failing `append` would leave the model in
+    # eval mode for as long as someone holds the exception.
+    try:
+        with adapters_off(model), contextlib.closing(all_scored):
+            for scored in all_scored:
+                row_keys = keys[missing[scored.index]]
+                rows = zip(row_keys, scored.logps, scored.token_logps, strict=True)
+                waiting += [ScoredCompletion(key, float(sum_), each) for key, sum_, each in rows]
+                if len(waiting) >= SHARD_COMPLETIONS:
+                    shard, waiting = waiting, []
+                    store.append(shard)
+    finally:  # also after Ctrl-C or out of memory
+        store.append(waiting)
     found = _lookup(store, keys)
     if np.isnan(found).any():
         raise RuntimeError(
@@ -83,12 +90,16 @@ def reference_logps(
 
 def _lookup(store: ReferenceStore, keys: list[list[bytes]]) -> np.ndarray:
     """(n, k) float64, NaN where unknown."""
-    return store.lookup([key for row in keys for key in row]).reshape(len(keys), -1)
+    completions = len(keys[0]) if keys else 0
+    return store.lookup([key for row in keys for key in row]).reshape(len(keys), completions)
 
 
 def _first_of_each(keys: list[list[bytes]], indices: np.ndarray) -> list[int]:
-    """The indices without those whose keys an earlier one has: no row is computed twice."""
-    seen: dict[tuple[bytes, ...], int] = {}
+    """The indices without those whose keys all lie in earlier ones: no group is computed twice."""
+    seen: set[bytes] = set()
+    first = []
     for index in indices:
-        seen.setdefault(tuple(keys[index]), int(index))
-    return list(seen.values())
+        if not seen.issuperset(keys[index]):
+            first.append(int(index))
+            seen.update(keys[index])
+    return first

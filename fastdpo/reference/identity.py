@@ -1,11 +1,14 @@
 """What reference log-probs depend on, and nothing else: the key of their store."""
 
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastdpo.modeling.attention import KIND
@@ -50,28 +53,54 @@ def reference_identity(model: nn.Module, compute_dtype: torch.dtype) -> dict[str
         JSON-ready: content hash of the base weights, resolved config, dtype, numerics.
     """
     causal_lm = causal_lm_of(model)
-    config = {
-        name: value
-        for name, value in causal_lm.config.to_dict().items()
-        if name not in NOT_IN_THE_NUMBERS
-    }
     return {
         "weights": _content_hash(_base_tensors(causal_lm)),
-        "config": config,
+        "config": _described(causal_lm.config.to_dict()),
         "dtype": str(compute_dtype),
         "attention": KIND,
         "head_numerics": NUMERICS_VERSION,
     }
 
 
+def _described(value: Any) -> Any:
+    """A config, or a part of one, as what JSON gives back unchanged: the same in every process."""
+    if isinstance(value, dict):
+        return {
+            str(name): _described(part)
+            for name, part in value.items()
+            if name not in NOT_IN_THE_NUMBERS
+        }
+    if isinstance(value, list | tuple):
+        return [_described(part) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return str(value)
+
+
 def _base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
     """The base's own tensors under their own names, whatever PEFT has wrapped around them."""
+    inner = {
+        name: "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
     tensors = {}
     for name, tensor in causal_lm.state_dict().items():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        if isinstance(tensor, Tensor):
-            tensors[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+        own_name: list[str] | None = []
+        path = ""
+        for part in name.split("."):
+            if path not in inner:
+                own_name.append(part)
+            elif part != inner[path]:
+                own_name = None  # the adapter's
+                break
+            path = f"{path}.{part}" if path else part
+        if own_name is not None and isinstance(tensor, Tensor):
+            tensors[".".join(own_name)] = tensor
     return tensors
 
 
@@ -85,5 +114,6 @@ def _content_hash(tensors: dict[str, Tensor]) -> str:
 
 def _tensor_hash(name: str, tensor: Tensor) -> bytes:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    header = f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
-    return hashlib.sha256(header + raw.tobytes()).digest()
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(raw)
+    return digest.digest()

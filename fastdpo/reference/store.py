@@ -5,6 +5,7 @@ in itself. Several processes may fill one store at once: shard names are unique,
 name only when it is whole, and readers take the union.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fastdpo import files
 from fastdpo.batching import Group
@@ -63,15 +64,15 @@ class ReferenceStore:
     """
 
     def __init__(self, root: Path, identity: dict[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True, default=str)
+        described = {"format": FORMAT, "identity": identity}
+        text = json.dumps(described, sort_keys=True, allow_nan=False)
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.identity = identity
         self._shards: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._index: tuple[np.ndarray, np.ndarray] | None = None
         manifest = self.folder / "manifest.json"
         if not manifest.exists():
-            described = json.loads(text)
-            files.write_json(manifest, {"format": FORMAT, "identity": described})
+            files.write_json(manifest, described)
 
     def lookup(self, keys: Sequence[bytes]) -> np.ndarray:
         """(n,) float64 log-probs of the keys, NaN where the store has none."""
@@ -88,7 +89,7 @@ class ReferenceStore:
         """Write one shard; it is on the disk, whole and checksummed, when this returns.
 
         Raises:
-            ValueError: a log-prob is not finite, or the row is not as `ScoredCompletion` says.
+            ValueError: a log-prob is not finite, or a row is not as `ScoredCompletion` says.
             OSError: the disk is full or failing; the store is then as it was before.
         """
         if not rows:
@@ -99,15 +100,18 @@ class ReferenceStore:
             "tokens": np.array([len(row.token_logps) for row in rows], dtype=np.int64),
             "token_logps": np.concatenate([row.token_logps for row in rows]).astype(np.float32),
         }
-        if not np.isfinite(tensors["logps"]).all():
-            bad = int(np.flatnonzero(~np.isfinite(tensors["logps"]))[0])
-            raise ValueError(
-                f"a reference log-prob is {tensors['logps'][bad]}: the model overflows on this "
-                "input. Load it in bfloat16 or float32."
-            )
+        for name in ("logps", "token_logps"):
+            bad = tensors[name][~np.isfinite(tensors[name])]
+            if len(bad):
+                raise ValueError(
+                    f"a reference log-prob is {bad[0]}: the model overflows on this input. Load it "
+                    "in bfloat16 or float32."
+                )
+        if fault := _fault(tensors):
+            raise ValueError(f"not a shard of scored completions: {fault}.")
         metadata = {"format": str(FORMAT), "sha256": _checksum(tensors)}
         path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
-        files.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        files.write_bytes(path, save(tensors, metadata))
 
     def _union(self) -> tuple[np.ndarray, np.ndarray]:
         """(n,) sorted distinct keys and their log-probs; equal keys: the lowest shard name's."""
@@ -131,13 +135,17 @@ class ReferenceStore:
             with safe_open(path, framework="numpy") as shard:
                 metadata = shard.metadata() or {}
                 tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-            if metadata.get("sha256") != _checksum(tensors):
-                raise ValueError("its checksum is wrong")
-            keys = tensors["keys"].reshape(-1, KEY_BYTES)
-            return keys.view(f"S{KEY_BYTES}").reshape(-1), tensors["logps"]
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            if metadata != {"format": str(FORMAT), "sha256": _checksum(tensors)}:
+                raise ValueError("its format or checksum is wrong")
+            if fault := _fault(tensors):
+                raise ValueError(fault)
+            return tensors["keys"].view(f"S{KEY_BYTES}"), tensors["logps"]
+        except FileNotFoundError:
+            return None  # another process has set it aside since the folder was listed
+        except (SafetensorError, ValueError, TypeError, AttributeError) as error:
             aside = path.with_name(path.name + QUARANTINE_SUFFIX)
-            path.rename(aside)
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(aside)
             logger.warning(
                 "%s is damaged (%s): set aside as %s; its rows are computed again.",
                 path,
@@ -145,6 +153,30 @@ class ReferenceStore:
                 aside.name,
             )
             return None
+
+
+SHARD_TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64", "token_logps": "float32"}
+"""All of them vectors; keys and token_logps lie end to end."""
+
+
+def _fault(tensors: dict[str, np.ndarray]) -> str | None:
+    """What about a shard's tensors cannot be, or None."""
+    kinds = {name: (tensor.dtype.name, tensor.ndim) for name, tensor in tensors.items()}
+    if kinds != {name: (dtype, 1) for name, dtype in SHARD_TENSORS.items()}:
+        return f"it holds {kinds}"
+    rows, token_counts = len(tensors["logps"]), tensors["tokens"]
+    if len(tensors["keys"]) != rows * KEY_BYTES or len(token_counts) != rows:
+        return (
+            f"{len(tensors['keys'])} bytes of keys and {len(token_counts)} token counts for {rows} "
+            "log-probs"
+        )
+    # Each count is checked before they are summed, where int64 could wrap around.
+    scored = len(tensors["token_logps"])
+    if (token_counts < 1).any() or (token_counts > scored).any() or token_counts.sum() != scored:
+        return f"its token counts do not add up to its {scored} token log-probs"
+    if not (np.isfinite(tensors["logps"]).all() and np.isfinite(tensors["token_logps"]).all()):
+        return "a log-prob is not finite"
+    return None
 
 
 def _checksum(tensors: dict[str, np.ndarray]) -> str:

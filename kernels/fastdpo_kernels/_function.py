@@ -60,6 +60,7 @@ class FrozenHeadLogprobs(torch.autograd.Function):
             if isinstance(target_slope, Tensor):
                 target_slope = target_slope[:, None]
             toward_target = weight[targets].to(logps.dtype) * target_slope
+            assert chunk.mean_weights is not None, "asked for above"
             gradients[rows] = chunk.mass_others[:, None] * (toward_target - chunk.mean_weights)
             for values, name in zip(figures, outputs, strict=True):
                 values.append(chunk.extras[name])
@@ -70,8 +71,9 @@ class FrozenHeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Row scaling."""
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        """Row scaling; the upstream gradient of the figures is nobody's."""
+        grad_logps: Tensor = grad_outputs[0]
         (gradients,) = ctx.saved_tensors
         scaled = gradients.to(grad_logps.dtype) * grad_logps[:, None]
         return scaled.to(gradients.dtype), None, None, None, None, None
@@ -112,8 +114,9 @@ class TrainedHeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         """Gradients of hidden states, weight and bias, accumulated in fp32 (fp64 for fp64)."""
+        grad_logps: Tensor = grad_outputs[0]
         hidden_states, weight, bias, target_ids, z_target, maximum, total, mass = ctx.saved_tensors
         transform: LogitTransform = ctx.transform
         dtype = accumulation_dtype(weight.dtype)

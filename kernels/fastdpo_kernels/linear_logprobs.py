@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -52,9 +52,9 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int | None = -100,
-    outputs: tuple[Literal["entropy", "mean_logits", "is_top1", "log_sum_sq_probs"], ...],
+    outputs: tuple[str, ...],
     backend: str = "auto",
-) -> LinearLogprobs: ...
+) -> Tensor | LinearLogprobs: ...
 def linear_logprobs(
     hidden_states: Tensor,
     weight: Tensor,

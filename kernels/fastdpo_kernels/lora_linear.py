@@ -74,19 +74,21 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        grad_out: Tensor = grad_outputs[0]
         x, lora_A, lora_B = ctx.saved_tensors
         dtype = grad_out.dtype
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_down = None if lora_B is None else flat_grad @ lora_B.to(dtype) * ctx.scaling  # (N, r)
-        grad_x = grad_A = grad_B = None
+        grad_x = grad_A = grad_B = grad_down = None
+        if lora_B is not None:
+            grad_down = flat_grad @ lora_B.to(dtype) * ctx.scaling  # (N, r)
         if ctx.needs_input_grad[0]:
             grad_x = flat_grad @ dense_weight(ctx.weight, dtype)
             if grad_down is not None:
                 branch = grad_down @ lora_A.to(dtype)
                 grad_x += dropped(branch, ctx.dropout, ctx.seed)
             grad_x = grad_x.reshape(*grad_out.shape[:-1], grad_x.shape[-1])
-        if ctx.saves_x:
+        if ctx.saves_x and grad_down is not None:
             inputs = dropped(x.reshape(-1, x.shape[-1]), ctx.dropout, ctx.seed)
             down = inputs @ lora_A.to(dtype).T
             grad_A = (grad_down.T @ inputs).to(lora_A.dtype)
