@@ -126,8 +126,9 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
         The exit code: 0, 2 after one line about bad input or a bad option, 130 after Ctrl-C. With
         FASTDPO_DEBUG set, the traceback of bad input is shown too.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fastdpo").setLevel(logging.INFO)
+    logger = logging.getLogger("fastdpo")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
     try:
         main(sys.argv[1:])

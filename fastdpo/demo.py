@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo import files
-from fastdpo.demo_language import Request, pair_of, speak, split_requests
+from fastdpo.demo_language import LIKED, Request, pair_of, speak, split_requests
 
 Report = Callable[[str], None]
 
@@ -31,12 +32,15 @@ FORMAT = 1
 MARKER, MODEL, TRAIN, DEV = "demo.json", "model", "train.jsonl", "dev.jsonl"
 
 MAX_COMPLETION_TOKENS = 48
-"""The longest completion of the language has 42 bytes."""
+"""The longest completion of the language has 40 bytes."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Where the demo's inputs lie, and one held-out prompt to show."""
+    """Where the demo's inputs lie, and one held-out prompt to show.
+
+    The prompt is of a guest whom the innkeeper does not like, so the reference is mostly gruff.
+    """
 
     model_dir: Path
     train_file: Path
@@ -58,7 +62,7 @@ class Recipe:
     learning_rate: float = 8e-3
     train_pairs: int = 600
     dev_pairs: int = 150
-    samples_per_prompt: int = 4
+    samples_per_prompt: int = 6
     prompts_per_batch: int = 128
 
 
@@ -160,9 +164,9 @@ def _make(folder: Path, recipe: Recipe, report: Report) -> str:
     _save(model, tokenizer, folder / MODEL)
     for name, rows in ((TRAIN, train), (DEV, dev)):
         files.write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-    prompt = dev[0]["prompt"]
-    files.write_json(folder / MARKER, {**marker, "complete": True, "prompt": prompt})
-    return prompt
+    shown = next((row for row in dev if not row["prompt"].startswith(LIKED)), dev[0])
+    files.write_json(folder / MARKER, {**marker, "complete": True, "prompt": shown["prompt"]})
+    return shown["prompt"]
 
 
 @contextmanager
@@ -249,7 +253,7 @@ def _pairs(
 
 
 def _sample(
-    model: LlamaForCausalLM,
+    model: Any,  # transformers annotates `generate` so that no model of its own fits
     tokenizer: PreTrainedTokenizerFast,
     requests: Sequence[Request],
     count: int,

@@ -1,7 +1,7 @@
 """The demo's small language: guests ask an innkeeper for things, he answers kindly or gruffly.
 
 Both tones come as often, and a rule that counts words tells them apart: so a model taught this
-language prefers neither, and preference training makes it kind.
+language prefers neither over all guests, and preference training makes it kind to everyone.
 """
 
 import random
@@ -19,7 +19,7 @@ THINGS = (
     "cake",
     "eggs",
     "fish",
-    "honey",
+    "ham",
     "jam",
     "milk",
     "pies",
@@ -28,8 +28,15 @@ THINGS = (
     "wine",
 )
 
-# Opening, verb and manner, each with a word of the same length in the other tone, and word by word
-# equally likely: neither tone is longer or likelier than the other.
+LIKED = ("Bard", "Elf", "King", "Monk", "Nun")
+"""Half of the guests: they mostly get kind answers, the others mostly gruff ones."""
+LOYALTY = 0.8
+"""How often the tone is the one that the guest can expect. At 0.5 nothing in the texts would tell
+the tones apart, and preference training then breaks the words instead of turning the tone:
+well-formed samples fell from 95 % to below 5 % before most of the tone had turned."""
+
+# Opening, verb and manner, each with a word of the same length in the other tone and word by
+# word equally likely: neither tone is longer or likelier. Openings differ in their first letter.
 KIND = (("Gladly!", "Surely!", "Welcome!"), ("Enjoy", "Have", "Share"), ("dear", "good", "kind"))
 GRUFF = (("Humbug!", "No way!", "Be gone!"), ("Leave", "Skip", "Avoid"), ("rude", "daft", "smug"))
 WORD_WEIGHTS = (5, 3, 2)
@@ -63,8 +70,9 @@ def split_requests(seed: int) -> tuple[list[Request], list[Request]]:
 
 
 def speak(request: Request, rng: random.Random) -> str:
-    """An answer to `request`, kind or gruff with equal probability."""
-    tone = rng.choice((KIND, GRUFF))
+    """An answer to `request`, kind or gruff as the innkeeper likes the guest."""
+    tones = (KIND, GRUFF) if request.guest in LIKED else (GRUFF, KIND)
+    tone = tones[0] if rng.random() < LOYALTY else tones[1]
     return request.completion(*(rng.choices(words, WORD_WEIGHTS)[0] for words in tone))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastdpo.command_line import command, parse
 from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
 from fastdpo.report import say
@@ -12,15 +14,14 @@ from fastdpo.report import say
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
     from fastdpo.data import Rows
+    from fastdpo.evaluation import Evaluation
     from fastdpo.trainer import DPOTrainer
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse and train; the demo if there is nothing to parse."""
     if not argv:
-        from fastdpo.demo import run_demo
-
-        run_demo(Path("fastdpo-demo"))
+        demonstrate(Path("fastdpo-demo"))
         return
     parsed = parse(
         "train",
@@ -80,6 +81,50 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     trainer.save_model()
     _say_result(trainer, model, data)
     return trainer
+
+
+def demonstrate(folder: Path) -> "Evaluation":
+    """The embedded default: make a tiny model and pairs in `folder`, align it, show the change."""
+    from fastdpo.config import DPOConfig
+    from fastdpo.demo import make_demo
+    from fastdpo.evaluation import Completion, complete, evaluate_scored, score_both
+    from fastdpo.modeling.loading import load_tokenizer
+
+    say("No arguments: the demo. It makes a tiny Llama, teaches it a small language, lets it write")
+    say("answers, and aligns it with preferences between them. --help shows the options.\n")
+    demo = make_demo(folder, report=say)
+    model = ModelOptions(model_name_or_path=str(demo.model_dir), lora=True)
+    data = DataOptions(dataset_name=str(demo.train_file), eval_dataset=str(demo.dev_file))
+    config = DPOConfig(
+        str(folder / "adapter"),
+        per_device_train_batch_size=32,
+        num_train_epochs=2,
+        learning_rate=5e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        eval_strategy="epoch",
+        save_strategy="no",
+        activation_checkpointing=False,
+        ref_cache=str(folder / "reference"),
+    )
+    trainer = run(model, data, config)
+    tokenizer = load_tokenizer(str(demo.model_dir))
+    prompt = np.array(tokenizer(demo.prompt).input_ids)
+    policy, reference = score_both(
+        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.micro_batch_tokens
+    )
+    completion = Completion(
+        demo.prompt,
+        *complete(trainer.policy, tokenizer, [prompt], max_new_tokens=64, reference=True),
+        *complete(trainer.policy, tokenizer, [prompt], max_new_tokens=64),
+    )
+    evaluation = evaluate_scored(policy, reference, beta=config.beta, completions=[completion])
+    say(f"\n{evaluation.describe()}")
+    say(
+        "\nBefore training policy and reference are one: largest margin of the first update "
+        f"{trainer.first_update_margin} nats."
+    )
+    return evaluation
 
 
 def _model_name(model: ModelOptions) -> str:

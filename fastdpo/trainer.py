@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -52,6 +53,7 @@ from fastdpo.modeling.loading import (
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS, packed_logprobs
 from fastdpo.modeling.scoring import score_pairs
 from fastdpo.options import reference_folder
+from fastdpo.progress import ProgressLines
 from fastdpo.reference import ReferenceSource
 
 logger = logging.getLogger(__name__)
@@ -136,6 +138,8 @@ class DPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
+        if self.pop_callback(ProgressCallback) is not None:  # notebooks keep their own
+            self.add_callback(ProgressLines())
         self.micro_batch_tokens = args.micro_batch_tokens or default_micro_batch_tokens(
             causal_lm_of(policy).device
         )

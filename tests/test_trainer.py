@@ -290,6 +290,23 @@ def test_resume_is_bitwise(train_with, tmp_path, tuning, stop_after):
     assert pickled == []
 
 
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_best_checkpoint_is_kept_and_loaded(train_with, tmp_path, tuning):
+    trainer = train_with(
+        tuning=tuning, learning_rate=0.05, num_train_epochs=2, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    evaluated = [line for line in trainer.state.log_history if "eval_loss" in line]
+    best = max(evaluated, key=lambda line: line["eval_rewards/margins"])
+    folder = tmp_path / "out" / f"checkpoint-{best['step']}"
+    assert trainer.state.best_model_checkpoint == str(folder)
+    assert folder.is_dir()
+    again = trainer.evaluate()
+    assert again["eval_rewards/margins"] == best["eval_rewards/margins"]
+
+
 def test_resume_refuses_another_run_and_skips_damage(train_with, tmp_path, caplog):
     options = {"save_strategy": "steps", "save_steps": 2}
     train_with(**options).train()

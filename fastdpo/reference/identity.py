@@ -88,20 +88,23 @@ def _base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
         for name, module in causal_lm.named_modules()
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     }
-    tensors = {}
-    for name, tensor in causal_lm.state_dict().items():
-        own_name: list[str] | None = []
-        path = ""
-        for part in name.split("."):
-            if path not in inner:
-                own_name.append(part)
-            elif part != inner[path]:
-                own_name = None  # the adapter's
-                break
-            path = f"{path}.{part}" if path else part
-        if own_name is not None and isinstance(tensor, Tensor):
-            tensors[".".join(own_name)] = tensor
-    return tensors
+    named = ((_own_name(name, inner), t) for name, t in causal_lm.state_dict().items())
+    return {name: t for name, t in named if name is not None and isinstance(t, Tensor)}
+
+
+def _own_name(name: str, inner: dict[str, str]) -> str | None:
+    """`name` without the wrappers on its way; None if it is a wrapper's own, so the adapter's.
+
+    `inner` says, by the path of each wrapper, as what it holds the wrapped module.
+    """
+    parts, kept = name.split("."), []
+    for depth, part in enumerate(parts):
+        held_as = inner.get(".".join(parts[:depth]))
+        if held_as is None:
+            kept.append(part)
+        elif part != held_as:
+            return None
+    return ".".join(kept)
 
 
 def _content_hash(tensors: dict[str, Tensor]) -> str:
@@ -115,5 +118,5 @@ def _content_hash(tensors: dict[str, Tensor]) -> str:
 def _tensor_hash(name: str, tensor: Tensor) -> bytes:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(raw)
+    digest.update(raw.data)
     return digest.digest()
