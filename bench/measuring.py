@@ -24,23 +24,30 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._events: list[torch.cuda.Event] = []
+        self._began = (0.0, 0.0)
+
+    def start(self) -> None:
+        """Count from here."""
+        if self.device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._began = (time.perf_counter(), time.process_time())
+
+    def stop(self) -> dict[str, float]:
+        """`wall_s` and `cpu_s` since `start`, when all that was begun is done."""
+        wall_s = time.perf_counter() - self._began[0]
+        if self.device.type == "cuda":
+            self._events[1].record()
+            self._events[1].synchronize()
+            wall_s = self._events[0].elapsed_time(self._events[1]) / 1e3
+        return {"wall_s": wall_s, "cpu_s": time.process_time() - self._began[1]}
 
     def measure(self, work: Callable[[], object]) -> dict[str, float]:
         """Run `work` once: `wall_s` and `cpu_s`."""
-        if self.device.type == "cuda":
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cpu = time.process_time()
-            began.record()
-            work()
-            ended.record()
-            ended.synchronize()
-            return {
-                "wall_s": began.elapsed_time(ended) / 1e3,
-                "cpu_s": time.process_time() - cpu,
-            }
-        wall, cpu = time.perf_counter(), time.process_time()
+        self.start()
         work()
-        return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+        return self.stop()
 
 
 def median_s(

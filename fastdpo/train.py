@@ -85,6 +85,7 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
 
 def demonstrate(folder: Path) -> "Evaluation":
     """The embedded default: make a tiny model and pairs in `folder`, align it, show the change."""
+    from fastdpo.batching import PairGroups
     from fastdpo.config import DPOConfig
     from fastdpo.demo import make_demo
     from fastdpo.evaluation import Completion, complete, evaluate_scored, score_both
@@ -99,7 +100,7 @@ def demonstrate(folder: Path) -> "Evaluation":
         str(folder / "adapter"),
         per_device_train_batch_size=32,
         num_train_epochs=2,
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         eval_strategy="epoch",
@@ -110,6 +111,7 @@ def demonstrate(folder: Path) -> "Evaluation":
     trainer = run(model, data, config)
     tokenizer = load_tokenizer(str(demo.model_dir))
     prompt = np.array(tokenizer(demo.prompt).input_ids)
+    assert isinstance(trainer.eval_groups, PairGroups), "one held-out set"
     policy, reference = score_both(
         trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.micro_batch_tokens
     )

@@ -16,9 +16,18 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms of the lines above its own and, where it is a folder or a command,
 # its own room. A side room serves everything above config but imports only ROOTS and config.
 ROOTS = ("version", "options", "former_options", "files")
-LINE = ("config", "data", "batching", "modeling", "reference", "trainer")
+LINE = ("config", "data", "batching", "modeling", "reference", "progress", "trainer", "evaluation")
 SIDE_ROOMS = ("losses", "memory", "metrics", "checkpoint", "report")
-COMMANDS = ("command_line", "train", "evaluate", "plan", "demo", "__main__", "__init__")
+COMMANDS = (
+    "command_line",
+    "train",
+    "evaluate",
+    "plan",
+    "demo",
+    "demo_language",
+    "__main__",
+    "__init__",
+)
 LEVELS = {
     **dict.fromkeys(ROOTS, 0),
     **{room: level for level, room in enumerate(LINE, 1)},

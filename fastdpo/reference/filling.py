@@ -66,8 +66,8 @@ def reference_logps(
         shared_prefix=shared_prefix,
         description=f"Reference log-probs of {name}",
     )
-    # Closed here and not by the garbage collector, or a failing `append` would leave the model in
-    # eval mode for as long as someone holds the exception.
+    # Closed here: this frame, which a held exception keeps, would otherwise keep the model in eval
+    # mode after a failing `append`.
     try:
         with adapters_off(model), contextlib.closing(all_scored):
             for scored in all_scored:
