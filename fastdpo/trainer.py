@@ -40,7 +40,7 @@ from fastdpo.data import PairDataset, prepare_pairs, rows_from
 from fastdpo.data.order import UpdateSampler
 from fastdpo.losses import LOSSES
 from fastdpo.metrics import MetricSums, Throughput
-from fastdpo.modeling.adapters import adapters_off, add_adapter, fuse
+from fastdpo.modeling.adapters import adapters_off, add_adapter, fuse, require_reference
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import causal_lm_of, head_of
 from fastdpo.modeling.loading import (
@@ -173,9 +173,11 @@ class DPOTrainer(Trainer):
             disable_dropout(model)
         if peft_config is None:
             fuse(model)
-            return model
-        set_seed(args.seed)  # the adapter's first weights belong to the run's seed
-        return add_adapter(model, peft_config)
+        else:
+            set_seed(args.seed)  # the adapter's first weights belong to the run's seed
+            model = add_adapter(model, peft_config)
+        require_reference(model)
+        return model
 
     def _groups(self, dataset: Any, name: str) -> PairGroups | None:
         """Rows to groups; a dataset that is prepared already stays as it is."""

@@ -17,6 +17,7 @@ from fastdpo.modeling.adapters import (
     add_adapter,
     fuse,
     lora_config,
+    require_reference,
 )
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.loading import eval_mode, load_model
@@ -208,3 +209,12 @@ def test_a_users_own_peft_model_is_converted_in_place(base_folder):
         add_adapter(theirs, lora_config(8, 16, 0.0, None))
     merged = theirs.merge_and_unload()
     assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_training_tensors_of_the_base_is_refused(base_folder):
+    model = load_model(str(base_folder), dtype=torch.float32)
+    adapted = add_adapter(model, lora_config(8, 16, 0.0, None))
+    require_reference(adapted)
+    adapted.base_model.model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight belongs to the base"):
+        require_reference(adapted)

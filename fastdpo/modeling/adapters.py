@@ -110,6 +110,24 @@ def lora_config(r: int, alpha: int, dropout: float, target_modules: list[str] | 
     )
 
 
+def require_reference(model: nn.Module) -> None:
+    """Refuse a PeftModel that also trains tensors of the base: they would move the reference.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    own = (f".{model.base_model.prefix}", ".modules_to_save.")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(mark in name for mark in own):
+            raise ValueError(
+                f"{name} belongs to the base and is trained: with the adapter off it would still "
+                "differ, and the reference is the base. Set bias='none' in the LoraConfig, and "
+                "requires_grad_(False) on tensors of the base."
+            )
+
+
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     """The adapter of a folder on its base, with the fused forward.
 
