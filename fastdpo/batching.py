@@ -13,6 +13,7 @@ to the trunk and to itself. A micro-batch is one row of T tokens: groups one aft
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class PairGroups(Dataset[Group], Sequence[Group]):
         self.pairs = pairs
         self.ref_logps: np.ndarray | None = None
 
+    @cached_property
     def content_hash(self) -> str:
         """The sha256, in hex, of all token ids in order."""
         digest = hashlib.sha256()

@@ -3,10 +3,8 @@
 import copy
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
 
-from fastdpo import checkpoint, files
 from fastdpo.batching import (
     Group,
     MicroBatch,
@@ -34,7 +30,6 @@ from fastdpo.batching import (
     default_micro_batch_tokens,
     pack_update,
 )
-from fastdpo.checkpoint import load_optimizer, load_rng_state
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairDataset, prepare_pairs, rows_from
 from fastdpo.data.order import UpdateSampler
@@ -55,13 +50,12 @@ from fastdpo.modeling.scoring import score_pairs
 from fastdpo.options import reference_folder
 from fastdpo.progress import ProgressLines
 from fastdpo.reference import ReferenceSource
+from fastdpo.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGUMENTS = "training_args.json"
 
-
-class DPOTrainer(Trainer):
+class DPOTrainer(ResumableTrainer):
     """Align a causal LM with preference pairs by Direct Preference Optimization.
 
     The policy is the model with its adapter on (or all of its weights), the reference the same
@@ -120,12 +114,10 @@ class DPOTrainer(Trainer):
                 "--ref_cache is off and all weights are trained: the reference is gone after the "
                 "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
             )
-        self.user_args, self.policy = args, policy
+        self.user_args, self.policy, self.tokenizer = args, policy, tokenizer
         self._vocabulary_size = head_of(policy).weight.shape[0]
-        self._tokenizer = tokenizer
         self._train_sums, self._throughput = MetricSums(), Throughput()
         self._tokens_seen = 0
-        self._saving_into: Path | None = None
         self.first_update_margin: float | None = None
         self.train_groups = self._groups(train_dataset, "train")
         self.eval_groups = self._eval_groups(eval_dataset)
@@ -187,7 +179,7 @@ class DPOTrainer(Trainer):
             args = self.user_args
             dataset = prepare_pairs(
                 rows_from(dataset, f"{name} dataset"),
-                self._tokenizer,
+                self.tokenizer,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 special_tokens_in_content=args.special_tokens_in_content,
@@ -229,6 +221,10 @@ class DPOTrainer(Trainer):
         if groups is None:
             raise ValueError("there is no eval_dataset: pass one to DPOTrainer or evaluate().")
         return DataLoader(groups, batch_size=self.pairs_per_update, collate_fn=list)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As for an evaluation set."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _eval_sets(self) -> list[tuple[str, PairGroups]]:
         if isinstance(self.eval_groups, dict):
@@ -274,14 +270,7 @@ class DPOTrainer(Trainer):
             CheckpointError: the checkpoint is damaged or belongs to another run.
             FloatingPointError: the loss is not finite; the weights are as before that update.
         """
-        folder = None
-        if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                folder = checkpoint.newest_verified(Path(str(self.args.output_dir)))
-            else:
-                folder = Path(resume_from_checkpoint)
-            checkpoint.require_same_run(checkpoint.verify(folder), self._run_description())
-            logger.info("Resuming from %s", folder)
+        folder = self.checkpoint_to_resume(resume_from_checkpoint)
         if self.train_groups is not None and self.reference.folder is not None:
             self._add_reference(self.train_groups, "train")
         if not self.trains_adapter:
@@ -422,69 +411,19 @@ class DPOTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: list[Group]) -> None:
         """Counted in `_count`."""
 
-    # Checkpoints
-
-    def _run_description(self) -> dict[str, Any]:
+    def run_description(self) -> dict[str, Any]:
         """What a resumed run must share with the one that was stopped."""
         args = self.user_args
         return {
             "pairs_per_update": self.pairs_per_update,
             "seed": args.seed,
             "data_seed": args.data_seed,
-            "data": None if self.train_groups is None else self.train_groups.content_hash(),
+            "data": None if self.train_groups is None else self.train_groups.content_hash,
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
             "beta": args.beta,
             "loss_type": list(args.loss_type),
         }
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._saving_into) if self._saving_into else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Fill a folder under a temporary name, seal it, give it its name, then rotate."""
-        output_dir = Path(super()._get_output_dir(trial))
-        final = output_dir / f"checkpoint-{self.state.global_step}"
-        self._saving_into = files.temporary_name(final)
-        temporary = self._saving_into / final.name
-        try:
-            super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(temporary):
-                self.state.best_model_checkpoint = str(final)
-                self.state.save_to_json(str(temporary / "trainer_state.json"))
-            checkpoint.seal(temporary, self._run_description())
-            checkpoint.commit(temporary, final)
-        finally:
-            shutil.rmtree(self._saving_into, ignore_errors=True)
-            self._saving_into = None
-        best = self.state.best_model_checkpoint
-        checkpoint.rotate(output_dir, self.args.save_total_limit, Path(best) if best else None)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
-        self.policy.save_pretrained(str(folder), state_dict=state_dict)
-        self._tokenizer.save_pretrained(folder)
-        files.write_text(folder / TRAINING_ARGUMENTS, self.user_args.to_json_string() + "\n")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert self.optimizer is not None, "training has begun"
-        assert self.lr_scheduler is not None, "training has begun"
-        scheduler_state = self.lr_scheduler.state_dict()
-        checkpoint.save_optimizer(Path(output_dir), self.optimizer, scheduler_state, self.policy)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            assert self.optimizer is not None, "training is about to begin"
-            assert self.lr_scheduler is not None, "training is about to begin"
-            state = load_optimizer(Path(checkpoint), self.optimizer, self.policy)
-            self.lr_scheduler.load_state_dict(state)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_rng_state(Path(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_rng_state(Path(checkpoint))
 
 
 def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:

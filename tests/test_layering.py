@@ -16,7 +16,17 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms of the lines above its own and, where it is a folder or a command,
 # its own room. A side room serves everything above config but imports only ROOTS and config.
 ROOTS = ("version", "options", "former_options", "files")
-LINE = ("config", "data", "batching", "modeling", "reference", "progress", "trainer", "evaluation")
+LINE = (
+    "config",
+    "data",
+    "batching",
+    "modeling",
+    "reference",
+    "progress",
+    "resumable",
+    "trainer",
+    "evaluation",
+)
 SIDE_ROOMS = ("losses", "memory", "metrics", "checkpoint", "report")
 COMMANDS = (
     "command_line",
