@@ -1,4 +1,7 @@
-"""The torch twin against the fp64 oracle: values, gradients, extremes, independence of rows."""
+"""Both backends against the fp64 oracle: values, gradients, extremes, independence of rows.
+
+The Triton kernels run in the interpreter (tests/conftest.py), in tiles of 16 x 32.
+"""
 
 import pytest
 import torch
@@ -15,6 +18,11 @@ TRANSFORMS = [
     {"softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8},
 ]
 EXTRAS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    return request.param
 
 
 @pytest.fixture
@@ -77,15 +85,17 @@ def test_gradient_formula_in_fp64_to_2e_15():
         assert error < 2e-15, f"relative error {error:.1e} with {transform}"
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 4e-3)]
+)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_low_precision_stays_inside_the_bounds(small_tiles, dtype, bound, transform):
+def test_low_precision_stays_inside_the_bounds(small_tiles, backend, dtype, bound, transform):
     states, weight, targets = inputs(50, 64, 201, dtype, scale=0.4)
     upstream = torch.linspace(0.5, 2, 50)
     truth, want, want_weight, _ = oracle_gradients(states, weight, targets, upstream, **transform)
     for head_trains in (False, True):
         leaf, head = states.clone().requires_grad_(), weight.clone().requires_grad_(head_trains)
-        logps = linear_logprobs(leaf, head, targets, **transform)
+        logps = linear_logprobs(leaf, head, targets, backend=backend, **transform)
         assert logps.dtype == torch.float32
         (logps * upstream).sum().backward()
         assert ((logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
@@ -96,7 +106,7 @@ def test_low_precision_stays_inside_the_bounds(small_tiles, dtype, bound, transf
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.9, 0.99, 0.999, 0.9999])
-def test_no_cancellation_near_certainty(probability):
+def test_no_cancellation_near_certainty(backend, probability):
     vocabulary, hidden = 50, 8
     states, weight, targets = inputs(1, hidden, vocabulary)
     others = (states @ weight.T)[0].double()
@@ -109,7 +119,7 @@ def test_no_cancellation_near_certainty(probability):
     for head_trains in (False, True):
         leaf = states.clone().requires_grad_()
         head = weight.clone().requires_grad_(head_trains)
-        logps = linear_logprobs(leaf, head, targets, bias=bias)
+        logps = linear_logprobs(leaf, head, targets, bias=bias, backend=backend)
         logps.sum().backward()
         assert abs(truth.exp().item() - probability) < 1e-3
         assert row_error(leaf.grad, want) <= 5e-4
@@ -117,11 +127,14 @@ def test_no_cancellation_near_certainty(probability):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_extra_outputs(small_tiles, dtype):
+def test_extra_outputs(small_tiles, backend, dtype):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels compute in fp32")
     states, weight, targets = inputs(19, 16, 40, dtype)
     targets[:5] = (states[:5] @ weight.T).argmax(dim=1)
     truth = linear_logprobs_oracle(states, weight, targets, softcap=4.0)
-    found = linear_logprobs(states, weight, targets, softcap=4.0, outputs=EXTRAS)
+    options = {"softcap": 4.0, "outputs": EXTRAS, "backend": backend}
+    found = linear_logprobs(states, weight, targets, **options)
     for name in EXTRAS:
         figure = getattr(found, name)
         if name == "is_top1":
@@ -129,73 +142,89 @@ def test_extra_outputs(small_tiles, dtype):
             assert figure[:5].all()
         else:
             assert torch.allclose(figure.double(), truth[name], rtol=1e-5, atol=1e-5), name
-    with_grad = linear_logprobs(
-        states.clone().requires_grad_(), weight, targets, softcap=4.0, outputs=EXTRAS
-    )
+    with_grad = linear_logprobs(states.clone().requires_grad_(), weight, targets, **options)
     assert torch.equal(with_grad.entropy, found.entropy)
     assert not with_grad.entropy.requires_grad
 
 
-def test_score_and_train_paths_are_bitwise_equal(small_tiles):
+def test_score_and_train_paths_are_bitwise_equal(small_tiles, backend):
     states, weight, targets = inputs(30, 16, 60)
-    scored = linear_logprobs(states, weight, targets)
-    frozen = linear_logprobs(states.clone().requires_grad_(), weight, targets)
-    trained = linear_logprobs(states, weight.clone().requires_grad_(), targets)
+    scored = linear_logprobs(states, weight, targets, backend=backend)
+    leaf, head = states.clone().requires_grad_(), weight.clone().requires_grad_()
+    frozen = linear_logprobs(leaf, weight, targets, backend=backend)
+    trained = linear_logprobs(states, head, targets, backend=backend)
     assert torch.equal(scored, frozen.detach())
     assert torch.equal(scored, trained.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_neighbours(dtype):
-    states, weight, targets = inputs(700, 64, 512, dtype)
-    whole = linear_logprobs(states, weight, targets)
-    order = torch.randperm(700, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(linear_logprobs(states[order], weight, targets[order]), whole[order])
-    for count in (1, 5, 100, 257, 699):
-        assert torch.equal(linear_logprobs(states[:count], weight, targets[:count]), whole[:count])
+def test_a_row_does_not_depend_on_its_neighbours(backend, dtype):
+    rows, vocabulary = (700, 512) if backend == "torch" else (70, 96)
+    states, weight, targets = inputs(rows, 64, vocabulary, dtype)
+    whole = linear_logprobs(states, weight, targets, backend=backend)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    mixed = linear_logprobs(states[order], weight, targets[order], backend=backend)
+    assert torch.equal(mixed, whole[order])
+    for count in (1, 5, 37, rows // 2, rows - 1):
+        part = linear_logprobs(states[:count], weight, targets[:count], backend=backend)
+        assert torch.equal(part, whole[:count])
 
 
-def test_ignored_rows_cost_nothing_and_return_zero(small_tiles):
+def test_ignored_rows_cost_nothing_and_return_zero(small_tiles, backend):
     states, weight, targets = inputs(12, 8, 30)
     masked = targets.clone()
     masked[[0, 3, 11]] = -100
     leaf = states.clone().requires_grad_()
-    logps = linear_logprobs(leaf.reshape(3, 4, 8), weight, masked.reshape(3, 4))
+    logps = linear_logprobs(leaf.reshape(3, 4, 8), weight, masked.reshape(3, 4), backend=backend)
     logps.sum().backward()
     assert logps.shape == (3, 4)
     assert (logps.flatten()[[0, 3, 11]] == 0).all()
     assert (leaf.grad[[0, 3, 11]] == 0).all()
     assert (leaf.grad[1] != 0).any()
-    nothing = linear_logprobs(states.requires_grad_(), weight, torch.full((12,), -100))
+    all_ignored = torch.full((12,), -100)
+    nothing = linear_logprobs(states.requires_grad_(), weight, all_ignored, backend=backend)
     nothing.sum().backward()
     assert (states.grad == 0).all()
-    assert linear_logprobs(states[:0], weight, targets[:0]).shape == (0,)
+    assert linear_logprobs(states[:0], weight, targets[:0], backend=backend).shape == (0,)
 
 
-def test_extremes():
+def test_extremes(backend):
     states, weight, targets = inputs(6, 8, 20)
+    plain = linear_logprobs(states, weight, targets, backend=backend)
     for offset in (1e3, 1e4):
-        shifted = linear_logprobs(states, weight, targets, bias=torch.full((20,), offset))
-        assert (shifted - linear_logprobs(states, weight, targets)).abs().max() < 5e-3
-    huge = linear_logprobs((states * 1e4).requires_grad_(), weight, targets)
+        bias = torch.full((20,), offset)
+        shifted = linear_logprobs(states, weight, targets, bias=bias, backend=backend)
+        assert (shifted - plain).abs().max() < 5e-3
+    leaf = (states * 1e4).requires_grad_()
+    huge = linear_logprobs(leaf, weight, targets, backend=backend)
     huge.sum().backward()
     assert torch.isfinite(huge).all()
-    assert torch.isfinite(states).all()
-    assert (linear_logprobs(states, weight[:1], torch.zeros(6, dtype=torch.int64)) == 0).all()
+    assert torch.isfinite(leaf.grad).all()
+    only, zeros = weight[:1], torch.zeros(6, dtype=torch.int64)
+    leaf = states.clone().requires_grad_()
+    certain = linear_logprobs(leaf, only, zeros, backend=backend)
+    certain.sum().backward()
+    assert (certain == 0).all()
+    assert (leaf.grad == 0).all()
     poisoned = states.clone()
     poisoned[2] = torch.nan
-    logps = linear_logprobs(poisoned, weight, targets)
+    leaf = poisoned.requires_grad_()
+    logps = linear_logprobs(leaf, weight, targets, backend=backend)
+    logps.sum().backward()
     assert logps[2].isnan()
-    assert torch.isfinite(logps[[0, 1, 3, 4, 5]]).all()
+    assert leaf.grad[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.isfinite(logps[others]).all()
+    assert torch.isfinite(leaf.grad[others]).all()
 
 
-def test_logits_of_minus_infinity_elsewhere_are_fine(small_tiles):
+def test_logits_of_minus_infinity_elsewhere_are_fine(small_tiles, backend):
     states, weight, targets = inputs(6, 8, 40)
     bias = torch.full((40,), -torch.inf)
     bias[targets] = 0.0
     bias[39] = 0.0
     leaf = states.clone().requires_grad_()
-    logps = linear_logprobs(leaf, weight, targets, bias=bias)
+    logps = linear_logprobs(leaf, weight, targets, bias=bias, backend=backend)
     logps.sum().backward()
     assert torch.isfinite(logps).all()
     assert torch.isfinite(leaf.grad).all()
@@ -245,6 +274,8 @@ def test_autocast_works_as_linear_does():
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"outputs": ("entropie",)}, "entropie"),
         ({"backend": "cuda"}, "backend 'cuda' does not exist"),
+        ({"max_buffer_mib": 0}, "max_buffer_mib is 0"),
+        ({"skip_mass": 1.0}, "skip_mass is 1.0"),
         ({"bias": torch.zeros(8)}, "bias"),
     ],
 )
@@ -256,3 +287,110 @@ def test_bad_input_is_named(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         linear_logprobs(**arguments)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 40),
+    hidden=st.sampled_from([1, 16, 33]),
+    vocabulary=st.integers(1, 120),
+    transform=st.sampled_from(TRANSFORMS),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_any_shape_in_triton_matches_the_oracle(
+    rows, hidden, vocabulary, transform, with_bias, seed
+):
+    states, weight, targets = inputs(rows, hidden, vocabulary, torch.float32, seed, scale=0.5)
+    bias = torch.linspace(-1, 1, vocabulary) if with_bias else None
+    upstream = torch.linspace(0.5, 2, rows)
+    truth, want, _, _ = oracle_gradients(states, weight, targets, upstream, bias, **transform)
+    leaf = states.clone().requires_grad_()
+    logps = linear_logprobs(leaf, weight, targets, bias=bias, backend="triton", **transform)
+    (logps * upstream).sum().backward()
+    assert ((logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
+    assert (logps <= 0).all()
+    assert (leaf.grad - want).norm(dim=1).max() <= 1e-5 * want.norm(dim=1).max() + 1e-6
+
+
+def test_sliced_and_strided_inputs(backend):
+    states, weight, targets = inputs(20, 24, 50)
+    wide = torch.zeros(20, 40)
+    wide[:, 8:32] = states
+    tall = torch.zeros(24, 50)
+    tall[:] = weight.T
+    plain = linear_logprobs(states, weight, targets, backend=backend)
+    for h, w in ((wide[:, 8:32], weight), (states, tall.T), (states.T.contiguous().T, weight)):
+        leaf = h.clone(memory_format=torch.preserve_format).requires_grad_()
+        logps = linear_logprobs(leaf, w, targets, backend=backend)
+        logps.sum().backward()
+        assert torch.allclose(logps, plain, rtol=1e-6, atol=1e-6)
+        assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("peaked", [False, True])
+@pytest.mark.parametrize("skip_mass", [1e-3, 0.05, 0.3])
+def test_skipping_stays_inside_its_bound(peaked, skip_mass):
+    """Error of a row's gradient <= skip_mass * logit scale * largest row norm of the weight."""
+    states, weight, targets = inputs(40, 16, 300, scale=0.5)
+    bias = None
+    if peaked:  # one column in a hundred carries nearly everything, as in a trained model
+        bias = torch.full((300,), -6.0)
+        bias[::100] = 4.0
+    scale = 0.7
+    gradients = []
+    for mass in (0.0, skip_mass):
+        leaf = states.clone().requires_grad_()
+        logps = linear_logprobs(
+            leaf, weight, targets, bias=bias, logit_scale=scale, backend="triton", skip_mass=mass
+        )
+        logps.sum().backward()
+        gradients.append(leaf.grad)
+    error = (gradients[0] - gradients[1]).norm(dim=1).max()
+    assert error <= skip_mass * scale * weight.norm(dim=1).max() + 1e-5
+    if peaked and skip_mass == 0.05:
+        assert error > 0, "nothing was skipped although whole tiles carry next to nothing"
+
+
+def test_buffers_stay_inside_their_bound(monkeypatch):
+    """Rows go in chunks: many chunks give the same bits as one."""
+    from fastdpo_kernels import _launch
+
+    states, weight, targets = inputs(50, 16, 70)
+    leaf = states.clone().requires_grad_()
+    whole = linear_logprobs(leaf, weight, targets, backend="triton")
+    whole.sum().backward()
+    monkeypatch.setattr(_launch, "SCORE_BYTES", 1)
+    small = states.clone().requires_grad_()
+    rows, gradients = _launch.score_with_gradient(
+        small.detach(), weight, None, targets, _torch.LogitTransform(), (), _torch.Bounds(1)
+    )
+    assert torch.equal(rows.logps, whole.detach())
+    assert torch.equal(gradients, leaf.grad)
+    assert torch.equal(linear_logprobs(states, weight, targets, backend="triton"), whole.detach())
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("bound_mib", [64, 128])
+def test_planned_buffers_for_real_vocabularies(monkeypatch, vocabulary, bound_mib):
+    """From the shapes that a call would allocate: bytes of E and statistics of one chunk."""
+    from fastdpo_kernels import _launch
+
+    monkeypatch.setattr(_launch, "is_interpreted", lambda: False)
+    weight = torch.empty((vocabulary, 1), dtype=torch.bfloat16)
+    for capability in _launch.CAPABILITIES:
+        config = _launch.CONFIGS[capability, 2]
+        monkeypatch.setattr(_launch, "config_for", lambda _weight, config=config: config)
+        for outputs in ((), EXTRAS):
+            plan = _launch._Plan(weight, _torch.LogitTransform(), outputs)
+            rows = plan.rows_within(bound_mib * 2**20, stores_exponentials=True)
+            statistics = rows * plan.tiles * 4 * (6 if outputs else 2)
+            held = rows * plan.padded_vocabulary * 2 + statistics
+            assert rows >= 32
+            assert held <= bound_mib * 2**20
+
+
+def test_triton_says_what_is_missing():
+    states, weight, targets = inputs(4, 8, 9, torch.float64)
+    with pytest.raises(RuntimeError, match="computes in fp32, and the input is fp64"):
+        linear_logprobs(states, weight, targets, backend="triton")

@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._torch import (
+    Bounds,
     LogitTransform,
+    RowStatistics,
     accumulation_dtype,
     logits_tile,
     matmul,
     padded,
     row_chunks,
     rows_per_chunk,
-    score,
     take_target,
     vocabulary_tiles,
 )
 
 
+class Backend(Protocol):
+    """A module that computes the passes: `_torch` or `_launch`."""
+
+    @staticmethod
+    def score(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        transform: LogitTransform,
+        outputs: tuple[str, ...] = (),
+    ) -> RowStatistics: ...
+
+    @staticmethod
+    def score_with_gradient(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        transform: LogitTransform,
+        outputs: tuple[str, ...],
+        bounds: Bounds,
+    ) -> tuple[RowStatistics, Tensor]: ...
+
+
 class FrozenHeadLogprobs(torch.autograd.Function):
     """Frozen head: the forward hands over U = dlogp/dh, the backward scales its rows.
 
-    U = sigmoid(d) * (slope_t W_t - E_o[slope W]), formed chunk by chunk in fp32 and kept in the
-    dtype of the hidden states, whose place among the saved tensors it takes.
+    U is kept in the dtype of the hidden states, whose place among the saved tensors it takes.
     """
 
     @staticmethod
@@ -38,36 +63,17 @@ class FrozenHeadLogprobs(torch.autograd.Function):
         target_ids: Tensor,  # (N,)
         transform: LogitTransform,
         outputs: tuple[str, ...],
+        bounds: Bounds,
+        backend: Backend,
     ) -> tuple[Tensor, ...]:
         """(N,) log-probs, then one (N,) tensor per asked output."""
-        count = hidden_states.shape[0]
-        logps = hidden_states.new_empty((count,), dtype=accumulation_dtype(hidden_states.dtype))
-        gradients = torch.empty_like(hidden_states)
-        figures: list[list[Tensor]] = [[] for _ in outputs]
-        for rows in row_chunks(count, hidden_states.device):
-            targets = target_ids[rows]
-            chunk = score(
-                hidden_states[rows],
-                weight,
-                bias,
-                targets,
-                transform,
-                outputs,
-                with_mean_weights=True,
-            )
-            logps[rows] = chunk.logps
-            target_slope = transform.slope(chunk.target_logits)
-            if isinstance(target_slope, Tensor):
-                target_slope = target_slope[:, None]
-            toward_target = weight[targets].to(logps.dtype) * target_slope
-            assert chunk.mean_weights is not None, "asked for above"
-            gradients[rows] = chunk.mass_others[:, None] * (toward_target - chunk.mean_weights)
-            for values, name in zip(figures, outputs, strict=True):
-                values.append(chunk.extras[name])
-        joined = [_concatenated(v, name, logps) for v, name in zip(figures, outputs, strict=True)]
+        rows, gradients = backend.score_with_gradient(
+            hidden_states, weight, bias, target_ids, transform, outputs, bounds
+        )
         ctx.save_for_backward(gradients)
-        ctx.mark_non_differentiable(*joined)
-        return (logps, *joined)
+        figures = [rows.extras[name] for name in outputs]
+        ctx.mark_non_differentiable(*figures)
+        return (rows.logps, *figures)
 
     @staticmethod
     @once_differentiable
@@ -76,7 +82,7 @@ class FrozenHeadLogprobs(torch.autograd.Function):
         grad_logps: Tensor = grad_outputs[0]
         (gradients,) = ctx.saved_tensors
         scaled = gradients.to(grad_logps.dtype) * grad_logps[:, None]
-        return scaled.to(gradients.dtype), None, None, None, None, None
+        return scaled.to(gradients.dtype), *[None] * 7
 
 
 class TrainedHeadLogprobs(torch.autograd.Function):
@@ -94,9 +100,10 @@ class TrainedHeadLogprobs(torch.autograd.Function):
         target_ids: Tensor,  # (N,)
         transform: LogitTransform,
         outputs: tuple[str, ...],
+        backend: Backend,
     ) -> tuple[Tensor, ...]:
         """(N,) log-probs, then one (N,) tensor per asked output."""
-        rows = score(hidden_states, weight, bias, target_ids, transform, outputs)
+        rows = backend.score(hidden_states, weight, bias, target_ids, transform, outputs)
         ctx.save_for_backward(
             hidden_states,
             weight,
@@ -153,9 +160,7 @@ class TrainedHeadLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(weight.dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -165,9 +170,3 @@ def _add_target(grad_z: Tensor, target_ids: Tensor, of_target: Tensor, start: in
     inside = (columns >= 0) & (columns < grad_z.shape[1])
     values = torch.where(inside, of_target, 0.0)
     grad_z.scatter_add_(1, torch.where(inside, columns, 0)[:, None], values[:, None])
-
-
-def _concatenated(chunks: list[Tensor], name: str, like: Tensor) -> Tensor:
-    if chunks:
-        return torch.cat(chunks)
-    return like.new_empty((0,), dtype=torch.bool if name == "is_top1" else like.dtype)

@@ -44,6 +44,19 @@ class LogitTransform:
         return (1.0 - (z * (self.temperature / self.softcap)) ** 2) * constant
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """How much a pass that forms gradients may hold and drop.
+
+    Attributes:
+        buffer_bytes: of temporary buffers; what takes the hidden states' place is not counted.
+        skip_mass: most probability mass whose gradient a row may leave out; 0 is exact.
+    """
+
+    buffer_bytes: int = 128 * 2**20
+    skip_mass: float = 0.0
+
+
 @dataclass
 class RowStatistics:
     """What one pass over the vocabulary leaves per row; (R,) each, in the accumulation dtype."""
@@ -125,7 +138,39 @@ def score(
             with_mean_weights,
         )
         chunks.append(_first_rows(chunk, rows.stop - rows.start))
-    return _joined(chunks, hidden_states, outputs, with_mean_weights)
+    return joined_statistics(chunks) if chunks else empty_statistics(hidden_states, outputs)
+
+
+def score_with_gradient(
+    hidden_states: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target_ids: Tensor,  # (N,)
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+    bounds: Bounds,
+) -> tuple[RowStatistics, Tensor]:
+    """The same pass, and U = dlogp/dh = sigmoid(d) (slope_t W_t - E_o[slope W]), (N, H).
+
+    Its tiles are small whatever `bounds` allows, and it drops nothing.
+    """
+    gradients = torch.empty_like(hidden_states)
+    chunks = []
+    for rows in row_chunks(hidden_states.shape[0], hidden_states.device):
+        targets = target_ids[rows]
+        chunk = score(
+            hidden_states[rows], weight, bias, targets, transform, outputs, with_mean_weights=True
+        )
+        slope = transform.slope(chunk.target_logits)
+        if isinstance(slope, Tensor):
+            slope = slope[:, None]
+        toward_target = weight[targets].to(chunk.logps.dtype) * slope
+        assert chunk.mean_weights is not None, "asked for above"
+        gradients[rows] = chunk.mass_others[:, None] * (toward_target - chunk.mean_weights)
+        chunk.mean_weights = None
+        chunks.append(chunk)
+    statistics = joined_statistics(chunks) if chunks else empty_statistics(hidden_states, outputs)
+    return statistics, gradients
 
 
 def _score_chunk(
@@ -165,7 +210,17 @@ def _score_chunk(
     log_ratio = (maximum + torch.log(sum_others) - target_logits).double()
     logps = (-softplus(log_ratio)).to(dtype)
     mass_others = torch.sigmoid(log_ratio).to(dtype)
-    extras = moments.finish(weight.shape[0], maximum, sum_others, target_logits, log_ratio)
+    extras = extra_figures(
+        outputs,
+        vocabulary=weight.shape[0],
+        max_others=maximum,
+        sum_others=sum_others,
+        weighted=moments.weighted,
+        plain=moments.plain,
+        squares=moments.squares,
+        target_logits=target_logits,
+        log_ratio=log_ratio,
+    )
     return RowStatistics(
         logps,
         target_logits,
@@ -227,30 +282,36 @@ class _Moments:
         if "log_sum_sq_probs" in self.outputs:
             self.squares = self.squares * rescale**2 + (exponentials**2).sum(dim=1)
 
-    def finish(
-        self,
-        vocabulary: int,
-        maximum: Tensor,
-        sum_others: Tensor,
-        target_logits: Tensor,
-        log_ratio: Tensor,  # d, fp64
-    ) -> dict[str, Tensor]:
-        """The asked figures, (R,) each, over the whole vocabulary, target included."""
-        mass, target_mass = torch.sigmoid(log_ratio), torch.sigmoid(-log_ratio)
-        safe_sum = sum_others.clamp_min(torch.finfo(sum_others.dtype).tiny).double()
-        figures: dict[str, Tensor] = {}
-        if "entropy" in self.outputs:
-            lse = target_logits + softplus(log_ratio)
-            expected = mass * self.weighted / safe_sum + target_mass * target_logits
-            figures["entropy"] = (lse - expected).to(maximum.dtype)
-        if "mean_logits" in self.outputs:
-            figures["mean_logits"] = (self.plain + target_logits) / vocabulary
-        if "is_top1" in self.outputs:
-            figures["is_top1"] = target_logits >= maximum
-        if "log_sum_sq_probs" in self.outputs:
-            others = mass**2 * self.squares / safe_sum**2
-            figures["log_sum_sq_probs"] = torch.log(others + target_mass**2).to(maximum.dtype)
-        return figures
+
+def extra_figures(
+    outputs: tuple[str, ...],
+    *,
+    vocabulary: int,
+    max_others: Tensor,
+    sum_others: Tensor,
+    weighted: Tensor,  # sum of exp(z - m) z
+    plain: Tensor,  # sum of z
+    squares: Tensor,  # sum of exp(z - m)^2
+    target_logits: Tensor,
+    log_ratio: Tensor,  # d, fp64
+) -> dict[str, Tensor]:
+    """The asked figures, (R,) each, over the whole vocabulary, target included."""
+    dtype = target_logits.dtype
+    mass, target_mass = torch.sigmoid(log_ratio), torch.sigmoid(-log_ratio)
+    safe_sum = sum_others.clamp_min(torch.finfo(sum_others.dtype).tiny).double()
+    figures: dict[str, Tensor] = {}
+    if "entropy" in outputs:
+        lse = target_logits + softplus(log_ratio)
+        expected = mass * weighted / safe_sum + target_mass * target_logits
+        figures["entropy"] = (lse - expected).to(dtype)
+    if "mean_logits" in outputs:
+        figures["mean_logits"] = ((plain + target_logits) / vocabulary).to(dtype)
+    if "is_top1" in outputs:
+        figures["is_top1"] = target_logits >= max_others
+    if "log_sum_sq_probs" in outputs:
+        others = mass**2 * squares / safe_sum**2
+        figures["log_sum_sq_probs"] = torch.log(others + target_mass**2).to(dtype)
+    return figures
 
 
 def _first_rows(rows: RowStatistics, count: int) -> RowStatistics:
@@ -266,27 +327,23 @@ def _first_rows(rows: RowStatistics, count: int) -> RowStatistics:
     )
 
 
-def _joined(
-    chunks: list[RowStatistics],
-    like: Tensor,  # (N, H)
-    outputs: tuple[str, ...],
-    with_mean_weights: bool,
-) -> RowStatistics:
-    if not chunks:
-        empty = like.new_empty((0,), dtype=accumulation_dtype(like.dtype))
-        weights = like.new_empty(like.shape, dtype=empty.dtype) if with_mean_weights else None
-        extras = {name: empty.bool() if name == "is_top1" else empty for name in outputs}
-        return RowStatistics(empty, empty, empty, empty, empty, weights, extras)
-    if len(chunks) == 1:
-        return chunks[0]
+def empty_statistics(like: Tensor, outputs: tuple[str, ...]) -> RowStatistics:
+    """The statistics of no rows."""
+    empty = like.new_empty((0,), dtype=accumulation_dtype(like.dtype))
+    extras = {name: empty.bool() if name == "is_top1" else empty for name in outputs}
+    return RowStatistics(empty, empty, empty, empty, empty, extras=extras)
+
+
+def joined_statistics(chunks: list[RowStatistics]) -> RowStatistics:
+    """The statistics of all chunks' rows, in order; mean weights stay with their chunk."""
+    first, *others = chunks
+    if not others:
+        return first
     return RowStatistics(
         torch.cat([chunk.logps for chunk in chunks]),
         torch.cat([chunk.target_logits for chunk in chunks]),
         torch.cat([chunk.max_others for chunk in chunks]),
         torch.cat([chunk.sum_others for chunk in chunks]),
         torch.cat([chunk.mass_others for chunk in chunks]),
-        torch.cat([c.mean_weights for c in chunks if c.mean_weights is not None])
-        if with_mean_weights
-        else None,
-        {name: torch.cat([chunk.extras[name] for chunk in chunks]) for name in outputs},
+        extras={name: torch.cat([chunk.extras[name] for chunk in chunks]) for name in first.extras},
     )

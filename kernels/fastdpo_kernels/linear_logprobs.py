@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from ._function import FrozenHeadLogprobs, TrainedHeadLogprobs
-from ._torch import LogitTransform, score
+from . import _torch
+from ._function import Backend, FrozenHeadLogprobs, TrainedHeadLogprobs
+from ._torch import Bounds, LogitTransform
 
 NUMERICS_VERSION = 1
 """Raised whenever a change moves the log-probs by more than rounding: stored ones then miss."""
 
 EXTRA_OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
 class LinearLogprobs(NamedTuple):
@@ -40,6 +43,8 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[()] = (),
     backend: str = "auto",
+    max_buffer_mib: int = 128,
+    skip_mass: float = 0.0,
 ) -> Tensor: ...
 @overload
 def linear_logprobs(
@@ -54,6 +59,8 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...],
     backend: str = "auto",
+    max_buffer_mib: int = 128,
+    skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs: ...
 def linear_logprobs(
     hidden_states: Tensor,
@@ -67,6 +74,8 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
+    max_buffer_mib: int = 128,
+    skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs:
     """Log-probability of each target token without building the (N, V) logits.
 
@@ -88,7 +97,13 @@ def linear_logprobs(
             that there are none, which spares a synchronisation on CUDA.
         outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs": per-token figures
             free of gradient, computed only when asked for.
-        backend: "auto" or "torch".
+        backend: "triton" (CUDA; on the CPU under TRITON_INTERPRET=1), "torch" (any device), or
+            "auto": triton for bf16 and fp16 on CUDA where it is installed, else torch.
+        max_buffer_mib: bound of the temporary buffers, MiB; smaller is slower. U, which takes the
+            place of the saved hidden states, is not counted.
+        skip_mass: most probability mass whose part of the gradient a row may leave out, which
+            bounds the row's error by skip_mass * |dz/d(h.W)| * the largest row norm of weight.
+            0 is exact. The torch backend leaves nothing out.
 
     Returns:
         (...) fp32 (fp64 for fp64 input), nats, <= 0, exactly 0 at ignored positions; differentiable
@@ -97,6 +112,7 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes, devices or options disagree, or a target is out of range (on the
             CPU; on CUDA the range is the caller's promise).
+        RuntimeError: backend "triton" cannot run here; says what is missing.
 
     Numerics: logits and statistics in fp32 (fp64 for fp64 input), never rounded to bf16; the target
     column is kept apart, so nothing cancels when a probability is near 1. A row's bits depend on
@@ -105,7 +121,10 @@ def linear_logprobs(
     Source: online softmax, arXiv:1805.02867; the algebra is in kernels/README.md.
     """
     hidden_states, weight, bias = _as_autocast(hidden_states, weight, bias)
-    _validate(hidden_states, weight, target_ids, bias, softcap, temperature, outputs, backend)
+    _validate(hidden_states, weight, target_ids, bias, softcap, temperature, outputs)
+    bounds = Bounds(max_buffer_mib * 2**20, skip_mass)
+    _validate_bounds(bounds)
+    chosen = _backend(backend, hidden_states)
     flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     flat_targets = target_ids.reshape(-1)
     kept = None
@@ -116,7 +135,9 @@ def linear_logprobs(
             flat_hidden, flat_targets = flat_hidden[kept], flat_targets[kept]
     _validate_range(flat_targets, weight.shape[0])
     transform = LogitTransform(softcap=softcap, factor=logit_scale, temperature=temperature)
-    logps, extras = _dispatch(flat_hidden, weight, bias, flat_targets, transform, outputs)
+    logps, extras = _dispatch(
+        flat_hidden, weight, bias, flat_targets, transform, outputs, bounds, chosen
+    )
 
     def restored(rows: Tensor) -> Tensor:
         if kept is not None:
@@ -135,20 +156,22 @@ def _dispatch(
     target_ids: Tensor,  # (N,)
     transform: LogitTransform,
     outputs: tuple[str, ...],
+    bounds: Bounds,
+    backend: Backend,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Score without gradient, or through the autograd node that fits what needs one."""
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and head_trains:
         logps, *figures = TrainedHeadLogprobs.apply(
-            hidden_states, weight, bias, target_ids, transform, outputs
+            hidden_states, weight, bias, target_ids, transform, outputs, backend
         )
     elif torch.is_grad_enabled() and hidden_states.requires_grad:
         logps, *figures = FrozenHeadLogprobs.apply(
-            hidden_states, weight, bias, target_ids, transform, outputs
+            hidden_states, weight, bias, target_ids, transform, outputs, bounds, backend
         )
     else:
         with torch.no_grad():
-            rows = score(hidden_states, weight, bias, target_ids, transform, outputs)
+            rows = backend.score(hidden_states, weight, bias, target_ids, transform, outputs)
         return rows.logps, rows.extras
     return logps, dict(zip(outputs, figures, strict=True))
 
@@ -172,7 +195,6 @@ def _validate(
     softcap: float | None,
     temperature: float,
     outputs: tuple[str, ...],
-    backend: str,
 ) -> None:
     if weight.ndim != 2 or hidden_states.ndim < 1 or hidden_states.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -203,8 +225,44 @@ def _validate(
     unknown = [name for name in outputs if name not in EXTRA_OUTPUTS]
     if unknown:
         raise ValueError(f"outputs {unknown} are unknown: choose from {EXTRA_OUTPUTS}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} does not exist: choose from {BACKENDS}.")
+
+
+def _validate_bounds(bounds: Bounds) -> None:
+    if bounds.buffer_bytes <= 0:
+        raise ValueError(f"max_buffer_mib is {bounds.buffer_bytes / 2**20:g}: need 1 or more.")
+    if not 0.0 <= bounds.skip_mass < 1.0:
+        raise ValueError(
+            f"skip_mass is {bounds.skip_mass}: need a probability below 1; 0 is exact."
+        )
+
+
+def _backend(name: str, hidden_states: Tensor) -> Backend:
+    """The module that computes; triton is imported only when it is chosen."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist: choose from {BACKENDS}.")
+    half = hidden_states.dtype in (torch.bfloat16, torch.float16)
+    if name == "torch" or (name == "auto" and not (hidden_states.is_cuda and half)):
+        return _torch
+    missing = _missing_for_triton(hidden_states)
+    if missing is None:
+        from . import _launch
+
+        return _launch
+    if name == "auto":
+        return _torch
+    raise RuntimeError(f"backend 'triton' cannot run here: {missing}. Pass backend='torch'.")
+
+
+def _missing_for_triton(hidden_states: Tensor) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if hidden_states.dtype == torch.float64:
+        return "it computes in fp32, and the input is fp64"
+    if not hidden_states.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the input is on {hidden_states.device} and TRITON_INTERPRET is not 1"
+    if hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device) < (8, 0):
+        return "the card's compute capability is below 8.0"
+    return None
 
 
 def _validate_range(target_ids: Tensor, vocabulary_size: int) -> None:
