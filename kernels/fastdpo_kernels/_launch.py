@@ -43,14 +43,15 @@ class LaunchConfig:
 
 
 _HALF = LaunchConfig(128, 128, 64, 8, 3, 128, 128, 64, 8, 3)
-_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 64, 32, 32, 4, 2)
+_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 32, 32, 16, 4, 2)
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 CONFIGS = {
     (capability, size): config
     for capability in CAPABILITIES
     for size, config in ((2, _HALF), (4, _SINGLE))
 }
-CONFIGS[(8, 0), 2] = replace(_HALF, gradient_block_k=32)
+CONFIGS[(8, 0), 2] = CONFIGS[(12, 0), 2] = replace(_HALF, gradient_block_k=32)
+CONFIGS[(8, 6), 2] = CONFIGS[(8, 9), 2] = replace(_HALF, gradient_block_h=64)
 CONFIGS[(10, 0), 2] = replace(_HALF, block_n=64)
 """Launch configuration by compute capability and bytes of an operand. Not yet measured: chosen so
 that every entry compiles without spills and inside the shared memory of its card."""
