@@ -394,3 +394,35 @@ def test_triton_says_what_is_missing():
     states, weight, targets = inputs(4, 8, 9, torch.float64)
     with pytest.raises(RuntimeError, match="computes in fp32, and the input is fp64"):
         linear_logprobs(states, weight, targets, backend="triton")
+
+
+def same_dtype_twin(states, weight, targets, upstream, logits_dtype):
+    """Materialised logits in `logits_dtype`, the gradient's GEMM in the inputs' dtype."""
+    z = (states.to(logits_dtype) @ weight.to(logits_dtype).T).float()
+    logps = torch.log_softmax(z, dim=-1)
+    grad_z = -logps.exp()
+    grad_z[torch.arange(len(targets)), targets] += 1.0
+    grad_z = (grad_z * upstream[:, None]).to(states.dtype)
+    gradient = (grad_z.float() @ weight.float()).to(states.dtype)
+    return logps.gather(1, targets[:, None]).squeeze(1), gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(33, 48, 203), (17, 100, 77)])
+def test_error_is_at_most_twice_that_of_the_twin_with_fp32_logits(backend, dtype, shape):
+    states, weight, targets = inputs(*shape, dtype, scale=0.4)
+    upstream = torch.linspace(0.5, 2, shape[0])
+    truth, want, _, _ = oracle_gradients(states, weight, targets, upstream)
+    leaf = states.clone().requires_grad_()
+    logps = linear_logprobs(leaf, weight, targets, backend=backend)
+    (logps * upstream).sum().backward()
+
+    def errors(found, gradient):
+        return (found.double() - truth).abs().max().item(), row_error(gradient, want)
+
+    ours = errors(logps.detach(), leaf.grad)
+    twin = errors(*same_dtype_twin(states, weight, targets, upstream, torch.float32))
+    naive = errors(*same_dtype_twin(states, weight, targets, upstream, dtype))
+    print(f"{backend} {dtype} {shape}: logp, gradient {ours}; twin {twin}; naive {naive}")
+    assert ours[0] <= 2 * twin[0] + 2e-6
+    assert ours[1] <= 2 * twin[1] + 1e-6
