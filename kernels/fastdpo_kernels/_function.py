@@ -143,12 +143,13 @@ class TrainedHeadLogprobs(torch.autograd.Function):
                 tile = weight[start:stop]
                 z = logits_tile(states, tile, None if bias is None else bias[start:stop], transform)
                 take_target(z, targets, start)
-                grad_z = torch.exp(z - padded(pivot[rows], size)[:, None])
+                slope = transform.slope(z)
+                grad_z = z.sub_(padded(pivot[rows], size)[:, None]).exp_()
                 grad_z *= padded(of_others[rows], size)[:, None]
-                if transform.softcap is None:
-                    grad_z *= transform.slope(z)
+                if isinstance(slope, Tensor):  # infinite where the target column holds -inf
+                    grad_z = torch.where(grad_z == 0, 0.0, grad_z * slope)
                 else:
-                    grad_z = torch.where(grad_z == 0, 0.0, grad_z * transform.slope(z))
+                    grad_z *= slope
                 _add_target(grad_z, targets, padded(of_target[rows], size), start)
                 chunk_grad += matmul(grad_z, tile)
                 if grad_weight is not None:

@@ -197,14 +197,16 @@ def _score_chunk(
         # No other column seen yet: exp(-inf - -inf) would be NaN.
         pivot = new_maximum.clamp_min(torch.finfo(dtype).min)
         rescale = torch.exp(maximum - pivot)
-        exponentials = torch.exp(z - pivot[:, None])
+        slope = transform.slope(z) if with_mean_weights else 1.0
+        # In place where nothing else wants the logits: the tile is most of the memory traffic.
+        exponentials = torch.exp(z - pivot[:, None]) if outputs else z.sub_(pivot[:, None]).exp_()
         sum_others = sum_others * rescale + exponentials.sum(dim=1)
         moments.add(z, exponentials, rescale)
         if with_mean_weights:
-            slope = transform.slope(z)
-            if transform.softcap is not None:  # the target column holds -inf: its slope is not one
-                slope = torch.where(exponentials > 0, slope, 0.0)
-            weighted = matmul(exponentials * slope, tile)
+            if isinstance(slope, Tensor):  # the target column holds -inf: its slope is not one
+                weighted = matmul(exponentials * torch.where(exponentials > 0, slope, 0.0), tile)
+            else:
+                weighted = matmul(exponentials, tile).mul_(slope)
             mean_weights = mean_weights * rescale[:, None] + weighted
         maximum = new_maximum
     log_ratio = (maximum + torch.log(sum_others) - target_logits).double()
