@@ -1,4 +1,5 @@
 # make demo | test | lint | soak: each makes .venv and installs what it needs; a second run is fast.
+# make gpu uses what PYTHON has (CUDA, torch, pytest) and installs nothing; DRY=1 lists its plan.
 # They work from a fresh clone on a bare machine with Python 3.11 or later, make and git.
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 RUN := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak gpu clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python -m fastdpo.train
@@ -21,6 +22,9 @@ lint: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(RUN) -m pytest --soak --durations=20 --timeout=3600
+
+gpu:
+	PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH} HF_HUB_OFFLINE=1 $(PYTHON) -m bench.gpu $(if $(DRY),--dry)
 
 # torch alone first: its pinned CPU or CUDA wheel, before anything else can ask for another one.
 $(VENV)/.run: pyproject.toml constraints.txt

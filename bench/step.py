@@ -1,0 +1,128 @@
+"""One update of B pairs against TRL's trainer: seconds, pairs/s, tokens/s and peak memory.
+
+Contenders take turns, an update each, on the same pairs. `useful_tokens` counts a prompt once;
+`run_tokens` are those that really went through the model: padding, repeated prompts and reference
+passes too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bench import roofline
+from bench.contest import Result, contest
+from bench.harness import MEASURED, Recorder, spread
+from bench.inputs import story_model_or
+
+WARM_UP = 2
+TRAINER = "bench.trainers:contend"
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "fastdpo": {"library": "fastdpo", "accumulation": 1},
+    "fastdpo unshared": {"library": "fastdpo", "accumulation": 1, "shared_prefix": "off"},
+    "fastdpo T=512": {"library": "fastdpo", "accumulation": 1, "micro_batch_tokens": 512},
+    "trl": {"library": "trl", "accumulation": 1},
+    "trl accumulation 2": {"library": "trl", "accumulation": 2},
+    "trl accumulation 4": {"library": "trl", "accumulation": 4},
+    "trl accumulation 4 precomputed": {"library": "trl", "accumulation": 4, "precomputed": True},
+    "trl precomputed": {"library": "trl", "accumulation": 1, "precomputed": True},
+    "unsloth": {"library": "unsloth", "accumulation": 4},
+}
+"""What each is; "precomputed" TRL makes its reference log-probs before it begins, as ours does."""
+
+QUICK = ("fastdpo", "trl", "trl accumulation 4")
+CUDA = ("fastdpo", "trl accumulation 4", "fastdpo unshared", "trl", "unsloth")
+FULL = tuple(name for name in CONTENDERS if name != "trl accumulation 2")
+
+
+def cases(*, quick: bool) -> list[dict[str, Any]]:
+    """What is asked on this machine, the most telling first."""
+    if torch.cuda.is_available():
+        common = {"model": "1b", "dtype": "bfloat16", "device": "cuda", "pairs": 16}
+        settings = [("lora", True, None), ("lora", False, None), ("full", True, None)]
+        common["longest_row_tokens"] = 1024
+    else:
+        common = {"model": story_model_or("tiny"), "dtype": "float32", "device": "cpu"}
+        common["pairs"] = 16
+        if common["model"] != "stories260K":
+            common["longest_row_tokens"] = 256
+        settings = [("lora", False, 1), ("full", False, 1), ("lora", True, 1)]
+        if not quick:
+            settings += [("full", True, 1), ("lora", False, 2), ("full", False, 2)]
+            settings += [("lora", True, 2), ("full", True, 2)]
+    return [
+        {"tuning": tuning, "checkpointing": checkpointing, **common}
+        | ({"threads": threads} if threads else {})
+        for tuning, checkpointing, threads in settings
+    ]
+
+
+def measure(
+    recorder: Recorder, case: Mapping[str, Any], contenders: tuple[str, ...], *, rounds: int
+) -> None:
+    """All contenders of one case, in turns, and their rows."""
+    updates = WARM_UP + rounds + 1
+    run = {"updates": updates, "rows": updates * case["pairs"]}
+    # The roofline first, then ours: what they say is needed for everyone's rows.
+    functions = {roofline.CONTENDER: roofline.FUNCTION} | dict.fromkeys(contenders, TRAINER)
+    given: dict[str, Mapping[str, Any]] = {roofline.CONTENDER: case}
+    given |= {name: {**case, **run, **CONTENDERS[name]} for name in contenders}
+    alone = case["device"] == "cuda"
+    rate: float | None = None
+    facts: dict[str, Any] = {}
+    for name, result in contest(functions, given, warm_up=WARM_UP, rounds=rounds, alone=alone):
+        if name == roofline.CONTENDER:
+            roofline.record(recorder, case, result)
+            rate = roofline.gemm_rate(result)
+            continue
+        facts = facts or result.facts
+        _record(recorder, case, name, result, facts, rate)
+
+
+def _record(
+    recorder: Recorder,
+    case: Mapping[str, Any],
+    contender: str,
+    result: Result,
+    facts: Mapping[str, Any],
+    gemm_flops_per_s: float | None,
+) -> None:
+    if result.outcome != MEASURED:
+        recorder.add(case, contender, "update_s", outcome=result.outcome, note=result.note)
+        return
+    update_s = result.column("wall_s")
+    counted = slice(WARM_UP, WARM_UP + len(update_s))
+    useful = facts.get("useful_tokens", [])[counted]
+    reached = None
+    if gemm_flops_per_s and useful:
+        floor_s = spread(facts["floor_flops"][counted])[1] / gemm_flops_per_s
+        reached = floor_s / spread(update_s)[1]
+    recorder.add(case, contender, "update_s", update_s, of_roofline=reached)
+    recorder.add(case, contender, "update_cpu_s", result.column("cpu_s"))
+    recorder.add(case, contender, "pairs_per_s", [case["pairs"] / each for each in update_s])
+    recorder.add(case, contender, "run_tokens", result.column("run_tokens"))
+    if useful:
+        rates = [tokens / each for tokens, each in zip(useful, update_s, strict=True)]
+        recorder.add(case, contender, "useful_tokens_per_s", rates)
+        recorder.add(case, contender, "useful_tokens", useful)
+    for metric in ("peak_mib", "peak_reserved_mib"):
+        if metric in result.turns[-1]:
+            recorder.add(case, contender, metric, [result.turns[-1][metric]])
+
+
+def main(recorder: Recorder, *, quick: bool) -> None:
+    """Every case in turn."""
+    for number, case in enumerate(cases(quick=quick)):
+        contenders = FULL if number < 2 and not quick else QUICK
+        if case["device"] == "cuda":
+            contenders = CUDA
+        if quick and case["checkpointing"]:
+            contenders = QUICK[::2]
+        measure(recorder, case, contenders, rounds=7)
+
+
+if __name__ == "__main__":
+    from bench.command import run
+
+    run("step")
