@@ -163,6 +163,7 @@ def combine_kernel(
         offset = tl.load(offset_ptr + at, mask=inside, other=MASKED)
         partial = tl.load(sum_ptr + at, mask=inside, other=0.0)
         total += (partial * tl.exp2(offset - largest)).to(tl.float64)
+    total = tl.where(total == 0.0, 1e-300, total)  # the target is the only column: p is 1
     target = tl.load(target_logit_ptr + row, mask=inside, other=0.0).to(tl.float64)
     ratio = largest.to(tl.float64) * LN_2 + tl.log(total) - target  # d = lse of the others - z_t
     decay = tl.exp(-tl.abs(ratio))
