@@ -290,7 +290,10 @@ class _Parser(HfArgumentParser):
             return self._given([f"--{name}={value}"])[0][name]
         if not _accepts(hint, kind):
             needed = " or ".join(_name(member) for member in _kinds(hint))
-            raise ValueError(f"it needs {needed}, not {_name(kind)}")
+            quote = (
+                "; YAML reads a bare on, off, yes or no as one: quote it" if kind is bool else ""
+            )
+            raise ValueError(f"it needs {needed}, not {_name(kind)}{quote}")
         if kind is list and hint in (list[str], list[str] | None):
             return [item if isinstance(item, str) else str(item) for item in value]
         return value

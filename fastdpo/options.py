@@ -30,6 +30,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 TRUNCATION_MODES = ("keep_completion", "keep_start")
 SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
 SHARED_PREFIX_MODES = ("auto", "off")
+REF_TOKEN_LOGPS_MODES = ("on", "off")
+REF_VERSIONS_MODES = ("warn", "strict")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -166,6 +168,23 @@ class PreferenceOptions:
         "Folder of the stored reference log-probs, or off to compute the reference in each update. "
         "Unset: $FASTDPO_CACHE, $XDG_CACHE_HOME/fastdpo or ~/.cache/fastdpo, in reference/.",
     )
+    ref_token_logps: str = _option(
+        "on",
+        "on stores the reference log-prob of every token beside their sum, 4 bytes each, which "
+        "losses that weigh tokens will need; off stores the sums alone.",
+        choices=list(REF_TOKEN_LOGPS_MODES),
+    )
+    ref_versions: str = _option(
+        "warn",
+        "Stored reference log-probs that other library versions or another card computed: warn "
+        "uses them, as they differ in rounding alone, and says so; strict computes them again.",
+        choices=list(REF_VERSIONS_MODES),
+    )
+    ref_spot_check: int = _option(
+        4,
+        "Stored pairs to score again before they are believed; a run stops where they differ by "
+        "more than rounding. A few show a wrong store at the cost of a second; 0 does not look.",
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "More arguments for from_pretrained, as a dict or JSON."},
@@ -200,6 +219,9 @@ class PreferenceOptions:
             self.ref_cache = os.fspath(self.ref_cache)
             if not self.ref_cache.strip():
                 raise ValueError("--ref_cache is empty; give a folder, off, or leave it out.")
+        _check_choice("ref_token_logps", self.ref_token_logps, REF_TOKEN_LOGPS_MODES)
+        _check_choice("ref_versions", self.ref_versions, REF_VERSIONS_MODES)
+        _check_whole("ref_spot_check", self.ref_spot_check, 0, "4 is usual, 0 does not look")
         self.model_init_kwargs = _as_dict("model_init_kwargs", self.model_init_kwargs)
 
     @property

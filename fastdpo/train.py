@@ -39,8 +39,22 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     Raises:
         ValueError: an option is missing, or the model or data cannot be had.
     """
+    trainer = make_trainer(model, data, config)
+    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.save_model()
+    _say_result(trainer, model, data)
+    return trainer
+
+
+def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
+    """Load what the options name and put the trainer together.
+
+    Raises:
+        ValueError: an option is missing, or the model or data cannot be had.
+    """
     from fastdpo.modeling.adapters import lora_config
-    from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
+    from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
+    from fastdpo.reference import load_identified
     from fastdpo.trainer import DPOTrainer
 
     name = _model_name(model)
@@ -55,7 +69,7 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
             "Training a LoRA adapter (--lora); --qlora needs less memory, --full trains everything."
         )
     dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
-    policy = load_model(
+    policy = load_identified(
         name,
         dtype=dtype,
         load_in_4bit=model.qlora,
@@ -65,7 +79,7 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     config.model_init_kwargs = None
     if eval_rows is None:
         config.eval_strategy = "no"
-    trainer = DPOTrainer(
+    return DPOTrainer(
         policy,
         args=config,
         train_dataset=train_rows,
@@ -77,10 +91,6 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
             model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_target_modules
         ),
     )
-    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
-    trainer.save_model()
-    _say_result(trainer, model, data)
-    return trainer
 
 
 def demonstrate(folder: Path) -> "Evaluation":

@@ -41,7 +41,6 @@ from fastdpo.modeling.head import causal_lm_of, head_of
 from fastdpo.modeling.loading import (
     disable_dropout,
     eval_mode,
-    load_model,
     load_tokenizer,
     resolve_dtype,
 )
@@ -49,7 +48,7 @@ from fastdpo.modeling.logprobs import METRIC_OUTPUTS, packed_logprobs
 from fastdpo.modeling.scoring import score_pairs
 from fastdpo.options import reference_folder
 from fastdpo.progress import ProgressLines
-from fastdpo.reference import ReferenceSource
+from fastdpo.reference import ReferenceSource, asked_for, load_identified
 from fastdpo.resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -142,6 +141,9 @@ class DPOTrainer(ResumableTrainer):
             compute_dtype=mixed.get(self.accelerator.mixed_precision, causal_lm_of(policy).dtype),
             micro_batch_tokens=self.micro_batch_tokens,
             shared_prefix=self.shares_prefix,
+            keep_token_logps=args.ref_token_logps == "on",
+            strict_versions=args.ref_versions == "strict",
+            spot_check_pairs=args.ref_spot_check,
         )
 
     # The policy and its data
@@ -153,7 +155,7 @@ class DPOTrainer(ResumableTrainer):
         peft_config: PeftConfig | None,
     ) -> PreTrainedModel | PeftModel:
         if isinstance(model, str | os.PathLike):
-            model = load_model(
+            model = load_identified(
                 str(model), dtype=resolve_dtype("auto"), options=args.from_pretrained_options
             )
         elif args.model_init_kwargs:
@@ -247,8 +249,16 @@ class DPOTrainer(ResumableTrainer):
         return self.accelerator.autocast()
 
     def _add_reference(self, groups: PairGroups, name: str) -> None:
+        model_name = causal_lm_of(self.policy).name_or_path
+        asked = asked_for(groups, self.user_args, self.tokenizer, str(model_name))
         with self.autocast():
-            self.reference.fill(groups, name)
+            self.reference.fill(groups, name, asked)
+
+    def compute_references(self) -> None:
+        """Fill the reference store for the training and evaluation sets, without training."""
+        sets = [] if self.train_groups is None else [("train", self.train_groups)]
+        for name, groups in sets + self._eval_sets():
+            self._add_reference(groups, name)
 
     # Training
 
@@ -436,6 +446,7 @@ def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
     own.gradient_accumulation_steps = 1
     if trains_adapter:
         own.bf16 = own.fp16 = False
+        own.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__
     return own
 
 

@@ -248,3 +248,10 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 def test_optional_booleans_are_flags():
     assert parse("train", [ModelOptions], ["--disable_tqdm"], training=True).training.disable_tqdm
+
+
+def test_yaml_that_turns_a_word_into_a_boolean_says_so(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("ref_cache: off\n")
+    with pytest.raises(SystemExit):
+        parse("train", [ModelOptions], ["--config", str(tmp_path / "run.yaml")], training=True)
+    assert "quote it" in capsys.readouterr().err

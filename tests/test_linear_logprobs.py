@@ -363,10 +363,8 @@ def test_buffers_stay_inside_their_bound(monkeypatch):
     whole = linear_logprobs(leaf, weight, targets, backend="triton")
     whole.sum().backward()
     monkeypatch.setattr(_launch, "SCORE_BYTES", 1)
-    small = states.clone().requires_grad_()
-    rows, gradients = _launch.score_with_gradient(
-        small.detach(), weight, None, targets, _torch.LogitTransform(), (), _torch.Bounds(1)
-    )
+    request = _torch.Request(weight, None, _torch.LogitTransform(), (), _torch.Bounds(1))
+    rows, gradients = _launch.score_with_gradient(states, targets, request)
     assert torch.equal(rows.logps, whole.detach())
     assert torch.equal(gradients, leaf.grad)
     assert torch.equal(linear_logprobs(states, weight, targets, backend="triton"), whole.detach())
@@ -384,7 +382,8 @@ def test_planned_buffers_for_real_vocabularies(monkeypatch, vocabulary, bound_mi
         config = _launch.CONFIGS[capability, 2]
         monkeypatch.setattr(_launch, "config_for", lambda _weight, config=config: config)
         for outputs in ((), EXTRAS):
-            plan = _launch._Plan(weight, _torch.LogitTransform(), outputs)
+            request = _torch.Request(weight, None, _torch.LogitTransform(), outputs)
+            plan = _launch._Plan(request)
             rows = plan.rows_within(bound_mib * 2**20, stores_exponentials=True)
             statistics = rows * plan.tiles * 4 * (6 if outputs else 2)
             held = rows * plan.padded_vocabulary * 2 + statistics

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.checkpoint import CheckpointError
 from fastdpo.modeling.adapters import lora_config
 from fastdpo.modeling.loading import load_model
+from fastdpo.reference import spot_check as spot_checking
 
 CONFIG = LlamaConfig(
     vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -200,17 +202,55 @@ def test_full_training_without_a_stored_reference_is_refused(train_with):
         train_with(tuning="full", ref_cache="off")
 
 
-def test_a_second_run_computes_no_reference_and_trains_alike(train_with, monkeypatch):
-    first = train_with()
+def adapter_bytes(trainer):
+    trainer.save_model()
+    return (Path(trainer.args.output_dir) / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_second_run_computes_no_reference_and_trains_alike(train_with, monkeypatch, tmp_path):
+    """A hit and a miss: same order, byte-identical adapters; a spot check only looks."""
+    first = train_with(dropout=0.1)
     first.train()
+    saved = adapter_bytes(first)
+    stored = {path: path.read_bytes() for path in tmp_path.rglob("shard-*")}
     monkeypatch.setattr(
         "fastdpo.reference.filling.score_groups",
         lambda *_, **__: pytest.fail("a reference log-prob was computed again"),
     )
-    second = train_with(logging_steps=3)  # other figures asked for, same weights
-    second.train()
-    assert_same_weights(weights(first), weights(second))
-    assert order_of(first) == order_of(second)
+    looked_at, real = [], spot_checking.score_groups
+
+    def score_groups(model, groups, **options):
+        looked_at.append(len(groups))
+        return real(model, groups, **options)
+
+    monkeypatch.setattr(spot_checking, "score_groups", score_groups)
+    for count in (3, 0):
+        second = train_with(dropout=0.1, logging_steps=3, ref_spot_check=count)
+        second.train()
+        assert_same_weights(weights(first), weights(second))
+        assert order_of(first) == order_of(second)
+        assert adapter_bytes(second) == saved
+    assert looked_at == [3], "a check of three pairs, once, and none where none is asked for"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("shard-*")} == stored
+
+
+def test_the_three_options_of_the_reference_store_act(train_with, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="fastdpo")
+    train_with(ref_token_logps="off", max_steps=1).train()
+    (shard,) = tmp_path.rglob("shard-*")
+    assert b"token_logps" not in shard.read_bytes()
+    monkeypatch.setattr("fastdpo.reference.versions.LIBRARIES", ("torch", "numpy"))
+    train_with(max_steps=1).train()
+    assert "computed with other versions or on another card" in caplog.text
+    assert "Spot check: 4 pairs" in caplog.text
+    assert len(list(tmp_path.rglob("shard-*"))) == 1
+    train_with(ref_versions="strict", max_steps=1).train()
+    assert len(list(tmp_path.rglob("shard-*"))) == 2
+    assert "all 35 pairs missing" in caplog.text
+    assert "(--ref_versions strict: bitsandbytes" in caplog.text
+    caplog.clear()
+    train_with(max_length=48, max_steps=1).train()
+    assert "max_length 1024 -> 48" in caplog.text
 
 
 def test_poisoned_reference_changes_the_loss(train_with):
@@ -360,6 +400,13 @@ def test_adapters_stay_fp32_on_a_bf16_base_and_move_at_a_tiny_learning_rate(trai
     assert all(weight.dtype == torch.float32 for weight in after.values())
     assert min(moved) > 0.99
     assert trainer.model.model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_adapters_train_without_autocast_and_full_weights_within(train_with):
+    assert train_with(bf16=True).accelerator.mixed_precision == "no"
+    full = train_with(tuning="full", bf16=True)
+    assert full.accelerator.mixed_precision == "bf16"
+    assert full.reference.compute_dtype == torch.bfloat16
 
 
 def test_arguments_of_trl_that_make_no_sense_here_are_refused_by_name(train_with, base):

@@ -2,20 +2,30 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from fastdpo.batching import Group
+from fastdpo.batching import Group, group_tokens
 from fastdpo.modeling.adapters import adapters_off
 from fastdpo.modeling.scoring import score_groups
+from fastdpo.reference import asked as requests
+from fastdpo.reference.spot_check import SpotCheck, spot_check
 from fastdpo.reference.store import ReferenceStore, ScoredCompletion, group_keys
+from fastdpo.report import progress_bar
 
 logger = logging.getLogger(__name__)
 
 SHARD_COMPLETIONS = 4096
-"""Completions per shard: what a killed run loses at most."""
+SHARD_SECONDS = 60.0
+"""A shard is closed by whichever comes first: what a killed run loses at most."""
 
 
 def reference_logps(
@@ -26,6 +36,9 @@ def reference_logps(
     micro_batch_tokens: int,
     shared_prefix: bool = True,
     name: str = "train",
+    asked: Mapping[str, Any] | None = None,
+    spot_check_pairs: int = 0,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """Reference log-probs of all groups, each computed once in its life.
 
@@ -36,49 +49,42 @@ def reference_logps(
         micro_batch_tokens: T of the pass.
         shared_prefix: as in training.
         name: of the data, for the progress bar and the log.
+        asked: what this run asks for, by option, to explain a later miss.
+        spot_check_pairs: how many of the known groups to score again and compare; 0: none.
+        compute_dtype: decides how far those may differ.
 
     Returns:
         (n, k) float64, nats.
 
     Raises:
         RuntimeError: a row is missing although the pass is over.
+        SystemExit: 143 after SIGTERM; what was computed is in the store.
+        ValueError: the spot check finds other log-probs than the stored ones.
         OSError: the store cannot be written; what is on the disk stays whole.
     """
     keys = [group_keys(group) for group in groups]
     found = _lookup(store, keys)
-    missing = _first_of_each(keys, np.flatnonzero(np.isnan(found).any(axis=1)))
-    known = int(np.isfinite(found).all(axis=1).sum())
-    logger.info(
-        "Reference log-probs of %s: %d of %d pairs found in %s%s",
-        name,
-        known,
-        len(groups),
-        store.folder,
-        f", computing {len(missing)}" if missing else "",
+    known = np.asarray(np.isfinite(found).all(axis=1))
+    here = np.flatnonzero(known).tolist()
+    options = {"micro_batch_tokens": micro_batch_tokens, "shared_prefix": shared_prefix}
+    _say_what_is_known(store, keys, known, name, asked)
+    if asked is not None:
+        requests.note(store, {"name": name, **asked})
+    store.touch()
+    checked = spot_check(
+        model,
+        [groups[i] for i in here],
+        [keys[i] for i in here],
+        store,
+        count=spot_check_pairs,
+        compute_dtype=compute_dtype,
+        **options,
     )
+    _say_what_was_checked(checked)
+    missing = _first_of_each(keys, np.flatnonzero(~known))
     if not missing:
         return found
-    waiting: list[ScoredCompletion] = []
-    all_scored = score_groups(
-        model,
-        [groups[i] for i in missing],
-        micro_batch_tokens=micro_batch_tokens,
-        shared_prefix=shared_prefix,
-        description=f"Reference log-probs of {name}",
-    )
-    # Closed here: this frame, which a held exception keeps, would otherwise keep the model in eval
-    # mode after a failing `append`.
-    try:
-        with adapters_off(model), contextlib.closing(all_scored):
-            for scored in all_scored:
-                row_keys = keys[missing[scored.index]]
-                rows = zip(row_keys, scored.logps, scored.token_logps, strict=True)
-                waiting += [ScoredCompletion(key, float(sum_), each) for key, sum_, each in rows]
-                if len(waiting) >= SHARD_COMPLETIONS:
-                    shard, waiting = waiting, []
-                    store.append(shard)
-    finally:  # also after Ctrl-C or out of memory
-        store.append(waiting)
+    _compute(model, groups, keys, missing, store, name=name, **options)
     found = _lookup(store, keys)
     if np.isnan(found).any():
         raise RuntimeError(
@@ -86,6 +92,138 @@ def reference_logps(
             f"the pass is over: something else removes shards from {store.folder}."
         )
     return found
+
+
+def _compute(
+    model: nn.Module,
+    groups: Sequence[Group],
+    keys: list[list[bytes]],
+    missing: list[int],
+    store: ReferenceStore,
+    *,
+    name: str,
+    micro_batch_tokens: int,
+    shared_prefix: bool,
+) -> None:
+    """Score the missing groups and keep them, shard by shard."""
+    sizes = [group_tokens(groups[i], shared_prefix=shared_prefix) for i in missing]
+    all_scored = score_groups(
+        model,
+        [groups[i] for i in missing],
+        micro_batch_tokens=micro_batch_tokens,
+        shared_prefix=shared_prefix,
+    )
+    waiting: list[ScoredCompletion] = []
+    began = closed = time.monotonic()
+    # Closed here: this frame, which a held exception keeps, would otherwise keep the model in eval
+    # mode after a failing `append`.
+    try:
+        with (
+            adapters_off(model),
+            contextlib.closing(all_scored),
+            _interruptible_between_groups() as stop_if_asked,
+            progress_bar(sum(sizes), f"Reference log-probs of {name}", "token") as bar,
+        ):
+            bar.unit_scale = True
+            for done, scored in enumerate(all_scored, 1):
+                row_keys = keys[missing[scored.index]]
+                rows = zip(row_keys, scored.logps, scored.token_logps, strict=True)
+                waiting += [ScoredCompletion(key, float(sum_), each) for key, sum_, each in rows]
+                bar.set_postfix_str(f"{done:,} of {len(missing):,} pairs", refresh=False)
+                bar.update(sizes[scored.index])
+                now = time.monotonic()
+                if len(waiting) >= SHARD_COMPLETIONS or now - closed >= SHARD_SECONDS:
+                    shard, waiting, closed = waiting, [], now
+                    store.append(shard)
+                stop_if_asked()
+    finally:  # also after Ctrl-C, SIGTERM or out of memory
+        store.append(waiting)
+    took = max(time.monotonic() - began, 1e-9)
+    logger.info(
+        "Computed the reference log-probs of %s pairs in %.1f s: %s tokens/s",
+        f"{len(missing):,}",
+        took,
+        f"{sum(sizes) / took:,.0f}",
+    )
+
+
+@contextlib.contextmanager
+def _interruptible_between_groups() -> Iterator[Any]:
+    """Hold SIGTERM and Ctrl-C back until the caller asks, so that no write is cut in two.
+
+    A second Ctrl-C is not held back. Signals that are ignored stay ignored; in threads, which get
+    none, nothing changes.
+    """
+    came: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    def stop_if_asked() -> None:
+        if signal.SIGTERM in came:
+            raise SystemExit(128 + signal.SIGTERM)
+        if came:
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.getsignal(number)
+            if handler is not None and handler is not signal.SIG_IGN:
+                before[number] = signal.signal(number, hold)
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_what_is_known(
+    store: ReferenceStore,
+    keys: list[list[bytes]],
+    known: np.ndarray,
+    name: str,
+    asked: Mapping[str, Any] | None,
+) -> None:
+    """Hit, partial or miss, with the reason; and whether something else computed the rows."""
+    pairs, missing = len(known), int((~known).sum())
+    if not missing:
+        logger.info("Reference log-probs of %s: all %s found in %s", name, _n(pairs), store.folder)
+    else:
+        reason = requests.why_missing(store, {"name": name, **(asked or {})}, pairs - missing)
+        logger.info(
+            "Reference log-probs of %s: %s %s missing in %s (%s); computing them",
+            name,
+            f"{missing:,} of" if missing < pairs else "all",
+            _n(pairs),
+            store.folder,
+            reason,
+        )
+    flat = [key for row in keys for key in row]
+    for differs, count in store.other_versions(flat).most_common(3):
+        logger.warning(
+            "%s of %s reference log-probs were computed with other versions or on another card "
+            "(%s) and may differ in rounding. They are used; --ref_versions strict computes them "
+            "again.",
+            f"{count:,}",
+            f"{len(flat):,}",
+            differs,
+        )
+
+
+def _say_what_was_checked(checked: SpotCheck | None) -> None:
+    if checked is not None:
+        logger.info(
+            "Spot check: %s scored again, at most %.2g nats a token (rms) from the stored ones",
+            _n(checked.pairs),
+            checked.largest_rms,
+        )
+
+
+def _n(pairs: int) -> str:
+    return f"{pairs:,} pairs" if pairs != 1 else "1 pair"
 
 
 def _lookup(store: ReferenceStore, keys: list[list[bytes]]) -> np.ndarray:

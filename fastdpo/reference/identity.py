@@ -1,8 +1,7 @@
 """What reference log-probs depend on, and nothing else: the key of their store."""
 
-import hashlib
 import math
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +9,12 @@ from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from fastdpo.modeling import loading
 from fastdpo.modeling.attention import KIND
 from fastdpo.modeling.head import causal_lm_of
+from fastdpo.reference.weights import content_of, load_noting_files
 
 NOT_IN_THE_NUMBERS = {
     "_name_or_path",
@@ -39,7 +41,9 @@ NOT_IN_THE_NUMBERS = {
 """Config fields that change no log-prob: names, versions, dropout, what is used for generation."""
 
 
-def reference_identity(model: nn.Module, compute_dtype: torch.dtype) -> dict[str, Any]:
+def reference_identity(
+    model: nn.Module, compute_dtype: torch.dtype, memory: Path | None = None
+) -> dict[str, Any]:
     """Describe the reference so that two descriptions are equal exactly if their numbers are.
 
     Adapters are left out, for the reference is the model with them off; so are the learning rate,
@@ -48,18 +52,24 @@ def reference_identity(model: nn.Module, compute_dtype: torch.dtype) -> dict[str
     Args:
         model: a causal LM or a PeftModel on it.
         compute_dtype: what the matrix products run in; the weights' own dtype is in their hash.
+        memory: JSON file of the hashes of known weight files; None hashes every byte.
 
     Returns:
         JSON-ready: content hash of the base weights, resolved config, dtype, numerics.
     """
     causal_lm = causal_lm_of(model)
     return {
-        "weights": _content_hash(_base_tensors(causal_lm)),
+        "weights": content_of(causal_lm, base_tensors(causal_lm), memory),
         "config": _described(causal_lm.config.to_dict()),
         "dtype": str(compute_dtype),
         "attention": KIND,
         "head_numerics": NUMERICS_VERSION,
     }
+
+
+def load_identified(name: str, **arguments: Any) -> PreTrainedModel:
+    """`modeling.loading.load_model`, so that unchanged files need not be hashed in every run."""
+    return load_noting_files(loading.load_model, name, base_tensors, **arguments)
 
 
 def _described(value: Any) -> Any:
@@ -81,7 +91,7 @@ def _described(value: Any) -> Any:
     return str(value)
 
 
-def _base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
+def base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
     """The base's own tensors under their own names, whatever PEFT has wrapped around them."""
     inner = {
         name: "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
@@ -105,18 +115,3 @@ def _own_name(name: str, inner: dict[str, str]) -> str | None:
         elif part != held_as:
             return None
     return ".".join(kept)
-
-
-def _content_hash(tensors: dict[str, Tensor]) -> str:
-    """One sha256 over names, dtypes, shapes and bytes; hashing runs on several threads."""
-    names = sorted(tensors)
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda name: _tensor_hash(name, tensors[name]), names)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _tensor_hash(name: str, tensor: Tensor) -> bytes:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(raw.data)
-    return digest.digest()

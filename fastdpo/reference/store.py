@@ -9,47 +9,62 @@ import contextlib
 import hashlib
 import json
 import logging
-import struct
+import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from fastdpo import files
-from fastdpo.batching import Group
+from fastdpo.reference import shards
+from fastdpo.reference.shards import (
+    FORMAT,
+    KEY_BYTES,
+    ScoredCompletion,
+    Shard,
+    ShardError,
+    group_keys,
+    row_key,
+)
+from fastdpo.reference.versions import difference
+
+__all__ = [
+    "KEY_BYTES",
+    "ReferenceStore",
+    "ScoredCompletion",
+    "group_keys",
+    "row_key",
+    "set_aside",
+    "store_key",
+]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-KEY_BYTES = 32
+MANIFEST = "manifest.json"
+SHARDS = "shard-*.safetensors"
 QUARANTINE_SUFFIX = ".bad"
 
 
-def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
-    """sha256 of a completion in its context: the token ids, and where the scored span begins."""
-    digest = hashlib.sha256(struct.pack("<qq", FORMAT, len(prompt_ids)))
-    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes())
-    digest.update(np.ascontiguousarray(completion_ids, dtype="<i4").tobytes())
-    return digest.digest()
+def described(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What `manifest.json` holds."""
+    return {"format": FORMAT, "identity": dict(identity)}
 
 
-def group_keys(group: Group) -> list[bytes]:
-    """The row keys of a group's completions."""
-    return [row_key(group.prompt_ids, completion) for completion in group.completions]
+def store_key(manifest: Mapping[str, Any]) -> str:
+    """The name of a store's folder: a hash of what its manifest says."""
+    text = json.dumps(manifest, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ScoredCompletion:
-    """What the store keeps of one completion."""
-
-    key: bytes
-    logps: float  # nats, summed over the completion
-    token_logps: np.ndarray  # (C,) float32, nats
+def set_aside(shard: Path) -> Path:
+    """Give a damaged shard a name that no reader looks for; another process may be first."""
+    aside = shard.with_name(shard.name + QUARANTINE_SUFFIX)
+    with contextlib.suppress(FileNotFoundError):
+        shard.rename(aside)
+    return aside
 
 
 class ReferenceStore:
@@ -58,31 +73,114 @@ class ReferenceStore:
     Args:
         root: folder of all stores; this one's lies inside under a hash of the identity.
         identity: as `reference_identity` describes it.
+        versions: of what computes now, recorded in each shard; None records and compares nothing.
+        strict_versions: rows that other versions computed do not count as known.
+        keep_token_logps: write the log-prob of every token, not only their sums.
+
+    Attributes:
+        damaged: how many shards this object has set aside.
+        refused: completions passed over under `strict_versions`, by what differs.
 
     Raises:
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, root: Path, identity: dict[str, Any]) -> None:
-        described = {"format": FORMAT, "identity": identity}
-        text = json.dumps(described, sort_keys=True, allow_nan=False)
-        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:32]
+    def __init__(
+        self,
+        root: Path,
+        identity: Mapping[str, Any],
+        *,
+        versions: Mapping[str, str] | None = None,
+        strict_versions: bool = False,
+        keep_token_logps: bool = True,
+    ) -> None:
+        self._manifest = described(identity)
+        self.root, self.folder = root, root / store_key(self._manifest)
         self.identity = identity
-        self._shards: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._index: tuple[np.ndarray, np.ndarray] | None = None
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists():
-            files.write_json(manifest, described)
+        self.versions = versions
+        self.strict_versions = strict_versions
+        self.keep_token_logps = keep_token_logps
+        self.damaged = 0
+        self.refused: Counter[str] = Counter()
+        self._names: list[str] = []  # of the shards in the index, in the order of reading
+        self._versions: list[dict[str, str] | None] = []  # theirs
+        self._passed_over: set[str] = set()  # damaged, or of other versions under strict_versions
+        self._keys = np.empty(0, dtype=f"S{KEY_BYTES}")  # (n,) sorted, distinct
+        self._logps = np.empty(0)  # (n,) float64, nats
+        self._origin = np.empty(0, dtype=np.int32)  # (n,) index into _names
+        self._write_manifest()
+
+    def __len__(self) -> int:
+        """Distinct completions with a known log-prob."""
+        self._refresh()
+        return len(self._keys)
 
     def lookup(self, keys: Sequence[bytes]) -> np.ndarray:
         """(n,) float64 log-probs of the keys, NaN where the store has none."""
-        known_keys, known_logps = self._union()
-        wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
-        found = np.full(len(wanted), np.nan)
-        if len(known_keys) and len(wanted):
-            at = np.searchsorted(known_keys, wanted).clip(max=len(known_keys) - 1)
-            hit = known_keys[at] == wanted
-            found[hit] = known_logps[at[hit]]
+        self._refresh()
+        at, hit = self._find(keys)
+        found = np.full(len(keys), np.nan)
+        found[hit] = self._logps[at[hit]]
+        return found
+
+    def token_logps(self, keys: Sequence[bytes]) -> list[np.ndarray]:
+        """The log-probs of every token of the keys' completions, (C,) float32 each, nats.
+
+        Raises:
+            KeyError: the store does not know one of the keys.
+            ValueError: some rows were stored without them.
+        """
+        found = self.stored_token_logps(keys)
+        absent = sum(each is None for each in found)
+        if absent:
+            raise ValueError(
+                f"{absent} of {len(keys)} completions are in {self.folder} without the log-probs "
+                "of their tokens: a run with --ref_token_logps off computed them. Give another "
+                "--ref_cache folder and --ref_token_logps on to compute them with."
+            )
+        return [each for each in found if each is not None]
+
+    def stored_token_logps(self, keys: Sequence[bytes]) -> list[np.ndarray | None]:
+        """As `token_logps`, with None where they were left out."""
+        self._refresh()
+        at, hit = self._find(keys)
+        if not hit.all():
+            raise KeyError(f"{int((~hit).sum())} of {len(keys)} keys are not in {self.folder}")
+        found: list[np.ndarray | None] = [None] * len(keys)
+        for origin in np.unique(self._origin[at]):
+            path = self.folder / self._names[origin]
+            shard = self._read(path)
+            if shard is None:
+                raise OSError(f"{path} was whole a moment ago and is not any more: start again.")
+            if shard.token_logps is None:
+                continue
+            rows = {key: row for row, key in enumerate(shard.keys.tolist())}
+            ends = np.cumsum(shard.tokens)
+            for index in np.flatnonzero(self._origin[at] == origin):
+                row = rows[self._keys[at[index]]]
+                found[index] = shard.token_logps[ends[row] - shard.tokens[row] : ends[row]]
+        return found
+
+    def other_versions(self, keys: Sequence[bytes]) -> Counter[str]:
+        """How many of the known keys were computed by something else, by what differs."""
+        self._refresh()
+        if self.versions is None:
+            return Counter()
+        at, hit = self._find(keys)
+        origins, counts = np.unique(self._origin[at[hit]], return_counts=True)
+        found: Counter[str] = Counter()
+        for origin, count in zip(origins, counts, strict=True):
+            if differs := difference(self._versions[origin], self.versions):
+                found[differs] += int(count)
+        return found
+
+    def is_foreign(self, keys: Sequence[bytes]) -> np.ndarray:
+        """(n,) bool: known, and computed by other versions than those of now."""
+        self._refresh()
+        foreign = np.array([self._is_foreign(each) for each in self._versions], dtype=bool)
+        at, hit = self._find(keys)
+        found = np.zeros(len(keys), dtype=bool)
+        found[hit] = foreign[self._origin[at[hit]]]
         return found
 
     def append(self, rows: Sequence[ScoredCompletion]) -> None:
@@ -94,58 +192,90 @@ class ReferenceStore:
         """
         if not rows:
             return
-        tensors = {
-            "keys": np.frombuffer(b"".join(row.key for row in rows), dtype=np.uint8),
-            "logps": np.array([row.logps for row in rows], dtype=np.float64),
-            "tokens": np.array([len(row.token_logps) for row in rows], dtype=np.int64),
-            "token_logps": np.concatenate([row.token_logps for row in rows]).astype(np.float32),
-        }
-        for name in ("logps", "token_logps"):
-            bad = tensors[name][~np.isfinite(tensors[name])]
-            if len(bad):
-                raise ValueError(
-                    f"a reference log-prob is {bad[0]}: the model overflows on this input. Load it "
-                    "in bfloat16 or float32."
-                )
-        if fault := _fault(tensors):
-            raise ValueError(f"not a shard of scored completions: {fault}.")
-        metadata = {"format": str(FORMAT), "sha256": _checksum(tensors)}
-        path = self.folder / f"shard-{uuid.uuid4().hex}.safetensors"
-        files.write_bytes(path, save(tensors, metadata))
+        content = shards.encode(rows, self.versions, token_logps=self.keep_token_logps)
+        self._write_manifest()  # `prune` may have taken the folder away
+        files.write_bytes(self.folder / f"shard-{uuid.uuid4().hex}.safetensors", content)
 
-    def _union(self) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) sorted distinct keys and their log-probs; equal keys: the lowest shard name's."""
-        names = sorted(path.name for path in self.folder.glob("shard-*.safetensors"))
-        fresh = [name for name in names if name not in self._shards]
-        if fresh or self._index is None:
-            for name in fresh:
-                shard = self._read(self.folder / name)
-                if shard is not None:
-                    self._shards[name] = shard
-            order = sorted(self._shards)
-            empty = (np.empty(0, dtype=f"S{KEY_BYTES}"), np.empty(0))
-            shards = [self._shards[name] for name in order] or [empty]
-            keys, first = np.unique(np.concatenate([s[0] for s in shards]), return_index=True)
-            self._index = keys, np.concatenate([s[1] for s in shards])[first]
-        return self._index
+    def touch(self) -> None:
+        """Note that the store was of use now; `prune --unused_days` goes by it."""
+        with contextlib.suppress(OSError):  # a read-only store is a store
+            os.utime(self.folder / MANIFEST)
 
-    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
-        """Keys and log-probs of one shard; a bad one is set aside with a warning, not believed."""
+    def _write_manifest(self) -> None:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            files.write_json(path, self._manifest)
+
+    def _find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) places in the index and (n,) bool whether the key is really there."""
+        wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
+        if not len(self._keys) or not len(wanted):
+            return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
+        at = np.searchsorted(self._keys, wanted).clip(max=len(self._keys) - 1)
+        return at, self._keys[at] == wanted
+
+    def _refresh(self) -> None:
+        """Take in the shards that have come since the last look.
+
+        A shard that was listed and is gone when it is opened was merged, pruned or set aside by
+        another process: the folder is listed again.
+        """
+        fresh: dict[str, Shard] = {}
+        listed_again = 0
+        while True:
+            known = {*self._names, *self._passed_over, *fresh}
+            names = sorted(path.name for path in self.folder.glob(SHARDS))
+            vanished = False
+            for name in [name for name in names if name not in known]:
+                try:
+                    shard = self._read(self.folder / name)
+                except FileNotFoundError:
+                    vanished = True
+                    continue
+                if shard is None:
+                    self._passed_over.add(name)
+                elif self.strict_versions and self._is_foreign(shard.versions):
+                    self._passed_over.add(name)
+                    self.refused[difference(shard.versions, self.versions or {})] += len(shard.keys)
+                else:
+                    fresh[name] = shard
+            listed_again += 1
+            if not vanished or listed_again > 10:
+                break
+        if fresh:
+            self._merge(fresh)
+
+    def _merge(self, fresh: Mapping[str, Shard]) -> None:
+        """Equal keys have the value of the lowest shard name, of now's versions if there is one."""
+        first = len(self._names)
+        self._names += fresh
+        self._versions += [shard.versions for shard in fresh.values()]
+        order = sorted(
+            range(len(self._names)),
+            key=lambda i: (self._is_foreign(self._versions[i]), self._names[i]),
+        )
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        read = list(fresh.values())
+        keys = np.concatenate([self._keys, *(shard.keys for shard in read)])
+        logps = np.concatenate([self._logps, *(shard.logps for shard in read)])
+        counts = [len(shard.keys) for shard in read]
+        numbers = np.arange(first, len(self._names), dtype=np.int32)
+        origin = np.concatenate([self._origin, np.repeat(numbers, counts)])
+        by_rank = np.argsort(rank[origin], kind="stable")
+        self._keys, chosen = np.unique(keys[by_rank], return_index=True)
+        self._logps, self._origin = logps[by_rank][chosen], origin[by_rank][chosen]
+
+    def _is_foreign(self, versions: Mapping[str, str] | None) -> bool:
+        return self.versions is not None and versions != self.versions
+
+    def _read(self, path: Path) -> Shard | None:
+        """One shard; a damaged one is set aside with a warning, not believed."""
         try:
-            with safe_open(path, framework="numpy") as shard:
-                metadata = shard.metadata() or {}
-                tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-            if metadata != {"format": str(FORMAT), "sha256": _checksum(tensors)}:
-                raise ValueError("its format or checksum is wrong")
-            if fault := _fault(tensors):
-                raise ValueError(fault)
-            return tensors["keys"].view(f"S{KEY_BYTES}"), tensors["logps"]
-        except FileNotFoundError:
-            return None  # another process has set it aside since the folder was listed
-        except (SafetensorError, ValueError, TypeError, AttributeError) as error:
-            aside = path.with_name(path.name + QUARANTINE_SUFFIX)
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(aside)
+            return shards.read(path)
+        except ShardError as error:
+            aside = set_aside(path)
+            self.damaged += 1
             logger.warning(
                 "%s is damaged (%s): set aside as %s; its rows are computed again.",
                 path,
@@ -153,37 +283,3 @@ class ReferenceStore:
                 aside.name,
             )
             return None
-
-
-SHARD_TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64", "token_logps": "float32"}
-"""All of them vectors; keys and token_logps lie end to end."""
-
-
-def _fault(tensors: dict[str, np.ndarray]) -> str | None:
-    """What about a shard's tensors cannot be, or None."""
-    kinds = {name: (tensor.dtype.name, tensor.ndim) for name, tensor in tensors.items()}
-    if kinds != {name: (dtype, 1) for name, dtype in SHARD_TENSORS.items()}:
-        return f"it holds {kinds}"
-    rows, token_counts = len(tensors["logps"]), tensors["tokens"]
-    if len(tensors["keys"]) != rows * KEY_BYTES or len(token_counts) != rows:
-        return (
-            f"{len(tensors['keys'])} bytes of keys and {len(token_counts)} token counts for {rows} "
-            "log-probs"
-        )
-    # Each count is checked before they are summed, where int64 could wrap around.
-    scored = len(tensors["token_logps"])
-    if (token_counts < 1).any() or (token_counts > scored).any() or token_counts.sum() != scored:
-        return f"its token counts do not add up to its {scored} token log-probs"
-    if not (np.isfinite(tensors["logps"]).all() and np.isfinite(tensors["token_logps"]).all()):
-        return "a log-prob is not finite"
-    return None
-
-
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    """sha256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(tensor.tobytes())
-    return digest.hexdigest()

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._torch import (
-    Bounds,
     LogitTransform,
+    Request,
     RowStatistics,
     accumulation_dtype,
     logits_tile,
@@ -27,24 +27,11 @@ class Backend(Protocol):
     """A module that computes the passes: `_torch` or `_launch`."""
 
     @staticmethod
-    def score(
-        hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target_ids: Tensor,
-        transform: LogitTransform,
-        outputs: tuple[str, ...] = (),
-    ) -> RowStatistics: ...
+    def score(hidden_states: Tensor, target_ids: Tensor, request: Request) -> RowStatistics: ...
 
     @staticmethod
     def score_with_gradient(
-        hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target_ids: Tensor,
-        transform: LogitTransform,
-        outputs: tuple[str, ...],
-        bounds: Bounds,
+        hidden_states: Tensor, target_ids: Tensor, request: Request
     ) -> tuple[RowStatistics, Tensor]: ...
 
 
@@ -58,20 +45,14 @@ class FrozenHeadLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_states: Tensor,  # (N, H)
-        weight: Tensor,  # (V, H)
-        bias: Tensor | None,
         target_ids: Tensor,  # (N,)
-        transform: LogitTransform,
-        outputs: tuple[str, ...],
-        bounds: Bounds,
+        request: Request,
         backend: Backend,
     ) -> tuple[Tensor, ...]:
         """(N,) log-probs, then one (N,) tensor per asked output."""
-        rows, gradients = backend.score_with_gradient(
-            hidden_states, weight, bias, target_ids, transform, outputs, bounds
-        )
+        rows, gradients = backend.score_with_gradient(hidden_states, target_ids, request)
         ctx.save_for_backward(gradients)
-        figures = [rows.extras[name] for name in outputs]
+        figures = [rows.extras[name] for name in request.outputs]
         ctx.mark_non_differentiable(*figures)
         return (rows.logps, *figures)
 
@@ -82,7 +63,7 @@ class FrozenHeadLogprobs(torch.autograd.Function):
         grad_logps: Tensor = grad_outputs[0]
         (gradients,) = ctx.saved_tensors
         scaled = gradients.to(grad_logps.dtype) * grad_logps[:, None]
-        return scaled.to(gradients.dtype), *[None] * 7
+        return scaled.to(gradients.dtype), None, None, None
 
 
 class TrainedHeadLogprobs(torch.autograd.Function):
@@ -95,15 +76,14 @@ class TrainedHeadLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_states: Tensor,  # (N, H)
-        weight: Tensor,  # (V, H)
+        weight: Tensor,  # (V, H); the request's, named here because it gets a gradient
         bias: Tensor | None,
         target_ids: Tensor,  # (N,)
-        transform: LogitTransform,
-        outputs: tuple[str, ...],
+        request: Request,
         backend: Backend,
     ) -> tuple[Tensor, ...]:
         """(N,) log-probs, then one (N,) tensor per asked output."""
-        rows = backend.score(hidden_states, weight, bias, target_ids, transform, outputs)
+        rows = backend.score(hidden_states, target_ids, request)
         ctx.save_for_backward(
             hidden_states,
             weight,
@@ -114,8 +94,8 @@ class TrainedHeadLogprobs(torch.autograd.Function):
             rows.sum_others,
             rows.mass_others,
         )
-        ctx.transform = transform
-        figures = [rows.extras[name] for name in outputs]
+        ctx.transform = request.transform
+        figures = [rows.extras[name] for name in request.outputs]
         ctx.mark_non_differentiable(*figures)
         return (rows.logps, *figures)
 
@@ -161,7 +141,9 @@ class TrainedHeadLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(weight.dtype),
-            *[None] * 4,
+            None,
+            None,
+            None,
         )
 
 

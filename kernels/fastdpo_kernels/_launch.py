@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ._torch import (
-    Bounds,
-    LogitTransform,
+    Request,
     RowStatistics,
     empty_statistics,
     extra_figures,
@@ -83,44 +82,36 @@ def config_for(weight: Tensor) -> LaunchConfig:
 
 def score(
     hidden_states: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,
     target_ids: Tensor,  # (N,)
-    transform: LogitTransform,
-    outputs: tuple[str, ...] = (),
+    request: Request,
 ) -> RowStatistics:
     """One pass over the vocabulary; logits never leave the chip."""
-    plan = _Plan(weight, transform, outputs)
+    plan = _Plan(request)
     rows_at_once = plan.rows_within(SCORE_BYTES, stores_exponentials=False)
     chunks = []
     for rows in _chunks(len(target_ids), rows_at_once):
         partial = _Partial(plan, hidden_states[rows], target_ids[rows], stores_exponentials=False)
-        partial.run_logits(weight, bias)
+        partial.run_logits()
         chunks.append(partial.combined())
-    return joined_statistics(chunks) if chunks else empty_statistics(hidden_states, outputs)
+    return joined_statistics(chunks) if chunks else empty_statistics(hidden_states, request)
 
 
 def score_with_gradient(
     hidden_states: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,
     target_ids: Tensor,  # (N,)
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
-    bounds: Bounds,
+    request: Request,
 ) -> tuple[RowStatistics, Tensor]:
     """The same pass, and U = dlogp/dh, (N, H) in the dtype of the hidden states."""
-    plan = _Plan(weight, transform, outputs)
-    rows_at_once = plan.rows_within(bounds.buffer_bytes, stores_exponentials=True)
+    plan = _Plan(request)
+    rows_at_once = plan.rows_within(request.bounds.buffer_bytes, stores_exponentials=True)
     gradients = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     chunks = []
     for rows in _chunks(len(target_ids), rows_at_once):
         partial = _Partial(plan, hidden_states[rows], target_ids[rows], stores_exponentials=True)
-        partial.run_logits(weight, bias)
-        statistics = partial.combined()
-        partial.run_gradient(weight, statistics, gradients[rows], bounds.skip_mass)
-        chunks.append(statistics)
-    statistics = joined_statistics(chunks) if chunks else empty_statistics(hidden_states, outputs)
+        partial.run_logits()
+        chunks.append(partial.combined())
+        partial.run_gradient(chunks[-1], gradients[rows])
+    statistics = joined_statistics(chunks) if chunks else empty_statistics(hidden_states, request)
     return statistics, gradients
 
 
@@ -133,15 +124,16 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 class _Plan:
     """What a call's chunks have in common."""
 
-    weight: Tensor
-    transform: LogitTransform
-    outputs: tuple[str, ...]
+    request: Request
     config: LaunchConfig = field(init=False)
     tiles: int = field(init=False)
+    weight: Tensor = field(init=False)  # rows contiguous
 
     def __post_init__(self) -> None:
-        self.config = config_for(self.weight)
-        self.tiles = -(-self.weight.shape[0] // self.config.block_v)
+        weight = self.request.weight
+        self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        self.config = config_for(weight)
+        self.tiles = -(-weight.shape[0] // self.config.block_v)
 
     @property
     def padded_vocabulary(self) -> int:
@@ -164,7 +156,7 @@ class _Plan:
 
     def rows_within(self, buffer_bytes: int, *, stores_exponentials: bool) -> int:
         """Rows whose buffers fit the bound: whole row tiles, or at least 16 rows."""
-        per_row = self.tiles * 4 * (6 if self.outputs else 2)
+        per_row = self.tiles * 4 * (6 if self.request.outputs else 2)
         if stores_exponentials:
             per_row += self.padded_vocabulary * self.stored_dtype.itemsize
         rows = buffer_bytes // per_row
@@ -191,7 +183,9 @@ class _Partial:
         self.offsets = buffer(plan.tiles, self.rows)
         self.sums = buffer(plan.tiles, self.rows)
         self.target_logits = buffer(self.rows)
-        self.moments = [buffer(plan.tiles, self.rows) for _ in range(4 if plan.outputs else 0)]
+        self.moments = [
+            buffer(plan.tiles, self.rows) for _ in range(4 if plan.request.outputs else 0)
+        ]
         self.exponentials = None
         if stores_exponentials:
             shape = (self.rows, plan.padded_vocabulary)
@@ -199,13 +193,13 @@ class _Partial:
         self.row_offsets = buffer(self.rows)
         self.row_sums = buffer(self.rows)
 
-    def run_logits(self, weight: Tensor, bias: Tensor | None) -> None:
+    def run_logits(self) -> None:
         """First GEMM: tile statistics, the target's logit and, if kept, E."""
         from . import _triton
 
-        plan, config, transform = self.plan, self.plan.config, self.plan.transform
+        plan, config, weight = self.plan, self.plan.config, self.plan.weight
+        transform, bias = plan.request.transform, plan.request.bias
         vocabulary, hidden_size = weight.shape
-        weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         unused = self.sums
         moments = self.moments or [unused] * 4
         exponentials = unused if self.exponentials is None else self.exponentials
@@ -276,18 +270,16 @@ class _Partial:
             extras=self._extras() if self.moments else {},
         )
 
-    def run_gradient(
-        self, weight: Tensor, statistics: RowStatistics, gradients: Tensor, skip_mass: float
-    ) -> None:
+    def run_gradient(self, statistics: RowStatistics, gradients: Tensor) -> None:
         """Second GEMM: E @ W with the exact power-of-two shift, U formed in its epilogue."""
         from . import _triton
 
-        plan, config = self.plan, self.plan.config
+        plan, config, weight = self.plan, self.plan.config, self.plan.weight
+        transform, skip_mass = plan.request.transform, plan.request.bounds.skip_mass
         assert self.exponentials is not None, "the first GEMM has kept E"
         vocabulary, hidden_size = weight.shape
-        weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-        constant = plan.transform.factor / plan.transform.temperature
-        slope = plan.transform.slope(self.target_logits)
+        constant = transform.factor / transform.temperature
+        slope = transform.slope(self.target_logits)
         if not isinstance(slope, Tensor):
             slope = torch.full_like(self.target_logits, slope)
         emulates = is_interpreted() and weight.dtype == torch.bfloat16
@@ -334,7 +326,7 @@ class _Partial:
         largest, weighted, plain, squares = self.moments
         shifts = torch.exp2(self.offsets - self.row_offsets)
         return extra_figures(
-            self.plan.outputs,
+            self.plan.request.outputs,
             vocabulary=self.plan.weight.shape[0],
             max_others=largest.amax(dim=0),
             sum_others=self.row_sums,

@@ -57,6 +57,29 @@ class Bounds:
     skip_mass: float = 0.0
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the rows: everything of a call but the rows themselves.
+
+    Attributes:
+        weight: (V, H).
+        bias: (V,) or None.
+        transform: from raw logits to z.
+        outputs: names of the extra figures.
+        bounds: what a pass that forms gradients may hold and drop.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+    outputs: tuple[str, ...] = ()
+    bounds: Bounds = Bounds()
+
+    def bias_of(self, start: int, stop: int) -> Tensor | None:
+        """The bias of a column range."""
+        return None if self.bias is None else self.bias[start:stop]
+
+
 @dataclass
 class RowStatistics:
     """What one pass over the vocabulary leaves per row; (R,) each, in the accumulation dtype."""
@@ -116,11 +139,8 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def score(
     hidden_states: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
     target_ids: Tensor,  # (N,)
-    transform: LogitTransform,
-    outputs: tuple[str, ...] = (),
+    request: Request,
     *,
     with_mean_weights: bool = False,
 ) -> RowStatistics:
@@ -128,60 +148,45 @@ def score(
     size = rows_per_chunk(hidden_states.device)
     chunks = []
     for rows in row_chunks(hidden_states.shape[0], hidden_states.device):
-        chunk = _score_chunk(
-            padded(hidden_states[rows], size),
-            weight,
-            bias,
-            padded(target_ids[rows], size),
-            transform,
-            outputs,
-            with_mean_weights,
-        )
+        states, targets = padded(hidden_states[rows], size), padded(target_ids[rows], size)
+        chunk = _score_chunk(states, targets, request, with_mean_weights)
         chunks.append(_first_rows(chunk, rows.stop - rows.start))
-    return joined_statistics(chunks) if chunks else empty_statistics(hidden_states, outputs)
+    return joined_statistics(chunks) if chunks else empty_statistics(hidden_states, request)
 
 
 def score_with_gradient(
     hidden_states: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
     target_ids: Tensor,  # (N,)
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
-    bounds: Bounds,
+    request: Request,
 ) -> tuple[RowStatistics, Tensor]:
     """The same pass, and U = dlogp/dh = sigmoid(d) (slope_t W_t - E_o[slope W]), (N, H).
 
-    Its tiles are small whatever `bounds` allows, and it drops nothing.
+    Its tiles are small whatever the bounds allow, and it drops nothing.
     """
     gradients = torch.empty_like(hidden_states)
     chunks = []
     for rows in row_chunks(hidden_states.shape[0], hidden_states.device):
         targets = target_ids[rows]
-        chunk = score(
-            hidden_states[rows], weight, bias, targets, transform, outputs, with_mean_weights=True
-        )
-        slope = transform.slope(chunk.target_logits)
+        chunk = score(hidden_states[rows], targets, request, with_mean_weights=True)
+        slope = request.transform.slope(chunk.target_logits)
         if isinstance(slope, Tensor):
             slope = slope[:, None]
-        toward_target = weight[targets].to(chunk.logps.dtype) * slope
+        toward_target = request.weight[targets].to(chunk.logps.dtype) * slope
         assert chunk.mean_weights is not None, "asked for above"
         gradients[rows] = chunk.mass_others[:, None] * (toward_target - chunk.mean_weights)
         chunk.mean_weights = None
         chunks.append(chunk)
-    statistics = joined_statistics(chunks) if chunks else empty_statistics(hidden_states, outputs)
+    statistics = joined_statistics(chunks) if chunks else empty_statistics(hidden_states, request)
     return statistics, gradients
 
 
 def _score_chunk(
     hidden_states: Tensor,  # (R, H)
-    weight: Tensor,
-    bias: Tensor | None,
     target_ids: Tensor,  # (R,)
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
+    request: Request,
     with_mean_weights: bool,
 ) -> RowStatistics:
+    weight, transform, outputs = request.weight, request.transform, request.outputs
     dtype = accumulation_dtype(hidden_states.dtype)
     count = hidden_states.shape[0]
     maximum = hidden_states.new_full((count,), -torch.inf, dtype=dtype)
@@ -191,7 +196,7 @@ def _score_chunk(
     moments = _Moments(outputs, maximum)
     for start, stop in vocabulary_tiles(weight):
         tile = weight[start:stop]
-        z = logits_tile(hidden_states, tile, None if bias is None else bias[start:stop], transform)
+        z = logits_tile(hidden_states, tile, request.bias_of(start, stop), transform)
         target_logits += take_target(z, target_ids, start)
         new_maximum = torch.maximum(maximum, z.amax(dim=1))
         # No other column seen yet: exp(-inf - -inf) would be NaN.
@@ -329,10 +334,10 @@ def _first_rows(rows: RowStatistics, count: int) -> RowStatistics:
     )
 
 
-def empty_statistics(like: Tensor, outputs: tuple[str, ...]) -> RowStatistics:
+def empty_statistics(like: Tensor, request: Request) -> RowStatistics:
     """The statistics of no rows."""
     empty = like.new_empty((0,), dtype=accumulation_dtype(like.dtype))
-    extras = {name: empty.bool() if name == "is_top1" else empty for name in outputs}
+    extras = {name: empty.bool() if name == "is_top1" else empty for name in request.outputs}
     return RowStatistics(empty, empty, empty, empty, empty, extras=extras)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _torch
 from ._function import Backend, FrozenHeadLogprobs, TrainedHeadLogprobs
-from ._torch import Bounds, LogitTransform
+from ._torch import Bounds, LogitTransform, Request
 
 NUMERICS_VERSION = 1
 """Raised whenever a change moves the log-probs by more than rounding: stored ones then miss."""
@@ -122,8 +122,14 @@ def linear_logprobs(
     """
     hidden_states, weight, bias = _as_autocast(hidden_states, weight, bias)
     _validate(hidden_states, weight, target_ids, bias, softcap, temperature, outputs)
-    bounds = Bounds(max_buffer_mib * 2**20, skip_mass)
-    _validate_bounds(bounds)
+    request = Request(
+        weight,
+        bias,
+        LogitTransform(softcap=softcap, factor=logit_scale, temperature=temperature),
+        outputs,
+        Bounds(max_buffer_mib * 2**20, skip_mass),
+    )
+    _validate_bounds(request.bounds)
     chosen = _backend(backend, hidden_states)
     flat_hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     flat_targets = target_ids.reshape(-1)
@@ -134,10 +140,7 @@ def linear_logprobs(
             kept = scored.nonzero().squeeze(-1)
             flat_hidden, flat_targets = flat_hidden[kept], flat_targets[kept]
     _validate_range(flat_targets, weight.shape[0])
-    transform = LogitTransform(softcap=softcap, factor=logit_scale, temperature=temperature)
-    logps, extras = _dispatch(
-        flat_hidden, weight, bias, flat_targets, transform, outputs, bounds, chosen
-    )
+    logps, extras = _dispatch(flat_hidden, flat_targets, request, chosen)
 
     def restored(rows: Tensor) -> Tensor:
         if kept is not None:
@@ -151,29 +154,24 @@ def linear_logprobs(
 
 def _dispatch(
     hidden_states: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,
     target_ids: Tensor,  # (N,)
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
-    bounds: Bounds,
+    request: Request,
     backend: Backend,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Score without gradient, or through the autograd node that fits what needs one."""
+    weight, bias = request.weight, request.bias
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and head_trains:
         logps, *figures = TrainedHeadLogprobs.apply(
-            hidden_states, weight, bias, target_ids, transform, outputs, backend
+            hidden_states, weight, bias, target_ids, request, backend
         )
     elif torch.is_grad_enabled() and hidden_states.requires_grad:
-        logps, *figures = FrozenHeadLogprobs.apply(
-            hidden_states, weight, bias, target_ids, transform, outputs, bounds, backend
-        )
+        logps, *figures = FrozenHeadLogprobs.apply(hidden_states, target_ids, request, backend)
     else:
         with torch.no_grad():
-            rows = backend.score(hidden_states, weight, bias, target_ids, transform, outputs)
+            rows = backend.score(hidden_states, target_ids, request)
         return rows.logps, rows.extras
-    return logps, dict(zip(outputs, figures, strict=True))
+    return logps, dict(zip(request.outputs, figures, strict=True))
 
 
 def _as_autocast(

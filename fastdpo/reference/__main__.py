@@ -1,0 +1,174 @@
+"""`python -m fastdpo.reference`: fill, show, check, carry and clean the stores of log-probs."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastdpo.command_line import command, parse
+from fastdpo.options import DataOptions, ModelOptions, reference_folder
+from fastdpo.reference.archive import export_store, import_store
+from fastdpo.reference.store import set_aside
+from fastdpo.reference.upkeep import DAY_S, prune, store_folders, summarise
+from fastdpo.report import say, table
+
+ACTIONS = {
+    "build": "compute the reference log-probs of a model and a dataset, without training",
+    "info": "show every store: model, rows, size, age",
+    "verify": "read every shard again and check it; set damaged ones aside",
+    "prune": "remove damaged shards, leftovers of killed runs and, if asked, unused stores",
+    "export": "write one store to a file, to carry it to another machine",
+    "import": "take in such a file",
+}
+
+
+@dataclass
+class StoreOptions:
+    """Which stores, and what is done to them."""
+
+    _argument_group_name = "Reference stores"
+
+    ref_cache: str | None = field(
+        default=None, metadata={"help": "Folder of all stores; unset: as in training."}
+    )
+    store: str | None = field(
+        default=None,
+        metadata={"help": "Beginning of the name of one store, as info shows it; unset: all."},
+    )
+    file: str | None = field(
+        default=None, metadata={"help": "The file to export to or to import from."}
+    )
+    unused_days: float | None = field(
+        default=None,
+        metadata={"help": "Prune stores that no run has used for so many days; unset: none."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Say what prune would remove."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Do what the first word says."""
+    action = argv[0] if argv else "--help"
+    if action in ("--help", "-h"):
+        say("usage: python -m fastdpo.reference ACTION [--option value ...]\n")
+        for name, what in ACTIONS.items():
+            say(f"  {name:8}{what}")
+        say("\nEach action shows its options with --help.")
+        return
+    if action not in ACTIONS:
+        raise ValueError(
+            f"{action!r} is no action of fastdpo.reference: name one of {', '.join(ACTIONS)}."
+        )
+    if action == "build":
+        _build(argv[1:])
+        return
+    parsed = parse(
+        f"reference {action}",
+        [StoreOptions],
+        argv[1:],
+        training=False,
+        description=ACTIONS[action].capitalize() + ".",
+    )
+    options = parsed.group(StoreOptions)
+    root = reference_folder(options.ref_cache)
+    if root is None:
+        raise ValueError("--ref_cache is off: name the folder of the stores, or leave it out.")
+    {"info": _info, "verify": _verify, "prune": _prune, "export": _export, "import": _import}[
+        action
+    ](root, options)
+
+
+def _build(argv: Sequence[str]) -> None:
+    from fastdpo.train import make_trainer
+
+    parsed = parse(
+        "reference build",
+        [ModelOptions, DataOptions],
+        argv,
+        training=True,
+        description="Compute the reference log-probs that training with these options needs.",
+    )
+    if reference_folder(parsed.training.ref_cache) is None:
+        raise ValueError("--ref_cache is off: there is nothing to build. Name a folder.")
+    make_trainer(parsed.model, parsed.data, parsed.training).compute_references()
+
+
+def _info(root: Path, options: StoreOptions) -> None:
+    rows = []
+    for folder in _chosen(root, options):
+        found = summarise(folder)
+        rows.append(
+            (
+                folder.name[:12],
+                ", ".join(found.models) or "unknown",
+                f"{found.rows:,}",
+                str(found.shards),
+                f"{found.bytes / 2**20:,.1f}",
+                f"{found.age_s / DAY_S:.1f}",
+                f"{found.unused_s / DAY_S:.1f}",
+            )
+        )
+    say(f"{len(rows)} stores in {root}")
+    if rows:
+        columns = ("store", "model", "completions", "shards", "MiB", "days old", "days unused")
+        say(table(columns, rows))
+
+
+def _verify(root: Path, options: StoreOptions) -> None:
+    """Readers set damaged shards aside; here nothing is read for use, so it is done by name."""
+    damaged = 0
+    for folder in _chosen(root, options):
+        found = summarise(folder)
+        damaged += len(found.damaged)
+        say(
+            f"{folder.name[:12]}: {found.shards - len(found.damaged)} shards are whole, "
+            f"{found.rows:,} completions"
+        )
+        for name, fault in found.damaged.items():
+            set_aside(folder / name)
+            say(f"  damaged and set aside: {name}: {fault}")
+    if damaged:
+        raise ValueError(f"{damaged} damaged shards: the next run computes their rows again.")
+
+
+def _prune(root: Path, options: StoreOptions) -> None:
+    found = prune(root, unused_days=options.unused_days, dry_run=options.dry_run)
+    for path in (*found.stores, *found.leftovers):
+        say(str(path))
+    done = "would free" if options.dry_run else "freed"
+    say(
+        f"{len(found.stores)} stores and {len(found.leftovers)} leftovers: {done} "
+        f"{found.bytes / 2**20:,.1f} MiB"
+    )
+
+
+def _export(root: Path, options: StoreOptions) -> None:
+    folders = _chosen(root, options)
+    if len(folders) != 1:
+        names = ", ".join(folder.name[:12] for folder in folders) or "none"
+        raise ValueError(f"{len(folders)} stores in {root} ({names}): choose one with --store.")
+    file = _file(options)
+    count = export_store(folders[0], file)
+    say(f"{count} shards of store {folders[0].name[:12]} are in {file}")
+
+
+def _import(root: Path, options: StoreOptions) -> None:
+    folder, new = import_store(_file(options), root)
+    say(f"{new} new shards in {folder}")
+
+
+def _chosen(root: Path, options: StoreOptions) -> list[Path]:
+    folders = store_folders(root)
+    chosen = [folder for folder in folders if folder.name.startswith(options.store or "")]
+    if options.store and not chosen:
+        raise ValueError(f"--store is {options.store!r}; none of {len(folders)} begins so.")
+    return chosen
+
+
+def _file(options: StoreOptions) -> Path:
+    if not options.file:
+        raise ValueError("--file is missing: name the file to export to or to import from.")
+    return Path(options.file).expanduser()
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

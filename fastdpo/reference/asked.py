@@ -1,0 +1,143 @@
+"""What runs asked a store for, kept as small notes in it, so that a miss can be explained.
+
+A note is no part of any key and no log-prob hangs on it: without notes everything works, and only
+the reason of a miss is unknown.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo import files
+from fastdpo.batching import PairGroups
+from fastdpo.options import PreferenceOptions
+from fastdpo.reference.store import MANIFEST, ReferenceStore
+
+NOTES = "asked-*.json"
+MAX_NOTE_BYTES = 2**16
+MOST_NOTES = 64
+MOST_REASONS = 3
+
+
+def asked_for(
+    groups: PairGroups,
+    options: PreferenceOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+) -> dict[str, Any]:
+    """What shaped the rows of a data set, JSON-ready."""
+    template = json.dumps(tokenizer.chat_template, sort_keys=True, default=str)
+    return {
+        "data": groups.pairs.report.source,
+        "max_length": options.max_length,
+        "truncation_mode": options.truncation_mode,
+        "special_tokens_in_content": options.special_tokens_in_content,
+        "tokenizer": str(tokenizer.name_or_path),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest()[:12],
+        "model": model_name,
+        "rows": groups.pairs.report.rows_read,
+        "pairs": len(groups),
+    }
+
+
+def note(store: ReferenceStore, asked: Mapping[str, Any]) -> None:
+    """Keep what this run asks for."""
+    text = json.dumps(dict(asked), sort_keys=True)
+    path = store.folder / f"asked-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    with suppress(OSError):  # a read-only store is a store
+        files.write_json(path, {"at": time.time(), "asked": dict(asked)})
+
+
+def notes(folder: Path) -> list[dict[str, Any]]:
+    """What was asked of the store in `folder`, the newest first; unreadable notes are skipped."""
+    found = []
+    for path in folder.glob(NOTES):
+        content = _json(path)
+        if isinstance(content.get("asked"), dict) and isinstance(content.get("at"), int | float):
+            found.append((content["at"], content["asked"]))
+    found.sort(key=lambda each: -each[0])
+    return [asked for _, asked in found[:MOST_NOTES]]
+
+
+def why_missing(store: ReferenceStore, asked: Mapping[str, Any], known: int) -> str:
+    """One clause on why log-probs are missing: what differs from the most similar earlier run.
+
+    Args:
+        store: that was asked.
+        asked: what this run asks for, its own note not yet written.
+        known: how many of this run's pairs were found.
+    """
+    earlier = notes(store.folder)
+    if store.damaged:
+        return f"{store.damaged} damaged shards were set aside"
+    if store.refused:
+        return f"--ref_versions strict: {_listed(list(store.refused))}"
+    if not earlier and not len(store):
+        return _other_store(store)
+    if not earlier:
+        return "what filled this store is not noted"
+    earlier = [each for each in earlier if each.get("name") == asked.get("name")]
+    if not earlier:
+        return f"no earlier run asked for {asked.get('name')} data"
+    nearest = min(earlier, key=lambda each: len(_differences(each, asked)))
+    differs = _differences(nearest, asked)
+    if differs:
+        return _listed(differs)
+    if not len(store) or not known:
+        return "an earlier run asked for the same and kept nothing"
+    return "an earlier pass over the same data did not finish, or the rows themselves changed"
+
+
+def _other_store(store: ReferenceStore) -> str:
+    """How the nearest other store describes another reference."""
+    manifests = [_json(path) for path in store.root.glob(f"*/{MANIFEST}")]
+    others = [
+        _flat(manifest["identity"])
+        for manifest in manifests
+        if isinstance(manifest.get("identity"), dict) and manifest["identity"] != store.identity
+    ]
+    if not others:
+        return "nothing was stored before"
+    mine = _flat(store.identity)
+    nearest = min(others, key=lambda each: len(_differences(each, mine)))
+    return f"a new reference: {_listed(_differences(nearest, mine))}"
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {_short(before.get(name))} -> {_short(now.get(name))}"
+        for name in (*now, *(name for name in before if name not in now))
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _listed(differs: list[str]) -> str:
+    more = len(differs) - MOST_REASONS
+    return ", ".join(differs[:MOST_REASONS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else "..." + text[-24:]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = [_flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()]
+    return {key: part for each in parts for key, part in each.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = json.loads(file.read(MAX_NOTE_BYTES + 1))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

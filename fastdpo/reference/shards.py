@@ -1,0 +1,185 @@
+"""One shard of a reference store: a checksummed safetensors file of scored completions."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fastdpo.batching import Group
+
+FORMAT = 1
+KEY_BYTES = 32
+MAX_HEADER_BYTES = 2**20  # ours have about 500
+MAX_SHARD_BYTES = 2**32  # ours have 2 MiB at 100 tokens a completion
+TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64"}
+"""All of them vectors; keys lie end to end."""
+
+RAGGED = {"token_logps": "float32"}
+"""Left out by `--ref_token_logps off`."""
+
+
+class ShardError(ValueError):
+    """A file that is no shard, or no longer the one that was written."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredCompletion:
+    """What the store keeps of one completion."""
+
+    key: bytes
+    logps: float  # nats, summed over the completion
+    token_logps: np.ndarray  # (C,) float32, nats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """The rows of one file, checked."""
+
+    keys: np.ndarray  # (n,) S32
+    logps: np.ndarray  # (n,) float64, nats
+    tokens: np.ndarray  # (n,) int64
+    token_logps: np.ndarray | None  # (sum of tokens,) float32, nats
+    versions: dict[str, str] | None  # what computed them; None: not recorded
+
+
+def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
+    """sha256 of a completion in its context: the token ids, and where the scored span begins."""
+    return _key(_prompt_digest(prompt_ids), completion_ids)
+
+
+def group_keys(group: Group) -> list[bytes]:
+    """The row keys of a group's completions."""
+    prompt = _prompt_digest(group.prompt_ids)
+    return [_key(prompt.copy(), completion) for completion in group.completions]
+
+
+def encode(
+    rows: Sequence[ScoredCompletion], versions: Mapping[str, str] | None, *, token_logps: bool
+) -> bytes:
+    """The bytes of a shard.
+
+    Raises:
+        ValueError: a log-prob is not finite, or a row is not as `ScoredCompletion` says.
+    """
+    ragged = np.concatenate([row.token_logps for row in rows]).astype(np.float32)
+    tensors = {
+        "keys": np.frombuffer(b"".join(row.key for row in rows), dtype=np.uint8),
+        "logps": np.array([row.logps for row in rows], dtype=np.float64),
+        "tokens": np.array([len(row.token_logps) for row in rows], dtype=np.int64),
+        "token_logps": ragged,
+    }
+    for name in ("logps", "token_logps"):
+        bad = tensors[name][~np.isfinite(tensors[name])]
+        if len(bad):
+            raise ValueError(
+                f"a reference log-prob is {bad[0]}: the model overflows on this input. Load it in "
+                "bfloat16 or float32."
+            )
+    if fault := fault_of(tensors):
+        raise ValueError(f"not a shard of scored completions: {fault}.")
+    if not token_logps:
+        del tensors["token_logps"]
+    metadata = {"format": str(FORMAT)}
+    if versions is not None:
+        metadata["versions"] = json.dumps(dict(versions), sort_keys=True)
+    metadata["sha256"] = checksum(tensors, metadata.get("versions"))
+    return save(tensors, metadata)
+
+
+def read(path: Path) -> Shard:
+    """A shard with everything about it checked; what a file claims never sizes an allocation.
+
+    Raises:
+        ShardError: it is damaged or none; says how.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        size = file.seek(0, 2)
+    if header_bytes > min(MAX_HEADER_BYTES, size) or size > MAX_SHARD_BYTES:
+        raise ShardError(f"a header of {header_bytes} bytes in a file of {size}")
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            metadata = shard.metadata() or {}
+            tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        raise ShardError(str(error)) from error
+    versions = metadata.get("versions")
+    wanted = {"format": str(FORMAT), "sha256": checksum(tensors, versions)}
+    if metadata != wanted | ({} if versions is None else {"versions": versions}):
+        raise ShardError("its format or checksum is wrong")
+    if fault := fault_of(tensors):
+        raise ShardError(fault)
+    return Shard(
+        tensors["keys"].view(f"S{KEY_BYTES}"),
+        tensors["logps"],
+        tensors["tokens"],
+        tensors.get("token_logps"),
+        _versions(versions),
+    )
+
+
+def fault_of(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """What about a shard's tensors cannot be, or None."""
+    kinds = {name: (tensor.dtype.name, tensor.ndim) for name, tensor in tensors.items()}
+    wanted = {name: (dtype, 1) for name, dtype in TENSORS.items()}
+    if kinds not in (wanted, wanted | {name: (dtype, 1) for name, dtype in RAGGED.items()}):
+        return f"it holds {kinds}"
+    rows, token_counts = len(tensors["logps"]), tensors["tokens"]
+    if len(tensors["keys"]) != rows * KEY_BYTES or len(token_counts) != rows:
+        return (
+            f"{len(tensors['keys'])} bytes of keys and {len(token_counts)} token counts for {rows} "
+            "log-probs"
+        )
+    if (token_counts < 1).any():
+        return "a token count is below 1"
+    if not np.isfinite(tensors["logps"]).all():
+        return "a log-prob is not finite"
+    if "token_logps" not in tensors:
+        return None
+    # Each count is checked before they are summed, where int64 could wrap around.
+    scored = len(tensors["token_logps"])
+    if (token_counts > scored).any() or token_counts.sum() != scored:
+        return f"its token counts do not add up to its {scored} token log-probs"
+    return None if np.isfinite(tensors["token_logps"]).all() else "a log-prob is not finite"
+
+
+def checksum(tensors: Mapping[str, np.ndarray], versions: str | None = None) -> str:
+    """sha256 over names, dtypes, shapes and bytes, and the text of the versions if there is one."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(tensor.tobytes())
+    if versions is not None:
+        digest.update(f"versions {versions}\n".encode())
+    return digest.hexdigest()
+
+
+def _versions(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    try:
+        read_back = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ShardError(f"its versions are no JSON: {error}") from None
+    if not isinstance(read_back, dict):
+        raise ShardError(f"its versions are a {type(read_back).__name__}")
+    return {str(name): str(value) for name, value in read_back.items()}
+
+
+def _prompt_digest(prompt_ids: np.ndarray) -> "hashlib._Hash":
+    digest = hashlib.sha256(struct.pack("<qq", FORMAT, len(prompt_ids)))
+    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes())
+    return digest
+
+
+def _key(digest: "hashlib._Hash", completion_ids: np.ndarray) -> bytes:
+    digest.update(np.ascontiguousarray(completion_ids, dtype="<i4").tobytes())
+    return digest.digest()

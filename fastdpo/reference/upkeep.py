@@ -1,0 +1,127 @@
+"""Looking after stores: what there is, whether it is whole, and what can go."""
+
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+
+from fastdpo import files
+from fastdpo.reference import shards
+from fastdpo.reference.asked import notes
+from fastdpo.reference.store import MANIFEST, QUARANTINE_SUFFIX, SHARDS
+
+DAY_S = 86_400.0
+TEMPORARY_AGE_S = DAY_S
+"""A temporary file of this age belongs to no writer that lives: a shard is written in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSummary:
+    """One store, as `info` shows it."""
+
+    folder: Path
+    models: tuple[str, ...]  # names under which runs asked for it, the newest first
+    rows: int  # completions, duplicates counted
+    shards: int
+    damaged: dict[str, str]  # names of shards that are not whole, and why
+    bytes: int
+    age_s: float  # since the oldest file was written
+    unused_s: float  # since a run last used it
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What `prune` removed, or would."""
+
+    stores: tuple[Path, ...]
+    leftovers: tuple[Path, ...]  # damaged shards, and temporary files of killed writers
+    bytes: int
+
+
+def store_folders(root: Path) -> list[Path]:
+    """The folders of all stores, sorted."""
+    return sorted(path.parent for path in root.glob(f"*/{MANIFEST}") if not _is_temporary(path))
+
+
+def summarise(folder: Path) -> StoreSummary:
+    """Read every shard of a store and check it; nothing is changed."""
+    rows, damaged = 0, {}
+    paths = sorted(folder.glob(SHARDS))
+    for path in paths:
+        try:
+            rows += len(shards.read(path).keys)
+        except shards.ShardError as error:
+            damaged[path.name] = str(error)
+        except FileNotFoundError:
+            continue
+    stats = _stats(folder)
+    names = [str(asked.get("model")) for asked in notes(folder) if asked.get("model")]
+    now = time.time()
+    return StoreSummary(
+        folder,
+        tuple(dict.fromkeys(names)),
+        rows,
+        len(paths),
+        damaged,
+        sum(stat.st_size for stat in stats),
+        now - min((stat.st_mtime for stat in stats), default=now),
+        now - max((stat.st_mtime for stat in stats), default=now),
+    )
+
+
+def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False) -> Pruned:
+    """Remove what no run needs; safe beside readers and writers.
+
+    Damaged shards that were set aside and temporary files of killed writers go; with
+    `unused_days`, so do stores that no run has used for so long. A store goes under another name
+    first, so that a reader sees all of it or nothing, and keeps what it has read already; a writer
+    makes its folder again.
+    """
+    stores, leftovers, freed, now = [], [], 0, time.time()
+    for folder in store_folders(root):
+        stats = _stats(folder)
+        newest = max((stat.st_mtime for stat in stats), default=now)
+        if unused_days is not None and now - newest > unused_days * DAY_S:
+            stores.append(folder)
+            freed += sum(stat.st_size for stat in stats)
+            if not dry_run:
+                doomed = files.temporary_name(folder)
+                with suppress(FileNotFoundError):  # another prune was first
+                    folder.rename(doomed)
+                    shutil.rmtree(doomed)
+    for path in [*root.glob("*"), *root.glob("*/*")]:
+        if path.parent in stores or not _is_leftover(path, now):
+            continue
+        leftovers.append(path)
+        inside = list(path.rglob("*")) if path.is_dir() else [path]
+        freed += sum(each.stat().st_size for each in inside if each.is_file())
+        if not dry_run and path.is_dir():
+            shutil.rmtree(path)
+        elif not dry_run:
+            path.unlink(missing_ok=True)
+    return Pruned(tuple(stores), tuple(leftovers), freed)
+
+
+def _is_leftover(path: Path, now: float) -> bool:
+    if not path.exists():
+        return False
+    if path.name.endswith(QUARANTINE_SUFFIX):
+        return True
+    return _is_temporary(path) and now - path.stat().st_mtime > TEMPORARY_AGE_S
+
+
+def _is_temporary(path: Path) -> bool:
+    return any(part.startswith(files.TEMPORARY_MARK) for part in (path.name, path.parent.name))
+
+
+def _stats(folder: Path) -> list[os.stat_result]:
+    """Of the files of a store that are there right now; writers rename theirs meanwhile."""
+    found = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            found += [stat] if S_ISREG(stat.st_mode) else []
+    return found
