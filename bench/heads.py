@@ -4,7 +4,9 @@ A contender gives (N,) log-probs where it can, else their sum, which is all its 
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,12 @@ ROWS = 1024
 """Rows that `bare GEMMs` and `torch logits` work at a time, so that their logits fit."""
 
 
-def fastdpo() -> HeadOp:
-    """Ours."""
+def fastdpo(**options: Any) -> HeadOp:
+    """Ours, or a form of it."""
     from fastdpo_kernels import linear_logprobs
 
     return lambda states, weight, targets: linear_logprobs(
-        states, weight, targets, ignore_index=None
+        states, weight, targets, ignore_index=None, **options
     )
 
 
@@ -100,6 +102,9 @@ def cut_cross_entropy() -> HeadOp:
 
 HEADS: dict[str, Callable[[], HeadOp]] = {
     "fastdpo": fastdpo,
+    "fastdpo skipping": partial(fastdpo, backend="triton", skip_mass=1e-3),
+    "fastdpo low memory": partial(fastdpo, backend="triton", max_buffer_mib=64),
+    "fastdpo portable": partial(fastdpo, backend="torch"),
     "fastdpo with figures": fastdpo_with_figures,
     "trl": trl,
     "trl with figures": trl_with_figures,
@@ -110,9 +115,12 @@ HEADS: dict[str, Callable[[], HeadOp]] = {
 }
 """How to build each contender, where `reason_missing` knows no reason against it."""
 
-QUICK_HEADS = tuple(name for name in HEADS if not name.endswith("with figures"))
+QUICK_HEADS = ("fastdpo", "trl", "torch linear_cross_entropy", "torch logits", "liger")
+QUICK_HEADS += ("cut-cross-entropy",)
 
 NEEDS = {
+    "fastdpo skipping": ("triton", "triton", True),
+    "fastdpo low memory": ("triton", "triton", True),
     "trl": ("trl", "trl", False),
     "trl with figures": ("trl", "trl", False),
     "liger": ("liger_kernel", "liger-kernel", True),

@@ -22,8 +22,11 @@ GEMMS = {"score": 1, "frozen": 2, "trained": 3}
 """Matrix products of N x H x V that each work cannot do without."""
 
 SIZES_CPU = {"quick": ((512, 256, 8192),), "full": ((1024, 512, 32000), (512, 1024, 32000))}
-SIZES_CUDA = ((8192, 4096, 128256), (2048, 4096, 32000), (8192, 2560, 262144), (8192, 4096, 32000))
-"""(N, H, V), the most telling first: Llama 3, two pairs of Llama 2, Gemma 3 4B, a long Llama 2."""
+HEADS_CUDA = ((4096, 128256), (4096, 32000), (2560, 262144), (4096, 151936))
+"""(H, V) of Llama-3.1-8B, Llama-2-7B, Gemma-3-4B and Qwen3-8B."""
+
+SIZES_CUDA = tuple((n, h, v) for n in (8192, 2048, 32768) for h, v in HEADS_CUDA)
+"""(N, H, V), the most telling first: a time limit cuts the tail."""
 
 
 def contend(case: Mapping[str, Any], turns: Turns) -> None:
