@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+EXIT_DIVERGED = 1
 EXIT_BAD_OPTION = 2
 EXIT_INTERRUPTED = 130
 _NOT_GIVEN = object()  # no string: argparse converts string defaults
@@ -123,7 +124,8 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     """Run a command's main on the process's arguments.
 
     Returns:
-        The exit code: 0, 2 after one line about bad input or a bad option, 130 after Ctrl-C. With
+        The exit code: 0, 1 after a loss that is not finite, 2 after one line about bad input or a
+        bad option, 130 after Ctrl-C. With
         FASTDPO_DEBUG set, the traceback of bad input is shown too.
     """
     logger = logging.getLogger("fastdpo")
@@ -137,6 +139,9 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
             raise
         sys.stderr.write(f"error: {error}\n")
         return EXIT_BAD_OPTION
+    except FloatingPointError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_DIVERGED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from fastdpo.evaluation import Evaluation
 
 
+USELESS = {"lora", "full", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+USELESS |= {"dataset_train_split"}
+"""Options of training that come with the groups shared with it."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print the table and write the JSON file."""
     parsed = parse(
@@ -27,6 +32,11 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
     )
+    if useless := sorted(USELESS & parsed.given):
+        raise ValueError(
+            f"--{useless[0]} changes nothing in an evaluation: leave it out. The adapter's folder "
+            "says how it was made; --qlora loads the base in 4 bits as in training."
+        )
     options = parsed.group(EvaluationOptions)
     evaluation = run(parsed.model, parsed.data, options)
     files.write_json(Path(options.output_file), evaluation.as_json())

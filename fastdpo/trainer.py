@@ -337,13 +337,17 @@ class DPOTrainer(ResumableTrainer):
             found = packed_logprobs(self.policy, micro_batch, outputs)
         logps, reference = found.logps.view(-1, 2), ref_logps.view(-1, 2)
         logratios = logps - reference
-        per_pair = LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
-        loss = per_pair.sum() / pairs
+        loss = self._pair_losses(logratios).sum() / pairs
         self.accelerator.backward(loss)
         self._train_sums.add_rewards(logps, reference, args.beta)
         if outputs:
             self._train_sums.add_tokens(micro_batch.completion_tokens, **found.extras)
         return loss.detach(), (logratios[:, 0] - logratios[:, 1]).detach()
+
+    def _pair_losses(self, logratios: Tensor) -> Tensor:
+        """(B, 2) log-ratios of chosen and rejected to (B,) losses."""
+        args = self.user_args
+        return LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
 
     def _references_now(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Reference log-probs of the very micro-batches that are about to be trained on."""
@@ -377,9 +381,7 @@ class DPOTrainer(ResumableTrainer):
         logps, reference = torch.from_numpy(scored.logps), torch.from_numpy(groups.ref_logps)
         logratios = logps - reference
         sums = MetricSums()
-        sums.add(
-            "loss", LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
-        )
+        sums.add("loss", self._pair_losses(logratios))
         sums.add_rewards(logps, reference, args.beta)
         sums.add_tokens(torch.from_numpy(scored.tokens.reshape(-1)), **scored.extras)
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in sums.averages().items()}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fastdpo_kernels.lora_linear import dense_weight
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from test_packed_pairs import random_groups
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -97,15 +97,26 @@ def test_gradients_survive_passes_without_gradient(base_folder, load_in_4bit, dt
     assert_equal(lora_gradients(model), before)
 
 
-def test_stock_bitsandbytes_repacks_here(base_folder):
-    """The trap that `FrozenLinear4bit` avoids; on other processors there is nothing to show."""
-    layer = load_model(str(base_folder), dtype=torch.bfloat16, load_in_4bit=True).model.layers[0]
-    stock = layer.mlp.up_proj
-    before = stock.weight.data.clone()
+def test_a_pass_without_gradient_leaves_4bit_weights_alone(base_folder):
+    """Stock bitsandbytes repacks them on AVX512-BF16; elsewhere nothing shows the difference."""
+    model = load_model(str(base_folder), dtype=torch.bfloat16, load_in_4bit=True)
+    stock, ours = model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.up_proj
+    fuse(model.model.layers[1])
+    before = [layer.weight.data.clone() for layer in (stock, ours)]
     with torch.no_grad():
-        stock.eval()(torch.zeros(1, 64, dtype=torch.bfloat16))
-    if torch.equal(stock.weight.data, before):
+        for layer in (stock, ours):
+            layer.eval()(torch.zeros(1, 64, dtype=torch.bfloat16))
+    assert torch.equal(ours.weight.data, before[1])
+    if torch.equal(stock.weight.data, before[0]):
         pytest.skip("bitsandbytes does not repack on this processor (no AVX512-BF16)")
+
+
+def test_layers_left_to_peft_are_named(base_folder, caplog):
+    model = load_model(str(base_folder), dtype=torch.float32)
+    add_adapter(copy.deepcopy(model), lora_config(8, 16, 0.0, None))
+    assert "PEFT's own forward" not in caplog.text
+    add_adapter(model, LoraConfig(target_modules=["q_proj"], use_dora=True))
+    assert "PEFT's own forward: FusedLoraLinear" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -121,3 +121,16 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
     assert "using trl-lib/ultrafeedback_binarized" in said
     assert asked["name"] == "meta-llama/Llama-2-7b-hf"
     assert asked["load_in_4bit"] is True
+
+
+def test_evaluation_refuses_options_that_would_change_nothing(workplace):
+    with pytest.raises(ValueError, match="--lora_r changes nothing"):
+        evaluate.main(["--adapter", "out", "--dataset", "dev.jsonl", "--lora_r", "8"])
+
+
+def test_a_diverged_run_is_one_line_and_exit_1(capsys):
+    def diverge(_argv):
+        raise FloatingPointError("the loss of update 3 is nan")
+
+    assert command(diverge) == 1
+    assert capsys.readouterr().err == "error: the loss of update 3 is nan\n"

@@ -5,6 +5,7 @@ the class of the layers in place to a subclass whose forward is `lora_linear`, w
 adapters made here and for a PeftModel that the user brings.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
@@ -79,6 +82,14 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = FusedLoraLinear4bit
         elif type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
             module.__class__ = FusedLoraLinear
+    stock = {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, lora.LoraLayer)
+        and (not isinstance(module, _FusedForward) or module.lora_variant)
+    }
+    if stock:
+        logger.warning("These adapter layers run PEFT's own forward: %s.", ", ".join(sorted(stock)))
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> PeftModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple, overload
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from . import _torch
 from ._function import Backend, FrozenHeadLogprobs, TrainedHeadLogprobs
 from ._torch import Bounds, LogitTransform, Request
+
+logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 1
 """Raised whenever a change moves the log-probs by more than rounding: stored ones then miss."""
@@ -247,8 +251,14 @@ def _backend(name: str, hidden_states: Tensor) -> Backend:
 
         return _launch
     if name == "auto":
+        _say_fallback(missing)
         return _torch
     raise RuntimeError(f"backend 'triton' cannot run here: {missing}. Pass backend='torch'.")
+
+
+@cache
+def _say_fallback(reason: str) -> None:
+    logger.warning("linear_logprobs runs its slower torch backend on this GPU: %s.", reason)
 
 
 def _missing_for_triton(hidden_states: Tensor) -> str | None:
