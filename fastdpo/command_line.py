@@ -31,7 +31,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from fastdpo.former_options import explain_unknown
-from fastdpo.options import DataOptions, ModelOptions, PreferenceOptions, RunOptions, presets
+from fastdpo.options import PARTS, DataOptions, ModelOptions, RunOptions, presets
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _inherited_options() -> type:
     """A dataclass of the DPOConfig options that the brief help does not show."""
     from fastdpo.config import DPOConfig
 
-    shown = {e.name for kind in (PreferenceOptions, RunOptions) for e in dataclasses.fields(kind)}
+    shown = {e.name for kind in (*PARTS, RunOptions) for e in dataclasses.fields(kind)}
     hints = get_type_hints(DPOConfig)
     rest = [e for e in dataclasses.fields(DPOConfig) if e.init and e.name not in shown]
     return dataclasses.make_dataclass(
@@ -190,7 +190,7 @@ class _Parser(HfArgumentParser):
     ) -> None:
         kinds = list(groups)
         if training:
-            kinds += [PreferenceOptions, RunOptions]
+            kinds += [*PARTS, RunOptions]
             kinds += [_inherited_options()] if inherited else []
         program = f"python -m fastdpo.{command}"
         super().__init__(

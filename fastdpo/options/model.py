@@ -1,0 +1,90 @@
+"""Which model is trained, in which precision, and which of its weights move."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastdpo.options.checks import check_choice, check_number, check_whole, option
+
+MODEL_ALIASES = {
+    "llama-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma-2-9b": "google/gemma-2-9b-it",
+}
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass
+class ModelOptions:
+    """Which model is trained, in which precision, and which of its weights move."""
+
+    _argument_group_name = "Model"
+
+    model_name_or_path: str | None = option(
+        None,
+        f"Folder, hub id or alias of the model to train; aliases: {', '.join(MODEL_ALIASES)}.",
+        aliases=["--model"],
+    )
+    model_revision: str = option("main", "Branch, tag or commit on the hub; a commit never moves.")
+    dtype: str = option(
+        "auto",
+        "Precision of the frozen weights; auto is bfloat16 on a CUDA card that supports it, "
+        "else float32.",
+        choices=list(DTYPES),
+    )
+    trust_remote_code: bool = option(
+        False, "Run Python code that the model's repository ships; off, since it can do anything."
+    )
+    qlora: bool = option(False, "Train a LoRA adapter over 4-bit (NF4) weights: the least memory.")
+    lora: bool = option(False, "Train a LoRA adapter over whole weights: faster, more memory.")
+    full: bool = option(False, "Train every weight: about 16 bytes of memory per parameter.")
+    lora_r: int = option(16, "Rank of the adapter; 16 is enough for most preference data.")
+    lora_alpha: int = option(32, "Adapter scale, applied as alpha / r; twice the rank is usual.")
+    lora_dropout: float = option(
+        0.0, "Dropout before the adapter, 0 to below 1; 0, since noise hides small preferences."
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Layers that get an adapter; unset: every linear layer but the head."},
+    )
+
+    def __post_init__(self) -> None:
+        chosen = [f"--{name}" for name in ("qlora", "lora", "full") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(
+                f"{' and '.join(chosen)} exclude each other: keep one. --qlora needs the least "
+                "memory, --lora is faster where 16-bit weights fit, --full trains every weight."
+            )
+        check_choice("dtype", self.dtype, DTYPES)
+        check_whole("lora_r", self.lora_r, 1, "16 is usual")
+        check_number("lora_alpha", self.lora_alpha, above=0, remedy="Twice --lora_r is usual.")
+        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1, remedy="0 is usual.")
+        if isinstance(self.lora_target_modules, str):
+            self.lora_target_modules = [self.lora_target_modules]
+        if self.lora_target_modules == ["all-linear"]:
+            self.lora_target_modules = None
+        if self.lora_target_modules == []:
+            raise ValueError(
+                "--lora_target_modules is empty; name at least one layer (q_proj v_proj), or leave "
+                "it out for every linear layer but the head."
+            )
+
+
+def resolve_model(name: str) -> tuple[str, str | None]:
+    """What a model name stands for.
+
+    Args:
+        name: a folder, a hub id or one of `MODEL_ALIASES`.
+
+    Returns:
+        The folder or hub id to load, and one sentence to show where the name was an alias. A
+        folder of that name wins over the alias.
+    """
+    repository = MODEL_ALIASES.get(name.lower())
+    if repository is None or Path(name).is_dir():
+        return name, None
+    return repository, f"{name} means {repository} on the Hugging Face hub."

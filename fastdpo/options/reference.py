@@ -1,0 +1,61 @@
+"""What the reference is and where its log-probs are kept."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdpo.options.checks import check_choice, check_whole, option
+
+REF_TOKEN_LOGPS_MODES = ("on", "off")
+REF_VERSIONS_MODES = ("warn", "strict")
+
+
+@dataclass
+class ReferenceOptions:
+    """The reference and its store."""
+
+    _argument_group_name = "Reference"
+
+    ref_cache: str | None = option(
+        None,
+        "Folder of the stored reference log-probs, or off to compute the reference in each update. "
+        "Unset: $FASTDPO_CACHE, $XDG_CACHE_HOME/fastdpo or ~/.cache/fastdpo, in reference/.",
+    )
+    ref_token_logps: str = option(
+        "on",
+        "on stores the reference log-prob of every token beside their sum, 4 bytes each, which "
+        "losses that weigh tokens will need; off stores the sums alone.",
+        choices=list(REF_TOKEN_LOGPS_MODES),
+    )
+    ref_versions: str = option(
+        "warn",
+        "Stored reference log-probs that other library versions or another card computed: warn "
+        "uses them, as they differ in rounding alone, and says so; strict computes them again.",
+        choices=list(REF_VERSIONS_MODES),
+    )
+    ref_spot_check: int = option(
+        4,
+        "Stored pairs to score again before they are believed; a run stops where they differ by "
+        "more than rounding. A few show a wrong store at the cost of a second; 0 does not look.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.ref_cache is not None:
+            self.ref_cache = os.fspath(self.ref_cache)
+            if not self.ref_cache.strip():
+                raise ValueError("--ref_cache is empty; give a folder, off, or leave it out.")
+        check_choice("ref_token_logps", self.ref_token_logps, REF_TOKEN_LOGPS_MODES)
+        check_choice("ref_versions", self.ref_versions, REF_VERSIONS_MODES)
+        check_whole("ref_spot_check", self.ref_spot_check, 0, "4 is usual, 0 does not look")
+
+
+def reference_folder(ref_cache: str | None) -> Path | None:
+    """The folder of the reference store that `--ref_cache` asks for; None means off."""
+    if ref_cache == "off":
+        return None
+    if ref_cache is not None:
+        return Path(ref_cache).expanduser()
+    if own := os.environ.get("FASTDPO_CACHE"):
+        return Path(own).expanduser() / "reference"
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(user).expanduser() / "fastdpo" / "reference"

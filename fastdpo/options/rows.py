@@ -1,0 +1,44 @@
+"""How a row becomes token ids: truncation, control tokens, what is useless."""
+
+from dataclasses import dataclass
+
+from fastdpo.options.checks import check_choice, check_whole, option
+
+TRUNCATION_MODES = ("keep_completion", "keep_start")
+SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
+
+
+@dataclass
+class RowOptions:
+    """From rows to token ids."""
+
+    _argument_group_name = "Rows to tokens"
+
+    max_length: int | None = option(
+        1024, "Most tokens of prompt + completion; longer ones are truncated. none: no limit."
+    )
+    truncation_mode: str = option(
+        "keep_completion",
+        "What an over-long pair keeps: keep_completion cuts the prompt from the left, keep_start "
+        "keeps the first tokens of prompt + completion as TRL does, which eats the completion.",
+        choices=list(TRUNCATION_MODES),
+    )
+    special_tokens_in_content: str | None = option(
+        None,
+        "Control tokens written inside the data: literal encodes them as plain text, allow as "
+        "tokens, error refuses the row. Unset: literal in conversations, allow in ready strings.",
+        choices=list(SPECIAL_TOKEN_MODES),
+    )
+    strict_data: bool = option(
+        False,
+        "Stop at a useless row (empty, identical, over-long) instead of dropping it.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None:
+            check_whole("max_length", self.max_length, 8, "1024 is usual, none lifts the limit")
+        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        if self.special_tokens_in_content is not None:
+            check_choice(
+                "special_tokens_in_content", self.special_tokens_in_content, SPECIAL_TOKEN_MODES
+            )

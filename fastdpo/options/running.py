@@ -1,0 +1,69 @@
+"""The inherited training options that runs set most, and what the commands preset them to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from fastdpo.options.checks import option
+
+
+@dataclass
+class RunOptions:
+    """The inherited training options that runs set most, with the defaults of the command.
+
+    `python -m fastdpo.train` shows them and lays them below what the user gave; `DPOConfig` used
+    from Python never sees them and keeps TRL's defaults. Types are those of TrainingArguments.
+    """
+
+    _argument_group_name = "Training (the most used; --help_all has the rest)"
+
+    output_dir: str = option("fastdpo-output", "Folder of checkpoints, the result and its log.")
+    learning_rate: float = option(1e-5, "Peak learning rate; 1e-6 where --full is given.")
+    lr_scheduler_type: str = option("cosine", "Course of the learning rate after the warm-up.")
+    warmup_steps: float = option(0.1, "Warm-up: below 1 a share of the run, from 1 on updates.")
+    num_train_epochs: float = option(1.0, "Passes over the pairs; DPO overfits quickly.")
+    max_steps: int = option(-1, "Updates, in place of epochs, if positive.")
+    per_device_train_batch_size: int = option(
+        32,
+        "Pairs per update, times --gradient_accumulation_steps. Micro-batches are laid out by "
+        "tokens, so this costs no memory. 8 where only the other one is given.",
+    )
+    gradient_accumulation_steps: int = option(1, "Multiplies the pairs per update, as in TRL.")
+    max_grad_norm: float = option(1.0, "Clip the gradient to this norm; 0 is no clipping.")
+    optim: str = option("adamw_torch_fused", "Optimizer, for example paged_adamw_8bit.")
+    logging_steps: float = option(10, "Updates between two log lines.")
+    eval_strategy: str = option(
+        "epoch", "When to evaluate: no, steps, epoch; steps where --eval_steps is given."
+    )
+    eval_steps: float | None = option(None, "Updates, or a share of the run, between evaluations.")
+    save_strategy: str = option("steps", "When to write a checkpoint: no, steps, epoch, best.")
+    save_steps: float = option(500, "Updates, or a share of the run, between checkpoints.")
+    save_total_limit: int | None = option(None, "Most checkpoints kept; unset keeps all.")
+    resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from.")
+    seed: int = option(42, "Seed of the adapter's start and of the order of the pairs.")
+    report_to: str | list[str] = field(
+        default="none", metadata={"help": "Trackers: none, trackio, tensorboard, wandb, all."}
+    )
+
+
+def presets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The command's defaults for the inherited training options, to be laid below `given`.
+
+    Where one given option decides what another one means, the other's preset gives way: naming
+    one of the two batch numbers leaves TRL's default for the other (8 and 1), `eval_steps` asks
+    for evaluation by steps, and `full` trains at TRL's 1e-6.
+
+    Args:
+        given: what the user set, by name.
+
+    Returns:
+        Values by name; `{**presets(given), **given}` is what the run uses.
+    """
+    values = {entry.name: entry.default for entry in fields(RunOptions)}
+    if "gradient_accumulation_steps" in given:
+        values["per_device_train_batch_size"] = 8
+    if "eval_steps" in given:
+        values["eval_strategy"] = "steps"
+    if given.get("full"):
+        values["learning_rate"] = 1e-6
+    return values
