@@ -48,11 +48,12 @@ def plan(rows: Path) -> list[Step]:
         return Step(f"bench.{question}", command, limit_s)
 
     return [
-        Step("gpu tests", (python, "-m", "pytest", "-m", "gpu", "tests", "-q"), 90),
-        bench("roofline", 30),
-        bench("step", 165),
-        bench("kernel", 90),
-        bench("memory", 95),
+        Step("gpu tests", (python, "-m", "pytest", "-m", "gpu", "tests", "-q"), 115),
+        bench("roofline", 25),
+        bench("step", 120),
+        bench("layers", 60),
+        bench("kernel", 75),
+        bench("memory", 75),
         bench("reference", 25),
         bench("quality", 30),
         Step("report", (*bench("report", 0).command, "--no_plots"), 15),
@@ -97,7 +98,8 @@ def short_table(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> str:
     """Steps, then the figures that matter most: updates, the head op, the longest pairs."""
     lines = [f"{'step':16} {'outcome':22} seconds"]
     lines += [f"{o.name:16} {o.ended:22} {o.seconds:7.0f}" for o in outcomes]
-    shown = ("update_s", "peak_mib", "time_ms", "longest_pair_tokens", "gemm_flops_per_s")
+    shown = ("update_s", "step_s", "of_bound_relative", "peak_mib", "time_ms")
+    shown += ("longest_pair_tokens", "gemm_flops_per_s")
     for row in rows:
         if row.metric in shown:
             figure = f"{row.p50:12.4g}" if row.outcome == MEASURED else row.outcome

@@ -18,6 +18,7 @@ from transformers import (
 
 from bench.harness import SEED
 from bench.inputs import STORY_MODEL, STORY_PAIRS, pair_lengths, word_rows
+from bench.synthetic import aliased_config, random_model
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5,
@@ -58,7 +59,8 @@ def model_and_rows(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict]]:
     """The model, tokenizer and `rows` preference rows of a case.
 
-    Its `model` is "stories260K", which brings its real pairs, or one of `MODEL_SIZES`. Synthetic
+    Its `model` is "stories260K", which brings its real pairs, one of `MODEL_SIZES`, or where it
+    says `load_in_4bit` an alias, whose config is bundled. Synthetic
     pairs are all `pair_tokens` long, or as `ladder_tokens` says one by one (half prompt, a quarter
     each completion), or drawn from the histogram.
     """
@@ -71,7 +73,11 @@ def model_and_rows(
             rows = [json.loads(line) for line in lines]
         wanted = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
         return model, tokenizer, (wanted * -(-case["rows"] // len(wanted)))[: case["rows"]]
-    model = random_llama(case["model"], dtype=dtype, device=device)
+    if case.get("load_in_4bit"):
+        config = aliased_config(case["model"], **case.get("config", {}))
+        model = random_model(config, dtype=dtype, device=device, load_in_4bit=True)
+    else:
+        model = random_llama(case["model"], dtype=dtype, device=device)
     vocabulary = model.config.vocab_size
     if "pair_tokens" in case or "ladder_tokens" in case:
         wanted = case.get("ladder_tokens") or [case["pair_tokens"]] * case["rows"]

@@ -34,7 +34,7 @@ def fill_fastdpo(case: Mapping[str, Any], turns: Turns) -> None:
         turns.ready()
         for _ in turns:
             source = ReferenceSource(
-                given.model, given.folder, compute_dtype=given.compute_dtype, **given.options
+                given.reference, given.folder, compute_dtype=given.compute_dtype, **given.options
             )
             trainer.train_groups.ref_logps = None
             watch = Stopwatch(trainer.args.device)

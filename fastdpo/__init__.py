@@ -1,6 +1,7 @@
 """fastdpo: Direct Preference Optimization on one GPU.
 
-The public names are loaded when they are first used, so that `import fastdpo` costs nothing.
+The public names are loaded when they are first used, so that `import fastdpo` costs nothing. Beside
+the trainer they are those that TRL's `scripts/dpo.py` imports.
 """
 
 from importlib import import_module
@@ -10,14 +11,42 @@ from fastdpo.version import __version__
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
+    from fastdpo.data import get_dataset
+    from fastdpo.drop_in import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+    from fastdpo.options.data import DatasetMixtureConfig, ScriptArguments
     from fastdpo.trainer import DPOTrainer
 
-_HOMES = {"DPOConfig": "fastdpo.config", "DPOTrainer": "fastdpo.trainer"}
+_HOMES = {
+    "DPOConfig": "fastdpo.config",
+    "DPOTrainer": "fastdpo.trainer",
+    "DatasetMixtureConfig": "fastdpo.options.data",
+    "ModelConfig": "fastdpo.drop_in",
+    "ScriptArguments": "fastdpo.options.data",
+    "TrlParser": "fastdpo.drop_in",
+    "get_dataset": "fastdpo.data",
+    "get_peft_config": "fastdpo.drop_in",
+    "get_quantization_config": "fastdpo.drop_in",
+}
 
-__all__ = ["DPOConfig", "DPOTrainer", "__version__"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "DatasetMixtureConfig",
+    "ModelConfig",
+    "ScriptArguments",
+    "TrlParser",
+    "__version__",
+    "get_dataset",
+    "get_peft_config",
+    "get_quantization_config",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastdpo' has no attribute {name!r}; it has {__all__}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

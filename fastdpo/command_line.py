@@ -27,11 +27,11 @@ from typing import (
     get_type_hints,
 )
 
-import yaml
 from transformers import HfArgumentParser
 
 from fastdpo.former_options import explain_unknown
 from fastdpo.options import PARTS, DataOptions, ModelOptions, RunOptions, presets
+from fastdpo.options_file import read_options_file
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ T = TypeVar("T")
 
 EXIT_DIVERGED = 1
 EXIT_BAD_OPTION = 2
+EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 _NOT_GIVEN = object()  # no string: argparse converts string defaults
 
 
@@ -124,12 +126,14 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     """Run a command's main on the process's arguments.
 
     Returns:
-        The exit code: 0, 1 after a loss that is not finite, 2 after one line about bad input or a
-        bad option, 130 after Ctrl-C. With
-        FASTDPO_DEBUG set, the traceback of bad input is shown too.
+        The exit code: 0, 1 after a loss that is not finite, 2 after one line about bad input, a
+        bad option or a disk that does not take what is written, 3 where the memory does not
+        suffice, 130 after Ctrl-C, 143 after SIGTERM. With FASTDPO_DEBUG set, the traceback of bad
+        input is shown too.
     """
     logger = logging.getLogger("fastdpo")
-    logger.addHandler(logging.StreamHandler())
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
     try:
@@ -142,8 +146,17 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_DIVERGED
+    except MemoryError as error:
+        sys.stderr.write(f"error: {error or 'out of memory'}\n")
+        return EXIT_DOES_NOT_FIT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemExit as stop:
+        if stop.code != EXIT_TERMINATED:
+            raise
+        return EXIT_TERMINATED
+    finally:
+        logger.removeHandler(handler)
     return 0
 
 
@@ -162,11 +175,11 @@ def _belonging(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _inherited_options() -> type:
+def _inherited_options(groups: Sequence[type]) -> type:
     """A dataclass of the DPOConfig options that the brief help does not show."""
     from fastdpo.config import DPOConfig
 
-    shown = {e.name for kind in (*PARTS, RunOptions) for e in dataclasses.fields(kind)}
+    shown = {e.name for kind in (*groups, *PARTS, RunOptions) for e in dataclasses.fields(kind)}
     hints = get_type_hints(DPOConfig)
     rest = [e for e in dataclasses.fields(DPOConfig) if e.init and e.name not in shown]
     return dataclasses.make_dataclass(
@@ -191,7 +204,7 @@ class _Parser(HfArgumentParser):
         kinds = list(groups)
         if training:
             kinds += [*PARTS, RunOptions]
-            kinds += [_inherited_options()] if inherited else []
+            kinds += [_inherited_options(groups)] if inherited else []
         program = f"python -m fastdpo.{command}"
         super().__init__(
             kinds,
@@ -261,18 +274,8 @@ class _Parser(HfArgumentParser):
 
     def _read_file(self, path: Path) -> dict[str, Any]:
         """The options of a YAML file, converted and checked like those of the command line."""
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {error}") from None
-        if content is None:
-            return {}
-        if not isinstance(content, dict):
-            raise ValueError(
-                f"{path}: holds a {type(content).__name__}, not options; write lines as beta: 0.1"
-            )
         values: dict[str, Any] = {}
-        for key, value in content.items():
+        for key, value in read_options_file(path).items():
             name = str(key).replace("-", "_")
             name = self.aliases.get(name, name)
             if name not in self.hints:

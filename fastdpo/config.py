@@ -1,14 +1,18 @@
 """`DPOConfig`: the training arguments of one run, TRL's defaults, and what cannot work refused."""
 
+import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from fastdpo.former_options import explain_unknown
-from fastdpo.options import PreferenceOptions
+from fastdpo.options import PreferenceOptions, TrlOptions
+from fastdpo.options.checks import check_printable
+
+logger = logging.getLogger(__name__)
 
 _UNSET: Any = None  # of a field that TrainingArguments declares without None
 _ONE_GPU = "fastdpo trains on one GPU in one process; leave it out"
@@ -21,6 +25,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "the update would depend on the card; bound the memory with --micro_batch_tokens instead",
     ),
     ("deepspeed", (None, ""), _ONE_GPU),
+    ("ddp_backend", (None,), _ONE_GPU),
     ("fsdp", (None, "", False, []), _ONE_GPU),
     ("parallelism_config", (None,), _ONE_GPU),
     (
@@ -67,11 +72,69 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (False,),
         "the columns of a pair are no arguments of model.forward; leave it out",
     ),
+    (
+        "enable_jit_checkpoint",
+        (False,),
+        "SIGTERM writes a checkpoint after the update in hand anyway; leave it out",
+    ),
 )
+
+_IN_MEMORY = "pairs lie in memory as token ids and are packed in this process"
+_WITHOUT_LOGITS = "evaluation adds up log-probs and builds no logits"
+_ONE_PROCESS = "there is one process"
+
+# Inherited options that nothing here reads: asking for them is said to be in vain.
+_UNUSED: dict[str, str] = {
+    "per_device_eval_batch_size": "micro_batch_tokens bounds a micro-batch of an evaluation too",
+    "bf16_full_eval": "evaluation has the precision of training",
+    "fp16_full_eval": "evaluation has the precision of training",
+    "torch_empty_cache_steps": "micro-batches have few shapes, so the allocator's cache holds",
+    "use_cache": "nothing is generated",
+    "liger_kernel_config": "there is no Liger kernel to configure",
+    "label_names": "pairs have no labels",
+    "length_column_name": "lengths are counted in tokens",
+    **dict.fromkeys(
+        (
+            "dataloader_num_workers",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataloader_in_order",
+        ),
+        _IN_MEMORY,
+    ),
+    **dict.fromkeys(
+        (
+            "prediction_loss_only",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "include_for_metrics",
+            "batch_eval_metrics",
+        ),
+        _WITHOUT_LOGITS,
+    ),
+    **dict.fromkeys(
+        (
+            "average_tokens_across_devices",
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "ddp_static_graph",
+            "ddp_timeout",
+            "fsdp_config",
+            "local_rank",
+            "log_on_each_node",
+            "log_level_replica",
+            "save_on_each_node",
+        ),
+        _ONE_PROCESS,
+    ),
+}
 
 
 @dataclass
-class DPOConfig(PreferenceOptions, TrainingArguments):
+class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
     """The options of `DPOTrainer`: those of DPO and every `transformers.TrainingArguments`.
 
     Names and defaults are those of `trl.DPOConfig` (learning_rate 1e-6, logging_steps 10,
@@ -127,6 +190,13 @@ class DPOConfig(PreferenceOptions, TrainingArguments):
         default=False,
         metadata={"help": "Must stay off: a NaN loss is shown, never replaced by an average."},
     )
+    allow_config_change: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings in which a resumed run may differ from its checkpoint, as the "
+            "refusal names them."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Must stay off: pairs are no arguments of model.forward."},
@@ -139,18 +209,26 @@ class DPOConfig(PreferenceOptions, TrainingArguments):
             if name in known:
                 continue
             advice = explain_unknown(name, known)
-            if name == "trust_remote_code":  # an option of the command
-                advice = "pass model_init_kwargs={'trust_remote_code': True}."
             raise TypeError(f"{cls.__name__} has no option {name!r}: {advice}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         PreferenceOptions.__post_init__(self)
+        TrlOptions.__post_init__(self)
+        self._settle_names_of_trl()
+        check_printable("output_dir", self.output_dir)
         self._refuse_what_cannot_work()
+        self._tell_what_is_not_used()
         self._resolve_checkpointing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and cuda_has_bf16()
         TrainingArguments.__post_init__(self)
+        if self.activation_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
+            raise ValueError(
+                f"--activation_checkpointing_kwargs is {self.activation_checkpointing_kwargs}, "
+                "which cannot work here: each layer has its own choice, always without reentrance; "
+                "use --activations keep, recompute or offload."
+            )
         # Trainer wraps the model in nn.DataParallel where this is above 1.
         self._n_gpu = min(self._n_gpu, 1)
 
@@ -167,6 +245,49 @@ class DPOConfig(PreferenceOptions, TrainingArguments):
                 f"this process is one of {processes} (WORLD_SIZE); fastdpo trains on one GPU in "
                 "one process: start it with python, not with a distributed launcher."
             )
+
+    @property
+    def tokenizer_options(self) -> dict[str, Any]:
+        """Where the tokenizer of a model given by name comes from: the model's own revision."""
+        given = self.from_pretrained_options
+        return {
+            "revision": given.get("revision") or "main",
+            "trust_remote_code": given.get("trust_remote_code", self.trust_remote_code),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers does it, which hides whatever is called a token; a padding is none."""
+        return super().to_dict() | {"pad_token": self.pad_token}
+
+    def _settle_names_of_trl(self) -> None:
+        """Give our own options what TRL's names ask of them, where it is no contradiction."""
+        if self.activation_offloading:
+            if self.activations not in ("auto", "offload"):
+                raise ValueError(
+                    f"--activation_offloading and --activations {self.activations} contradict each "
+                    "other: keep one. --activations offload means the same."
+                )
+            self.activations = "offload"
+        if self.precompute_ref_log_probs:
+            for name, value in (
+                ("ref_cache", "off"),
+                ("sync_ref_model", True),
+                ("reference_free", True),
+            ):
+                if getattr(self, name) == value:
+                    raise ValueError(
+                        "--precompute_ref_log_probs asks for stored reference log-probs, and "
+                        f"--{name} {value} for none: leave one of them out."
+                    )
+
+    def _tell_what_is_not_used(self) -> None:
+        for entry in fields(self):
+            if entry.name in _UNUSED:
+                unset = (
+                    entry.default if entry.default_factory is MISSING else entry.default_factory()
+                )
+                if getattr(self, entry.name) != unset:
+                    logger.warning("--%s changes nothing: %s.", entry.name, _UNUSED[entry.name])
 
     def _resolve_checkpointing(self) -> None:
         """Give both names of activation checkpointing one value; transformers 5.23 renamed it."""

@@ -6,9 +6,7 @@ The language is in `demo_language.py`. Nothing is downloaded and nothing comes w
 import dataclasses
 import json
 import math
-import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -279,13 +277,16 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     """Model and tokenizer in `folder`, whole or not at all."""
     temporary = files.temporary_name(folder)
     try:
-        temporary.mkdir(parents=True)
-        model.config.save_pretrained(temporary)
-        save_file(model.state_dict(), temporary / "model.safetensors", {"format": "pt"})
-        tokenizer.save_pretrained(temporary)
+        files.make_folder(temporary)
+        files.let_write(temporary, model.config.save_pretrained)
+        files.let_write(
+            temporary / "model.safetensors",
+            lambda path: save_file(model.state_dict(), path, {"format": "pt"}),
+        )
+        files.let_write(temporary, tokenizer.save_pretrained)
         for path in temporary.iterdir():
             files.sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        files.remove_quietly(folder)
+        files.replace(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.remove_quietly(temporary)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo import losses
@@ -19,6 +19,7 @@ from fastdpo.modeling.adapters import adapters_off
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
+from fastdpo.options import LossOptions
 from fastdpo.report import table
 
 
@@ -45,6 +46,16 @@ class PreferenceFigures:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A part of the pairs, and how the policy does on it."""
+
+    name: str
+    pairs: int
+    preference_accuracy: float
+    rewards_margin: float
+
+
+@dataclass(frozen=True)
 class Completion:
     """One prompt with what both models write after it."""
 
@@ -63,6 +74,7 @@ class Evaluation:
     reference: LogprobFigures
     policy: LogprobFigures
     preference: PreferenceFigures
+    shares: tuple[Share, ...] = ()
     completions: tuple[Completion, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -81,6 +93,13 @@ class Evaluation:
             (name.replace("_", " "), "-", f"{v:.4f}") for name, v in asdict(self.preference).items()
         ]
         text = table((f"{self.pairs:,} pairs, beta {self.beta:g}", "reference", "policy"), rows)
+        if self.shares:
+            parts = [
+                (s.name, f"{s.pairs:,}", f"{s.preference_accuracy:.4f}", f"{s.rewards_margin:.4f}")
+                for s in self.shares
+            ]
+            columns = ("of these", "pairs", "preference accuracy", "rewards margin")
+            text += "\n\n" + table(columns, parts)
         for completion in self.completions:
             text += (
                 f"\n\nprompt:    {completion.prompt!r}\nreference: {completion.reference!r}"
@@ -96,12 +115,28 @@ def evaluate_scored(
     beta: float,
     loss_type: str = "sigmoid",
     completions: Sequence[Completion] = (),
+    sources: Sequence[Any] = (),
 ) -> Evaluation:
-    """Figures from the log-probs of the same pairs under both models."""
+    """Figures from the log-probs of the same n pairs under both models.
+
+    Args:
+        policy: log-probs and scored tokens under the policy.
+        reference: the same under the reference.
+        beta: reward per nat.
+        loss_type: one of `fastdpo.losses.LOSSES`.
+        completions: what both wrote.
+        sources: where each pair comes from, n values or none; None for a pair that does not say.
+    """
     logratios = torch.from_numpy(policy.logps - reference.logps)
     margins = logratios[:, 0] - logratios[:, 1]
     rewards = beta * logratios.mean(dim=0)
-    loss = losses.LOSSES[loss_type](logratios[:, 0], logratios[:, 1], beta=beta).mean()
+    tokens = torch.from_numpy(policy.tokens)
+    loss = losses.pair_losses(
+        losses.PairLogps(torch.from_numpy(policy.logps), torch.from_numpy(reference.logps), tokens),
+        LossOptions(beta=beta, loss_type=[loss_type]),
+        update_pairs=len(tokens),
+        update_chosen_tokens=int(tokens[:, 0].sum()),
+    ).mean()
     return Evaluation(
         pairs=len(margins),
         beta=beta,
@@ -115,6 +150,7 @@ def evaluate_scored(
             rewards_chosen=float(rewards[0]),
             rewards_rejected=float(rewards[1]),
         ),
+        shares=_shares(margins, policy.tokens, sources, beta),
         completions=tuple(completions),
     )
 
@@ -156,6 +192,37 @@ def complete(
             text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
             texts.append(str(text))
     return texts
+
+
+def _shares(
+    margins: Tensor,  # (n,) nats
+    tokens: np.ndarray,  # (n, 2)
+    sources: Sequence[Any],
+    beta: float,
+) -> tuple[Share, ...]:
+    """Pairs whose chosen side is shorter, equal, longer; then one share for each source.
+
+    A policy that has learned length alone is right where chosen is longer and wrong elsewhere.
+    """
+    difference = tokens[:, 0] - tokens[:, 1]
+    parts = {
+        "chosen is shorter": difference < 0,
+        "both are as long": difference == 0,
+        "chosen is longer": difference > 0,
+    }
+    named = np.array([None if source is None else str(source) for source in sources], dtype=object)
+    for name in sorted({name for name in named if name is not None}):
+        parts[f"source {name}"] = named == name
+    return tuple(
+        Share(
+            name,
+            int(part.sum()),
+            preference_accuracy(margins[torch.from_numpy(part)]),
+            float(beta * margins[torch.from_numpy(part)].mean()),
+        )
+        for name, part in parts.items()
+        if part.any()
+    )
 
 
 def _logprob_figures(scored: ScoredPairs) -> LogprobFigures:

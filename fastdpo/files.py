@@ -1,14 +1,37 @@
-"""Every write to disk: temporary name, fsync, checksum, rename. A reader sees all or nothing."""
+"""Every change to the disk: temporary name, fsync, checksum, rename. A reader sees all or nothing.
 
+No other room opens a file to write, renames or deletes: so a test can let the N-th operation fail.
+"""
+
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+OPERATIONS = (
+    "append_text",
+    "make_folder",
+    "_write_bytes",
+    "let_write",
+    "sync",
+    "sha256_of",
+    "replace",
+    "remove",
+)
+"""The functions of this module that touch the disk; everything else here is made of them."""
+
 TEMPORARY_MARK = ".tmp-"
+_TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + r"[0-9a-f]{32}-.+", re.DOTALL)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
@@ -26,16 +49,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
         OSError: the disk is full, read-only or failing, with the path; the file of that name is
             then as it was before, or, when only the last sync of the folder failed, new and whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_name(path)
     try:
         write(temporary)
         sync(temporary)
         digest = sha256_of(temporary)
-        os.replace(temporary, path)
+        replace(temporary, path)
         sync(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk names no file
         raise
@@ -57,9 +80,86 @@ def write_json(path: Path, content: Any) -> str:
     return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file in one write; a killed process leaves all of it or its beginning.
+
+    Raises:
+        OSError: the disk is full or failing, with the path.
+    """
+    make_folder(path.parent)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def let_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a library write a file or a folder itself.
+
+    Args:
+        path: what it writes.
+        write: the library's function, called with `path`.
+
+    Raises:
+        OSError: it cannot be written, with the path: safetensors and tokenizers have errors of
+            their own for that.
+    """
+    try:
+        write(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:  # tokenizers
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, f"{os.strerror(number)} ({error})", str(path)) from error
+        raise
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process has: `.tmp-<uuid>-<name>`."""
     return path.with_name(f"{TEMPORARY_MARK}{uuid.uuid4().hex}-{path.name}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `temporary_name` could have made the name."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing."""
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give `source` the name `target` in one step; a file of that name is gone then."""
+    os.replace(source, target)
+
+
+def touch(path: Path) -> None:
+    """Note on an existing file that it was of use now."""
+    os.utime(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_quietly(path: Path) -> None:
+    """`remove` on the way out of an error, which a second one must not hide."""
+    with suppress(OSError):
+        remove(path)
 
 
 def sync(path: Path) -> None:
@@ -75,6 +175,35 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hex, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """What an unprivileged process may still write to the file system of an existing folder."""
+    return shutil.disk_usage(folder).free
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[bool]:
+    """Hold an existing folder against other processes; a killed holder holds it no more.
+
+    Yields:
+        Whether the file system has such locks; without them nobody is kept out.
+
+    Raises:
+        BlockingIOError: another one holds the folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            raise
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

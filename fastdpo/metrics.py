@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -31,10 +30,12 @@ class MetricSums:
         self,
         logps: Tensor,  # (B, 2) chosen, rejected; nats
         ref_logps: Tensor,  # (B, 2)
+        tokens: Tensor,  # (B, 2) scored tokens
         beta: float,
     ) -> None:
-        """Rewards, accuracies and log-probs of B pairs."""
-        rewards = beta * (logps - ref_logps).detach()
+        """Rewards, accuracies, log-probs and lengths of B pairs."""
+        logratios = (logps - ref_logps).detach()
+        rewards = beta * logratios
         margins = rewards[:, 0] - rewards[:, 1]
         self.add("rewards/chosen", rewards[:, 0])
         self.add("rewards/rejected", rewards[:, 1])
@@ -42,17 +43,20 @@ class MetricSums:
         self.add("rewards/margins", margins)
         self.add("logps/chosen", logps[:, 0])
         self.add("logps/rejected", logps[:, 1])
+        self.add("logratios/chosen_per_token", logratios[:, 0] / tokens[:, 0])
+        self.add("logratios/rejected_per_token", logratios[:, 1] / tokens[:, 1])
+        self.add("lengths/chosen", tokens[:, 0])
+        self.add("lengths/rejected", tokens[:, 1])
 
     def add_tokens(
         self,
-        completion_tokens: Tensor,  # (2B,) chosen, rejected in turns
-        entropy: Tensor,  # (M,) per token, completion by completion
+        token_rows: Tensor,  # (M,) int64: 2 x pair + (0 chosen, 1 rejected) of each token
+        entropy: Tensor,  # (M,)
         mean_logits: Tensor,  # (M,)
         is_top1: Tensor,  # (M,) bool
     ) -> None:
         """The figures that cost a look at the whole vocabulary."""
-        sides = torch.arange(len(completion_tokens), device=completion_tokens.device) % 2
-        rejected = torch.repeat_interleave(sides, completion_tokens).bool()
+        rejected = (token_rows % 2).bool()
         self.add("entropy", entropy)
         self.add("logits/chosen", mean_logits[~rejected])
         self.add("logits/rejected", mean_logits[rejected])

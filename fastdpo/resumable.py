@@ -1,22 +1,43 @@
-"""A transformers.Trainer whose checkpoints are whole, hold no pickle and know their run."""
+"""A transformers.Trainer that can be stopped, killed and resumed at any update, to the same bits.
 
+Its checkpoints are whole, hold no pickle and know their run; the noise of an update is a function
+of seed and update, so nothing that happens between two updates can change the second.
+"""
+
+import dataclasses
+import hashlib
 import json
 import logging
-import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from fastdpo import checkpoint as checkpoints
-from fastdpo import files
+from fastdpo import files, stopping
 from fastdpo.config import DPOConfig
+from fastdpo.options import reference_folder
+from fastdpo.reference import reference_identity
+from fastdpo.reference.weights import MEMORY
 
 logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS = "training_args.json"
+TOKENIZER_BYTES = 2**25
+"""What lies in a checkpoint beside tensors, at most."""
 
 
 class ResumableTrainer(Trainer):
@@ -32,10 +53,85 @@ class ResumableTrainer(Trainer):
     tokenizer: PreTrainedTokenizerBase
     user_args: DPOConfig
     _saving_into: Path | None = None
+    _saved_update: int | None = None
+    _stop: stopping.Stop | None = None
+    _run: Mapping[str, Any] = {}
+
+    # What a run is
 
     def run_description(self) -> dict[str, Any]:
         """What a resumed run must share with the one that was stopped; JSON-ready."""
         raise NotImplementedError
+
+    def _described(self) -> dict[str, Any]:
+        """The same and the base, once, before the first update may move it."""
+        store = reference_folder(self.user_args.ref_cache)
+        memory = None if store is None else store / MEMORY
+        identity = reference_identity(self.policy, torch.float32, memory)
+        base = {name: identity[name] for name in ("weights", "config")}
+        return {**self.run_description(), "base": base}
+
+    def work_plan(self) -> dict[str, Any]:
+        """How this run lays out its work, where a resumed one has to follow it; JSON-ready."""
+        return {}
+
+    def follow(self, plan: Mapping[str, Any]) -> None:
+        """Take over what `work_plan` said when the checkpoint was written."""
+
+    def further_tensors(self) -> dict[str, torch.Tensor]:
+        """What moves in training and is saved neither with the policy nor with the optimizer."""
+        return {}
+
+    def before_updates(self) -> None:
+        """What has to be ready before the first update; may be stopped between two steps of it."""
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, or go on from a checkpoint.
+
+        SIGTERM and Ctrl-C end the run after the update in hand, with a checkpoint; a second one
+        ends it at once.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir
+                that verifies.
+            trial: as in transformers.
+            ignore_keys_for_eval: not used.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another run; output_dir cannot
+                take one, holds an earlier run's, or another process is training into it.
+            OSError: the last checkpoint cannot be written.
+            SystemExit: 143, after SIGTERM and a checkpoint.
+            KeyboardInterrupt: after Ctrl-C and a checkpoint.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        checkpoints.require_writable(output_dir)
+        with checkpoints.claimed(output_dir), stopping.held() as self._stop:
+            self._run = self._described()
+            folder = self.checkpoint_to_resume(resume_from_checkpoint)
+            if self.args.save_strategy != SaveStrategy.NO:
+                if folder is None:
+                    checkpoints.require_unused(output_dir)
+                checkpoints.require_room(output_dir, self._checkpoint_bytes())
+            self.before_updates()
+            self._stop.raise_if_asked()
+            self._saved_update = None
+            boundary = _UpdateBoundary(self, folder)
+            self.add_callback(boundary)
+            try:
+                resume = None if folder is None else str(folder)
+                output = super().train(resume, trial, ignore_keys_for_eval)
+            finally:
+                self.remove_callback(boundary)
+            self._stop.raise_if_asked()
+            return output
 
     def checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         """The folder to go on from: the one asked for, or for True the newest that verifies.
@@ -49,14 +145,79 @@ class ResumableTrainer(Trainer):
             folder = checkpoints.newest_verified(Path(str(self.args.output_dir)))
         else:
             folder = Path(asked)
-        checkpoints.require_same_run(checkpoints.verify(folder), self.run_description())
+        sealed = checkpoints.verify(folder)
+        allowed = self.user_args.allow_config_change or []
+        for line in checkpoints.require_same_run(sealed.run, self._run, allowed):
+            logger.warning("Resuming although this differs (--allow_config_change): %s", line)
+        self.follow(sealed.plan)
         logger.info("Resuming from %s", folder)
         return folder
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """An evaluation gives way to a signal: the update before it is what has to be saved."""
+        assert self._stop is not None, "inside train()"
+        with self._stop.at_once():
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        model: nn.Module,
+        trial: Any,
+        *others: Any,
+        **named: Any,
+    ) -> None:
+        """Also a signal that comes in here ends the run after this update, saved once."""
+        assert self._stop is not None, "inside train()"
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *others, **named)
+        except (SystemExit, KeyboardInterrupt):
+            if self._stop.signals != 1:
+                raise
+            logger.info("The evaluation was cut short")
+        if self._stop.signal is not None:
+            self.control.should_training_stop = True
+            self._save_checkpoint(model, trial)
+
+    # Writing
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._saving_into) if self._saving_into else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save; where the disk is full or failing, training goes on and the next one tries again.
+
+        Raises:
+            OSError: it fails, and no next one will come.
+        """
+        assert self._stop is not None, "inside train()"
+        stops = self._stop.signal is not None
+        if stops and self._saved_update == self.state.global_step:
+            return
+        try:
+            self._write_checkpoint(model, trial)
+        except OSError as error:
+            if stops or self.state.global_step >= self.state.max_steps:
+                raise
+            free = "unknown"
+            with suppress(OSError):
+                free = f"{files.free_bytes(Path(str(self.args.output_dir))) / 2**20:,.0f} MiB"
+            logger.error(
+                "The checkpoint of update %s could not be written (%s). It takes about %s MiB, "
+                "free: %s. Training goes on, older checkpoints are as they were, and the next save "
+                "tries again: make room.",
+                self.state.global_step,
+                error,
+                f"{self._checkpoint_bytes() / 2**20:,.0f}",
+                free,
+            )
+        else:
+            self._saved_update = self.state.global_step
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Fill a folder under a temporary name, seal it, give it its name, then rotate.
 
         Trainer itself rotates before it returns, which would delete the last whole checkpoint
@@ -71,26 +232,60 @@ class ResumableTrainer(Trainer):
             if self.state.best_model_checkpoint == str(temporary):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
-            checkpoints.seal(temporary, self.run_description())
+            checkpoints.seal(temporary, self._run, self.work_plan())
             checkpoints.commit(temporary, final)
         finally:
-            shutil.rmtree(self._saving_into, ignore_errors=True)
+            files.remove_quietly(self._saving_into)
             self._saving_into = None
         best = self.state.best_model_checkpoint
-        checkpoints.rotate(output_dir, self.args.save_total_limit, Path(best) if best else None)
+        checkpoints.rotate(
+            output_dir, self.args.save_total_limit, final, Path(best) if best else None
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Model or adapter, tokenizer with chat template, and the options as JSON."""
+        """Model or adapter, tokenizer with chat template, and the options as JSON.
+
+        Outside a checkpoint, which becomes visible as a whole anyway, each file gets its name only
+        when all are written: the result of an earlier run is never left half overwritten.
+        """
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
-        self.policy.save_pretrained(str(folder), state_dict=state_dict)
-        self.tokenizer.save_pretrained(str(folder))
+        if self._saving_into is not None:
+            self._write_model(folder, state_dict)
+            return
+        temporary = files.temporary_name(folder / "result")
+        try:
+            self._write_model(temporary, state_dict)
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    target = folder / path.relative_to(temporary)
+                    files.make_folder(target.parent)
+                    files.sync(path)
+                    files.replace(path, target)
+            files.sync(folder)
+        finally:
+            files.remove_quietly(temporary)
+
+    def _write_model(self, folder: Path, state_dict: Any) -> None:
+        options: dict[str, Any] = {"state_dict": state_dict}
+        if isinstance(self.policy, PeftModel):  # not the frozen copy that is the reference
+            options["selected_adapters"] = list(self.policy.active_adapters)
+        files.let_write(folder, lambda path: self.policy.save_pretrained(str(path), **options))
+        files.let_write(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
         files.write_text(folder / TRAINING_ARGUMENTS, self.user_args.to_json_string() + "\n")
+
+    def _checkpoint_bytes(self) -> int:
+        """Of the weights that are saved, two fp32 moments of those that move, and the tokenizer."""
+        moving = [p for p in self.policy.parameters() if p.requires_grad]
+        saved = moving if isinstance(self.policy, PeftModel) else list(self.policy.parameters())
+        moments = 0 if self.args.save_only_model else 8 * sum(p.numel() for p in moving)
+        return sum(p.nbytes for p in saved) + moments + TOKENIZER_BYTES
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None, "training has begun"
         assert self.lr_scheduler is not None, "training has begun"
         state = self.lr_scheduler.state_dict()
         checkpoints.save_optimizer(Path(output_dir), self.optimizer, state, self.policy)
+        checkpoints.save_tensors(Path(output_dir), self.further_tensors())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -98,6 +293,7 @@ class ResumableTrainer(Trainer):
             assert self.lr_scheduler is not None, "training is about to begin"
             state = checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.policy)
             self.lr_scheduler.load_state_dict(state)
+            checkpoints.load_tensors(Path(checkpoint), self.further_tensors())
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None:
@@ -114,3 +310,47 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.load_rng_state(Path(checkpoint))
+
+
+def update_seed(seed: int, update: int) -> int:
+    """The seed of torch's generators in one update, counted from 0."""
+    digest = hashlib.sha256(f"update {update} of {seed}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclasses.dataclass(eq=False)
+class _UpdateBoundary(TrainerCallback):
+    """Between two updates: the next one's noise, and whether there is to be one."""
+
+    trainer: ResumableTrainer
+    resumed_from: Path | None
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The best checkpoint lies where the run does, also when all of it was moved."""
+        if self.resumed_from is not None and state.best_global_step:
+            best = self.resumed_from.with_name(f"checkpoint-{state.best_global_step}")
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        torch.manual_seed(update_seed(args.seed, state.global_step))
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop_if_asked(control)
+
+    def on_epoch_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop_if_asked(control)
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        """Save and do not evaluate; `_maybe_log_save_evaluate`, which comes next, does the rest."""
+        assert self.trainer._stop is not None, "inside train()"
+        if self.trainer._stop.signal is not None:
+            control.should_evaluate, control.should_save = False, True

@@ -1,15 +1,23 @@
 """`python -m fastdpo.train`: align a model with preference pairs; without arguments, a demo."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdpo import files
 from fastdpo.command_line import command, parse
-from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
-from fastdpo.report import say
+from fastdpo.options import (
+    DEFAULT_DATASET,
+    DataOptions,
+    ModelOptions,
+    TrainOptions,
+    resolve_model,
+)
+from fastdpo.report import say, table
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
@@ -25,12 +33,19 @@ def main(argv: Sequence[str]) -> None:
         return
     parsed = parse(
         "train",
-        [ModelOptions, DataOptions],
+        [ModelOptions, DataOptions, TrainOptions],
         argv,
         training=True,
         description="Align a model with preference pairs by Direct Preference Optimization.",
     )
-    run(parsed.model, parsed.data, parsed.training)
+    if parsed.group(TrainOptions).dry_run:
+        folder = Path(str(parsed.training.output_dir))
+        is_new = not folder.exists()
+        show(make_trainer(parsed.model, parsed.data, parsed.training), parsed.given)
+        if is_new and folder.exists():
+            files.remove(folder)  # transformers.Trainer makes it
+    else:
+        run(parsed.model, parsed.data, parsed.training)
 
 
 def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
@@ -40,6 +55,7 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
         ValueError: an option is missing, or the model or data cannot be had.
     """
     trainer = make_trainer(model, data, config)
+    trainer.dataset_name = data.dataset_name
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model()
     _say_result(trainer, model, data)
@@ -52,9 +68,9 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     Raises:
         ValueError: an option is missing, or the model or data cannot be had.
     """
-    from fastdpo.modeling.adapters import lora_config
+    from fastdpo.modeling.adapters import is_adapter, lora_config
     from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
-    from fastdpo.reference import load_identified
+    from fastdpo.preparing import load_policy
     from fastdpo.trainer import DPOTrainer
 
     name = _model_name(model)
@@ -64,12 +80,15 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     }
     tokenizer = load_tokenizer(name, **source)
     train_rows, eval_rows = _read(data)
-    if not (model.full or model.qlora or model.lora):
+    goes_on = is_adapter(name)
+    if goes_on:
+        say(f"Training the adapter in {name} on.")
+    elif not (model.full or model.qlora or model.lora):
         say(
             "Training a LoRA adapter (--lora); --qlora needs less memory, --full trains everything."
         )
     dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
-    policy = load_identified(
+    policy = load_policy(
         name,
         dtype=dtype,
         load_in_4bit=model.qlora,
@@ -86,9 +105,14 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=None
-        if model.full
+        if model.full or goes_on
         else lora_config(
-            model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_target_modules
+            model.lora_r,
+            model.lora_alpha,
+            model.lora_dropout,
+            model.lora_target_modules,
+            use_rslora=model.use_rslora,
+            use_dora=model.use_dora,
         ),
     )
 
@@ -123,7 +147,7 @@ def demonstrate(folder: Path) -> "Evaluation":
     prompt = np.array(tokenizer(demo.prompt).input_ids)
     assert isinstance(trainer.eval_groups, PairGroups), "one held-out set"
     policy, reference = score_both(
-        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.micro_batch_tokens
+        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.update.micro_batch_tokens
     )
     completion = Completion(
         demo.prompt,
@@ -153,23 +177,58 @@ def _model_name(model: ModelOptions) -> str:
 
 def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
     """Training rows, and the rows to evaluate on if there are any."""
-    from fastdpo.data import UnknownSplitError, read_held_out, read_rows
+    from fastdpo.data import UnknownSplitError, read_held_out, read_mixture, read_rows
 
+    if data.mixture is not None:
+        shared = {name: value for name, value in data.reading.items() if name != "columns"}
+        train_rows, held_out = read_mixture(data.mixture, **shared)
+        if data.eval_dataset is not None:
+            split = data.dataset_test_split
+            held_out = read_held_out(data.eval_dataset, split=split, **shared)
+        return train_rows, held_out
     name = data.dataset_name
     if name is None:
         name = DEFAULT_DATASET
         say(f"No --dataset was named: using {name} from the Hugging Face hub.")
-    options = {"config_name": data.dataset_config}
-    train_rows = read_rows(name, split=data.dataset_train_split, **options)
+    options = {"config_name": data.dataset_config, "streaming": data.dataset_streaming}
+    train_rows = read_rows(name, split=data.dataset_train_split, **options, **data.reading)
     if data.eval_dataset is not None:
-        return train_rows, read_held_out(data.eval_dataset, split=data.dataset_test_split)
-    if Path(name).is_file():
+        split = data.dataset_test_split
+        return train_rows, read_held_out(data.eval_dataset, split=split, **data.reading)
+    if Path(name).is_file() and "[" not in data.dataset_test_split:
         return train_rows, None
     try:
-        return train_rows, read_rows(name, split=data.dataset_test_split, **options)
+        test_split = data.dataset_test_split
+        return train_rows, read_rows(name, split=test_split, **options, **data.reading)
     except UnknownSplitError as error:
         say(f"Not evaluating: {error}")
         return train_rows, None
+
+
+def show(trainer: "DPOTrainer", given: Collection[str]) -> None:
+    """What a run with these options would do: changed options, the layout, and three pairs."""
+    from fastdpo.data import show_pairs
+
+    args, groups = trainer.user_args, trainer.train_groups
+    assert groups is not None, "the command reads one"
+    changed = {
+        entry.name: getattr(args, entry.name)
+        for entry in fields(args)
+        if entry.init and (entry.name in given or getattr(args, entry.name) != _default(entry))
+    }
+    rows = [(name, str(value)) for name, value in sorted(changed.items())]
+    say(table(("option", "value"), rows))
+    say(f"\n{trainer.mode.describe()}\n{trainer.reference.reference.sentence}")
+    updates = -(-len(groups) // trainer.pairs_per_update)
+    say(
+        f"{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
+        f"epoch, in micro-batches of at most {trainer.update.micro_batch_tokens:,} tokens.\n"
+    )
+    say(show_pairs(groups.pairs, trainer.tokenizer))
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def _resume(value: str | None) -> str | bool | None:
@@ -190,11 +249,16 @@ def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -
             f"loss {figures['eval_loss']:.4f}, margin {figures['eval_rewards/margins']:.3f}."
         )
     start = model.model_name_or_path
-    policy = f"--model {start} --adapter {folder}"
+    pairs = data.eval_dataset or data.dataset_name or DEFAULT_DATASET
     if not trainer.trains_adapter:
         policy = f"--model {folder} --reference {start}"
-    pairs = data.eval_dataset or data.dataset_name or DEFAULT_DATASET
-    say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+        say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+        return
+    four_bit = " --qlora" if model.qlora else ""
+    policy = f"--adapter {folder}{four_bit}"
+    if trainer.reference.reference.adapter is None:  # else the base is not the reference
+        say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+    say(f"Make one plain model of it: python -m fastdpo.merge {policy} --output_dir merged")
 
 
 if __name__ == "__main__":

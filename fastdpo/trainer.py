@@ -3,8 +3,10 @@
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,41 +17,36 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     TrainerCallback,
-    set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from fastdpo.batching import (
-    Group,
-    MicroBatch,
-    PairGroups,
-    default_micro_batch_tokens,
-    pack_update,
-)
+from fastdpo import files
+from fastdpo.batching import Group, PairGroups
 from fastdpo.config import DPOConfig
-from fastdpo.data import PairDataset, prepare_pairs, rows_from
-from fastdpo.data.order import UpdateSampler
-from fastdpo.losses import LOSSES
-from fastdpo.metrics import MetricSums, Throughput
-from fastdpo.modeling.adapters import adapters_off, add_adapter, fuse, require_reference
-from fastdpo.modeling.attention import packed_attention
+from fastdpo.figures import evaluation_figures
+from fastdpo.finite import what_is_not_finite
+from fastdpo.fitting import Layout, choose_layout, fullest_update, plan_memory
+from fastdpo.losses import LossFunction, needs_reference
+from fastdpo.memory import compare
+from fastdpo.model_card import TrainedModel, library_versions, model_card
+from fastdpo.modeling.families import pass_mode
 from fastdpo.modeling.head import causal_lm_of, head_of
-from fastdpo.modeling.loading import (
-    disable_dropout,
-    eval_mode,
-    load_tokenizer,
-    resolve_dtype,
-)
-from fastdpo.modeling.logprobs import METRIC_OUTPUTS, packed_logprobs
-from fastdpo.modeling.scoring import score_pairs
-from fastdpo.options import reference_folder
-from fastdpo.progress import ProgressLines
-from fastdpo.reference import ReferenceSource, asked_for, load_identified
+from fastdpo.modeling.loading import load_tokenizer
+from fastdpo.modeling.logprobs import METRIC_OUTPUTS
+from fastdpo.modeling.routers import aux_loss_coef
+from fastdpo.options import LossOptions, reference_folder
+from fastdpo.pair_sets import PairSets
+from fastdpo.preparing import prepare_policy, prepare_reference
+from fastdpo.progress import CurveNotes, MetricsFile, ProgressLines
+from fastdpo.record import RunRecord, both_rows_tokens
+from fastdpo.reference import ReferenceSource, asked_for
 from fastdpo.resumable import ResumableTrainer
+from fastdpo.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +54,16 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(ResumableTrainer):
     """Align a causal LM with preference pairs by Direct Preference Optimization.
 
-    The policy is the model with its adapter on (or all of its weights), the reference the same
-    model with the adapter off (or as it was before the first update). An update is
+    The policy is the model with its adapter on (or all of its weights). The reference is the model
+    with the adapter off, or, where training goes on from a trained adapter, a frozen copy of that;
+    of a model whose weights are all trained, it as it was before the first update. An update is
     `per_device_train_batch_size * gradient_accumulation_steps` pairs, laid into packed
     micro-batches of at most `micro_batch_tokens` tokens; it does not depend on how they fall.
 
     Args:
         model: a causal LM, a PeftModel on one, or a folder or hub id.
-        ref_model: must be None; the reference needs no second model.
+        ref_model: another reference than the above: a model, its folder or hub id, or the folder
+            of an adapter. Rarely needed.
         args: the run's options; `DPOConfig()` by default. Not changed.
         data_collator: must be None; pairs are packed, not padded.
         train_dataset: rows as TRL takes them (a `datasets.Dataset`, a list of dicts, a pandas
@@ -74,11 +73,13 @@ class DPOTrainer(ResumableTrainer):
         compute_metrics: must be None; the figures are computed from log-probs alone.
         callbacks: as in transformers.
         optimizers: as in transformers.
+        quantization_config: for a model given by name.
         peft_config: train an adapter of this kind instead of all weights.
+        loss_function: a loss of your own in place of `loss_type`; see `fastdpo.losses.PairLogps`.
 
     Attributes:
         first_update_margin: largest absolute margin of the first update, nats: 0 or rounding,
-            unless the adapter was not new; None before it.
+            unless policy and reference differ from the start; None before it.
 
     Raises:
         DataError: rows that cannot be used, with their place.
@@ -91,7 +92,7 @@ class DPOTrainer(ResumableTrainer):
     def __init__(
         self,
         model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
-        ref_model: None = None,
+        ref_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None = None,
         args: DPOConfig | None = None,
         data_collator: None = None,
         train_dataset: Any = None,
@@ -100,26 +101,25 @@ class DPOTrainer(ResumableTrainer):
         compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        loss_function: LossFunction | None = None,
     ) -> None:
-        _refuse(ref_model=ref_model, data_collator=data_collator, compute_metrics=compute_metrics)
+        _refuse(data_collator=data_collator, compute_metrics=compute_metrics)
         args = DPOConfig() if args is None else args
         name = model if isinstance(model, str | os.PathLike) else causal_lm_of(model).name_or_path
-        tokenizer = load_tokenizer(str(name)) if processing_class is None else processing_class
-        policy = self._policy(model, args, peft_config)
-        self.trains_adapter = isinstance(policy, PeftModel)
-        if not self.trains_adapter and args.ref_cache == "off":
-            raise ValueError(
-                "--ref_cache is off and all weights are trained: the reference is gone after the "
-                "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
-            )
+        tokenizer = processing_class
+        if tokenizer is None:
+            tokenizer = load_tokenizer(str(name), **args.tokenizer_options)
+        policy = prepare_policy(model, args, peft_config, quantization_config)
         self.user_args, self.policy, self.tokenizer = args, policy, tokenizer
-        self._vocabulary_size = head_of(policy).weight.shape[0]
-        self._train_sums, self._throughput = MetricSums(), Throughput()
-        self._tokens_seen = 0
-        self.first_update_margin: float | None = None
-        self.train_groups = self._groups(train_dataset, "train")
-        self.eval_groups = self._eval_groups(eval_dataset)
+        self.loss_function = loss_function
+        self.trains_adapter = isinstance(policy, PeftModel)
+        self.record = RunRecord()
+        vocabulary = head_of(policy).weight.shape[0]
+        self.sets = PairSets(args, tokenizer, vocabulary, train_dataset, eval_dataset)
+        self.command: Sequence[str] = ()
+        self.dataset_name: str | None = None
         super().__init__(
             model=policy,
             args=_one_update_per_step(args, self.trains_adapter),
@@ -131,122 +131,106 @@ class DPOTrainer(ResumableTrainer):
         )
         if self.pop_callback(ProgressCallback) is not None:  # notebooks keep their own
             self.add_callback(ProgressLines())
-        self.micro_batch_tokens = args.micro_batch_tokens or default_micro_batch_tokens(
-            causal_lm_of(policy).device
+        self.add_callback(CurveNotes())
+        self.add_callback(MetricsFile())
+        self.mode = pass_mode(
+            policy, packing=args.packing, shared_prefix=args.shared_prefix, attention=args.attention
         )
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        self.reference = ReferenceSource(
+        logger.info("%s", self.mode.describe())
+        self.plan = plan_memory(policy, args, self.train_groups, self.mode, self.pairs_per_update)
+        self.layout = choose_layout(policy, args, self.train_groups, self.mode, self.plan)
+        self.layout.apply(policy)
+        self.reference = self._reference(ref_model)
+        self.update = Update(
             policy,
-            reference_folder(args.ref_cache),
-            compute_dtype=mixed.get(self.accelerator.mixed_precision, causal_lm_of(policy).dtype),
-            micro_batch_tokens=self.micro_batch_tokens,
-            shared_prefix=self.shares_prefix,
+            self.reference.reference,
+            args,
+            micro_batch_tokens=self.layout.micro_batch_tokens,
+            mode=self.mode,
+            merge_prompts=args.merge_prompts and self.mode.shared_prefix,
+            backward=self.accelerator.backward,
+            autocast=self.autocast,
+            loss_function=loss_function,
+            aux_loss_coef=aux_loss_coef(causal_lm_of(policy).config, args.router_aux_loss_coef),
+        )
+        self.update.most_group_tokens = self.layout.most_group_tokens
+
+    def _reference(
+        self, ref_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None
+    ) -> ReferenceSource:
+        args = self.user_args
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        precision = self.accelerator.mixed_precision
+        reference = prepare_reference(self.policy, ref_model, args)
+        folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
+        if folder is None and not reference.outlives_training and self.needs_reference:
+            raise ValueError(
+                "--ref_cache is off and all weights are trained: the reference is gone after the "
+                "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
+            )
+        return ReferenceSource(
+            reference,
+            folder,
+            compute_dtype=mixed.get(precision, causal_lm_of(self.policy).dtype),
+            micro_batch_tokens=self.layout.micro_batch_tokens,
+            mode=self.mode,
+            ld_alpha=args.ld_alpha,
             keep_token_logps=args.ref_token_logps == "on",
             strict_versions=args.ref_versions == "strict",
             spot_check_pairs=args.ref_spot_check,
         )
 
-    # The policy and its data
+    # Data
 
-    @staticmethod
-    def _policy(
-        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
-        args: DPOConfig,
-        peft_config: PeftConfig | None,
-    ) -> PreTrainedModel | PeftModel:
-        if isinstance(model, str | os.PathLike):
-            model = load_identified(
-                str(model), dtype=resolve_dtype("auto"), options=args.from_pretrained_options
-            )
-        elif args.model_init_kwargs:
-            raise ValueError(
-                "model_init_kwargs are for a model given by name; this one is loaded already. Pass "
-                "them to from_pretrained."
-            )
-        if args.disable_dropout:
-            disable_dropout(model)
-        if peft_config is None:
-            fuse(model)
-        else:
-            set_seed(args.seed)  # the adapter's first weights belong to the run's seed
-            model = add_adapter(model, peft_config)
-        require_reference(model)
-        return model
+    @property
+    def train_groups(self) -> PairGroups | None:
+        """The training pairs."""
+        return self.sets.train
 
-    def _groups(self, dataset: Any, name: str) -> PairGroups | None:
-        """Rows to groups; a dataset that is prepared already stays as it is."""
-        if dataset is None or isinstance(dataset, PairGroups):
-            return dataset
-        if not isinstance(dataset, PairDataset):
-            args = self.user_args
-            dataset = prepare_pairs(
-                rows_from(dataset, f"{name} dataset"),
-                self.tokenizer,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                special_tokens_in_content=args.special_tokens_in_content,
-                strict_data=args.strict_data,
-                vocabulary_size=self._vocabulary_size,
-                progress=not args.disable_tqdm,
-            )
-            logger.info("%s", dataset.report.describe())
-        return PairGroups(dataset)
-
-    def _eval_groups(self, dataset: Any) -> PairGroups | dict[str, PairGroups] | None:
-        if not isinstance(dataset, dict):
-            return self._groups(dataset, "eval")
-        prepared = {name: self._groups(part, name) for name, part in dataset.items()}
-        return {name: groups for name, groups in prepared.items() if groups is not None}
+    @property
+    def eval_groups(self) -> PairGroups | dict[str, PairGroups] | None:
+        """The evaluation pairs, or those of each set by name."""
+        return self.sets.eval
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of B groups, one batch an update."""
-        if self.train_groups is None:
-            raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
-        args = self.user_args
-        sampler = UpdateSampler(
-            len(self.train_groups),
-            self.pairs_per_update,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-            drop_last=args.dataloader_drop_last,
-        )
-        loader = DataLoader(
-            self.train_groups, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
-        )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(self.sets.train_loader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All groups of one evaluation set; `evaluation_loop` packs them itself."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = dict(self._eval_sets())[eval_dataset]
-        groups = self._groups(self.eval_groups if eval_dataset is None else eval_dataset, "eval")
-        if groups is None:
-            raise ValueError("there is no eval_dataset: pass one to DPOTrainer or evaluate().")
-        return DataLoader(groups, batch_size=self.pairs_per_update, collate_fn=list)
+        return self.sets.eval_loader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As for an evaluation set."""
         return self.get_eval_dataloader(test_dataset)
 
-    def _eval_sets(self) -> list[tuple[str, PairGroups]]:
-        if isinstance(self.eval_groups, dict):
-            return list(self.eval_groups.items())
-        return [] if self.eval_groups is None else [("eval", self.eval_groups)]
-
     @property
     def pairs_per_update(self) -> int:
         """B, as the user's options make it."""
-        args = self.user_args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return self.sets.pairs_per_update
 
     @property
-    def shares_prefix(self) -> bool:
-        """Whether the tokens that a pair's rows share are computed once."""
-        return self.user_args.shared_prefix != "off"
+    def first_update_margin(self) -> float | None:
+        """Largest absolute margin of the first update, nats; None before it."""
+        return self.record.first_update_margin
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss looks at a reference."""
+        return needs_reference(self.user_args, self.loss_function)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision around backbone and head; accelerate wraps only model.forward."""
         return self.accelerator.autocast()
+
+    # The reference
+
+    def compute_references(self) -> None:
+        """Fill the reference store for the training and evaluation sets, without training."""
+        if self.train_groups is not None:
+            self._add_reference(self.train_groups, "train")
+        for name, groups in self.sets.eval_by_name.items():
+            self._add_reference(groups, name)
 
     def _add_reference(self, groups: PairGroups, name: str) -> None:
         model_name = causal_lm_of(self.policy).name_or_path
@@ -254,40 +238,39 @@ class DPOTrainer(ResumableTrainer):
         with self.autocast():
             self.reference.fill(groups, name, asked)
 
-    def compute_references(self) -> None:
-        """Fill the reference store for the training and evaluation sets, without training."""
-        sets = [] if self.train_groups is None else [("train", self.train_groups)]
-        for name, groups in sets + self._eval_sets():
-            self._add_reference(groups, name)
+    def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
+        """(n, 2) float64: stored, computed, or 0 where the loss looks at no reference."""
+        if not self.needs_reference:
+            return np.zeros((len(groups), 2))
+        if self.user_args.sync_ref_model:  # it has moved since the last time
+            with self.autocast():
+                return self.reference.logps(groups, name)
+        self._add_reference(groups, name)
+        assert groups.ref_logps is not None, "filled in above"
+        return groups.ref_logps
 
     # Training
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train, or go on from a checkpoint.
-
-        Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest one in output_dir
-                that verifies.
-            trial: as in transformers.
-            ignore_keys_for_eval: not used.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged or belongs to another run.
-            FloatingPointError: the loss is not finite; the weights are as before that update.
-        """
-        folder = self.checkpoint_to_resume(resume_from_checkpoint)
-        if self.train_groups is not None and self.reference.folder is not None:
-            self._add_reference(self.train_groups, "train")
-        if not self.trains_adapter:
-            for name, groups in self._eval_sets():
-                self._add_reference(groups, name)
+    def before_updates(self) -> None:
+        """All references that the first update would take away, or that the store keeps."""
+        if self.needs_reference:
+            if self.train_groups is not None and self.reference.folder is not None:
+                self._add_reference(self.train_groups, "train")
+            if not self.reference.reference.outlives_training:
+                for name, groups in self.sets.eval_by_name.items():
+                    self._add_reference(groups, name)
         self.reference.begin_training()
-        return super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        if self.plan is not None and self.train_groups is not None:
+            self._rehearse(fullest_update(self.train_groups, self.mode, self.layout))
+
+    def _rehearse(self, groups: list[Group]) -> None:
+        """Run the update that takes the most memory first: if it is too much, it shows now."""
+        torch.cuda.reset_peak_memory_stats()
+        self.policy.train()
+        self.update.rehearse(groups)
+        measured = torch.cuda.max_memory_allocated()
+        assert self.plan is not None, "only planned runs are rehearsed"
+        logger.info("The fullest micro-batch fits. %s", compare(self.plan, measured))
 
     def training_step(  # pyrefly: ignore[bad-override]
         self, model: nn.Module, inputs: list[Group], num_items_in_batch: Any = None
@@ -296,63 +279,42 @@ class DPOTrainer(ResumableTrainer):
 
         Returns:
             () float64: the mean loss of the pairs, detached.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; the weights are as before.
         """
-        self._throughput.start()
+        self.record.start()
+        self._follow_policy()
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free optimizers
-        micro_batches = [
-            micro_batch.to(self.args.device)
-            for micro_batch in pack_update(
-                inputs, self.micro_batch_tokens, shared_prefix=self.shares_prefix
-            )
-        ]
-        with packed_attention(causal_lm_of(self.policy).config):
-            references = [m.ref_logps for m in micro_batches if m.ref_logps is not None]
-            parts = [
-                self._backward(micro_batch, reference, len(inputs))
-                for micro_batch, reference in zip(
-                    micro_batches, references or self._references_now(micro_batches), strict=True
-                )
-            ]
-        loss = torch.stack([part for part, _ in parts]).sum()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of update {self.state.global_step + 1} is {loss.item()}; no weight has "
-                "changed in this update. Lower the learning rate, or train in bfloat16 or float32."
-            )
+        result = self.update.run(inputs, METRIC_OUTPUTS if self._logs_this_update() else ())
+        # In fp16 the scaler looks at the gradient, and skips by itself.
+        unscaled = self.accelerator.scaler is None
+        if wrong := what_is_not_finite(self.policy, result, inputs, check_gradient=unscaled):
+            self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
+            return result.loss.new_zeros(())
+        self.record.add(inputs, result, self.user_args.beta)
         if self.state.global_step == 0:
-            self.first_update_margin = float(torch.cat([m for _, m in parts]).abs().max())
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
-        self._count(inputs, micro_batches)
-        return loss
+        return result.loss
 
-    def _backward(
-        self, micro_batch: MicroBatch, ref_logps: Tensor, pairs: int
-    ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of one micro-batch; its part of the mean loss, () and its margins."""
-        args = self.user_args
-        outputs = METRIC_OUTPUTS if self._logs_this_update() else ()
-        with self.autocast():
-            found = packed_logprobs(self.policy, micro_batch, outputs)
-        logps, reference = found.logps.view(-1, 2), ref_logps.view(-1, 2)
-        logratios = logps - reference
-        loss = self._pair_losses(logratios).sum() / pairs
-        self.accelerator.backward(loss)
-        self._train_sums.add_rewards(logps, reference, args.beta)
-        if outputs:
-            self._train_sums.add_tokens(micro_batch.completion_tokens, **found.extras)
-        return loss.detach(), (logratios[:, 0] - logratios[:, 1]).detach()
+    def _follow_policy(self) -> None:
+        """TR-DPO: after every so many updates the reference takes a step towards the policy."""
+        args, done = self.user_args, self.state.global_step
+        if args.sync_ref_model and done and done % args.ref_model_sync_steps == 0:
+            self.reference.reference.follow(self.policy, args.ref_model_mixup_alpha)
 
-    def _pair_losses(self, logratios: Tensor) -> Tensor:
-        """(B, 2) log-ratios of chosen and rejected to (B,) losses."""
-        args = self.user_args
-        return LOSSES[args.loss_type[0]](logratios[:, 0], logratios[:, 1], beta=args.beta)
-
-    def _references_now(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Reference log-probs of the very micro-batches that are about to be trained on."""
-        with adapters_off(self.policy), eval_mode(self.policy), torch.no_grad(), self.autocast():
-            return [packed_logprobs(self.policy, m).logps for m in micro_batches]
+    def _skip_update(self, wrong: str) -> None:
+        for parameter in self.policy.parameters():
+            parameter.grad = None
+        if self.user_args.nonfinite == "stop":
+            raise FloatingPointError(
+                f"{wrong}; no weight has changed in this update. Lower the learning rate, train in "
+                "bfloat16 or float32, or pass --nonfinite skip to go on without such updates."
+            )
+        self.record.skipped_updates += 1
+        logger.warning("Skipped: %s; no weight has changed.", wrong)
 
     # Evaluation
 
@@ -367,24 +329,19 @@ class DPOTrainer(ResumableTrainer):
         """TRL's figures over a set of pairs, every pair weighing the same."""
         groups, args = dataloader.dataset, self.user_args
         assert isinstance(groups, PairGroups), "get_eval_dataloader makes them"
-        self._add_reference(groups, metric_key_prefix)
+        ref_logps = self._ref_logps(groups, metric_key_prefix)
         with self.autocast():
-            scored = score_pairs(
+            figures = evaluation_figures(
                 self.policy,
                 groups,
-                micro_batch_tokens=self.micro_batch_tokens,
-                shared_prefix=self.shares_prefix,
-                outputs=METRIC_OUTPUTS,
+                ref_logps,
+                args,
+                micro_batch_tokens=self.update.micro_batch_tokens,
+                mode=self.mode,
+                loss_function=self.loss_function,
                 description=None if args.disable_tqdm else description,
             )
-        assert groups.ref_logps is not None, "filled in above"
-        logps, reference = torch.from_numpy(scored.logps), torch.from_numpy(groups.ref_logps)
-        logratios = logps - reference
-        sums = MetricSums()
-        sums.add("loss", self._pair_losses(logratios))
-        sums.add_rewards(logps, reference, args.beta)
-        sums.add_tokens(torch.from_numpy(scored.tokens.reshape(-1)), **scored.extras)
-        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in sums.averages().items()}
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in figures.items()}
         return EvalLoopOutput(np.empty(0), None, metrics, num_samples=len(groups))
 
     # Figures
@@ -397,31 +354,62 @@ class DPOTrainer(ResumableTrainer):
         first = step == 1 and self.args.logging_first_step
         return first or step % max(1, int(self.state.logging_steps)) == 0
 
-    def _count(self, groups: Sequence[Group], micro_batches: Sequence[MicroBatch]) -> None:
-        both_rows = [2 * len(g.prompt_ids) + sum(map(len, g.completions)) for g in groups]
-        self._tokens_seen += sum(both_rows)
-        self._throughput.add(len(groups), sum(m.real_tokens for m in micro_batches))
-        if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += sum(both_rows)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of the updates since the last training log to a training log."""
         if "loss" in logs:
-            logs |= self._train_sums.averages() | self._throughput.figures()
-            logs["num_tokens"] = self._tokens_seen
-            if torch.cuda.is_available():
-                logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            self._train_sums.clear()
-            self._throughput = Throughput()
+            logs |= self.record.take()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[Group]) -> int:  # pyrefly: ignore[bad-override]
         """6 FLOPs per parameter and token of both rows, as transformers counts them."""
-        tokens = sum(2 * len(g.prompt_ids) + sum(map(len, g.completions)) for g in inputs)
-        return 6 * tokens * causal_lm_of(self.policy).num_parameters(exclude_embeddings=True)
+        parameters = causal_lm_of(self.policy).num_parameters(exclude_embeddings=True)
+        return 6 * both_rows_tokens(inputs) * parameters
 
     def _track_num_input_tokens(self, inputs: list[Group]) -> None:
-        """Counted in `_count`."""
+        if self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += both_rows_tokens(inputs)
+
+    # The model card
+
+    def create_model_card(  # pyrefly: ignore[bad-override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write README.md into output_dir; TRL's arguments."""
+        path = Path(str(self.args.output_dir)) / "README.md"
+        files.write_text(path, self._model_card(model_name, dataset_name, tags))
+
+    def _write_model(self, folder: Path, state_dict: Any) -> None:
+        super()._write_model(folder, state_dict)
+        files.write_text(folder / "README.md", self._model_card())  # in place of PEFT's
+
+    def _model_card(
+        self,
+        name: str | None = None,
+        dataset: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> str:
+        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
+        return model_card(
+            TrainedModel(
+                name=name or Path(str(self.args.output_dir)).name,
+                base_model=str(causal_lm_of(self.policy).name_or_path),
+                is_adapter=self.trains_adapter,
+                reference=self.reference.reference.sentence,
+                args=self.user_args,
+                pairs=0 if self.train_groups is None else len(self.train_groups),
+                updates=self.state.global_step,
+                dataset=dataset or self.dataset_name,
+                evaluation=evaluations[-1] if evaluations else {},
+                command=self.command,
+                tags=[tags] if isinstance(tags, str) else tags or (),
+                versions=library_versions(),
+            )
+        )
+
+    # Resuming
 
     def run_description(self) -> dict[str, Any]:
         """What a resumed run must share with the one that was stopped."""
@@ -433,9 +421,37 @@ class DPOTrainer(ResumableTrainer):
             "data": None if self.train_groups is None else self.train_groups.content_hash,
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
-            "beta": args.beta,
-            "loss_type": list(args.loss_type),
+            "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
+            "reference": self.reference.reference.sentence,
         }
+
+    def work_plan(self) -> dict[str, Any]:
+        """How the updates are laid out, which a resumed run repeats to the bit."""
+        layout = replace(
+            self.layout,
+            micro_batch_tokens=self.update.micro_batch_tokens,
+            most_group_tokens=self.update.most_group_tokens,
+        )
+        return {"layout": layout.as_json(), "tokens_seen": self.record.tokens_seen}
+
+    def further_tensors(self) -> dict[str, Tensor]:
+        """Where the reference of TR-DPO has got to."""
+        return self.reference.reference.tensors() if self.user_args.sync_ref_model else {}
+
+    def follow(self, plan: Mapping[str, Any]) -> None:
+        """Lay updates out as the run that wrote the checkpoint did, unless the user says how."""
+        if not plan:
+            return
+        self.record.tokens_seen = plan["tokens_seen"]
+        saved = Layout.from_json(plan["layout"])
+        if self.user_args.micro_batch_tokens is not None:
+            saved = replace(saved, micro_batch_tokens=self.user_args.micro_batch_tokens)
+        if saved != self.layout:
+            logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
+        self.layout = saved
+        self.layout.apply(self.policy)
+        self.update.micro_batch_tokens = saved.micro_batch_tokens
+        self.update.most_group_tokens = saved.most_group_tokens
 
 
 def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
@@ -446,6 +462,7 @@ def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
     own = copy.copy(args)
     own.per_device_train_batch_size *= own.gradient_accumulation_steps
     own.gradient_accumulation_steps = 1
+    own.activation_checkpointing = own.gradient_checkpointing = False  # see Layout.layer_policy
     if trains_adapter:
         own.bf16 = own.fp16 = False
         own.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__
@@ -455,8 +472,6 @@ def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
 def _refuse(**arguments: Any) -> None:
     """Arguments that TRL has and that make no sense here, by name."""
     reasons = {
-        "ref_model": "the reference is the model itself with its adapter off, or its own log-probs "
-        "from before the first update",
         "data_collator": "pairs are packed without padding",
         "compute_metrics": "no logits are ever built; every figure of TRL is logged already",
     }

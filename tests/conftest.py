@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,13 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels run on the CPU in this process; what compiles them does so in another one.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """What is imported stays: collections, which accelerate asks for, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

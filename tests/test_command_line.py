@@ -135,7 +135,7 @@ def test_yaml_below_the_command_line(yaml_file):
     ("text", "words"),
     [
         ("lora_rank: 3", ["unknown key lora_rank", "the nearest is lora_r"]),
-        ("max_prompt_length: 3", ["unknown key max_prompt_length", "use max_length"]),
+        ("max_target_length: 3", ["unknown key max_target_length", "use max_completion_length"]),
         ("beta: high", ["beta", "'high'", "float"]),
         ("beta: [0.1]", ["beta", "needs a float", "not a list"]),
         ("beta: null", ["beta", "not nothing"]),
@@ -166,10 +166,10 @@ def test_yaml_refusals(yaml_file, refusal, text, words):
         ),
         (["--modle=x"], ["unknown option --modle; the nearest is --model"]),
         (["--qlora", "--learn", "1"], ["unknown option --learn;"]),
-        (["--max-prompt-length", "512"], ["unknown option --max_prompt_length; use max_length"]),
+        (["--max-target-length", "512"], ["unknown option --max_target_length; use max_comp"]),
         (
-            ["--precompute_ref_log_probs"],
-            ["unknown option --precompute_ref_log_probs; use ref_cac"],
+            ["--precompute_ref_log_probs", "--ref_cache", "off"],
+            ["--precompute_ref_log_probs asks for", "--ref_cache off"],
         ),
         (["--warmup_ratio", "0.1"], ["use warmup_steps"]),
         (["llama-7b"], ["'llama-7b' stands alone", "--model NAME"]),

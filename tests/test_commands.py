@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
-from test_trainer import CONFIG, TOKENIZER, preference_rows
+from safetensors.torch import load_file
+from tiny_trainer import CONFIG, TOKENIZER, preference_rows
 from transformers import AutoModelForCausalLM
 
 from fastdpo import evaluate, train
 from fastdpo.command_line import command
+from fastdpo.update import DoesNotFitError
 
 
 @pytest.fixture
@@ -134,3 +136,44 @@ def test_a_diverged_run_is_one_line_and_exit_1(capsys):
 
     assert command(diverge) == 1
     assert capsys.readouterr().err == "error: the loss of update 3 is nan\n"
+
+
+def test_memory_that_does_not_suffice_is_one_line_and_exit_3(capsys):
+    def never_fits(argv):
+        raise DoesNotFitError("a single completion does not fit")
+
+    assert command(never_fits) == 3
+    assert capsys.readouterr().err == "error: a single completion does not fit\n"
+
+
+def test_a_dry_run_shows_what_would_happen_and_writes_nothing(workplace, capsys):
+    before = sorted(path.name for path in workplace.iterdir())
+    argv = ["--config", "run.yaml", "--lora", "--beta", "0.25", "--loss_type", "ipo", "--dry_run"]
+    train.main(argv)
+    said = capsys.readouterr().out
+    for line in ("beta", "0.25", "['ipo']", "24 pairs, 8 an update: 3 updates an epoch", "The day"):
+        assert line in said, line
+    assert sorted(path.name for path in workplace.iterdir()) == before
+
+
+def test_training_goes_on_from_an_adapter(workplace, capsys):
+    """SFT, then DPO from its adapter, which is the reference; over 4 bits too."""
+    common = ["--config", "run.yaml", "--max_steps", "2"]
+    train.main([*common, "--qlora", "--loss_type", "sft", "--output_dir", "sft"])
+    train.main([*common, "--qlora", "--model", "sft", "--output_dir", "dpo"])
+    said = capsys.readouterr().out
+    assert "Training the adapter in sft on." in said
+    files = [workplace / name / "adapter_model.safetensors" for name in ("sft", "dpo")]
+    sft, dpo = map(load_file, files)
+    assert sft.keys() == dpo.keys()
+    assert any(not torch.equal(sft[name], dpo[name]) for name in sft)
+
+
+def test_a_mixture_in_yaml_is_trained_on(workplace, capsys):
+    (workplace / "mixture.yaml").write_text(
+        "model: base\nlora: true\nmax_steps: 1\nuse_cpu: true\nsave_strategy: 'no'\n"
+        "test_split_size: 8\ndatasets:\n- path: train.jsonl\n  fraction: 0.7\n"
+        "- path: dev.jsonl\n  fraction: 0.3\n"
+    )
+    train.main(["--config", "mixture.yaml"])
+    assert "Held-out pairs: preference accuracy" in capsys.readouterr().out

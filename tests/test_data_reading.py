@@ -24,14 +24,17 @@ BAD_LINES = {
     "lone surrogate": (rb'{"prompt": "a\ud800b"}', "\\ud800, half of a surrogate pair"),
     "lone surrogate in a message": (rb'{"p": [{"c": "\uDFFF"}]}', "\\udfff"),
     "lone surrogate in a key": (rb'{"a\ud800": "b"}', "\\ud800"),
-    "raw NUL": (b'{"prompt": "a\x00b"}', "Invalid control character"),
+    "raw NUL": (b'{"prompt": "a\x00b"}', "a NUL byte stands at column 14"),
     "two objects": (GOOD + b" " + GOOD, "a second value begins at column"),
     "no JSON": (b"prompt,chosen,rejected", "broken JSON"),
     "half a line": (GOOD[:-5], "broken JSON"),
     "a list": (b"[1, 2]", "the line is a JSON list"),
     "a string": (b'"prompt"', "the line is a JSON str"),
     "null": (b"null", "the line is a JSON NoneType"),
-    "deep nesting": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    "deep nesting": (
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "nested deeper than 64 levels",
+    ),
 }
 
 
@@ -121,24 +124,24 @@ def test_parquet_arrow_csv_and_saved_folders(tmp_path):
     from datasets import Dataset, DatasetDict
 
     messages = [{"role": "user", "content": "hello"}]
-    rows = [ROW | {"score": 3}, ROW | {"score": 4}]
+    rows = [ROW | {"score": "3"}, ROW | {"score": "4"}]
     chats = Dataset.from_list([{"chosen": messages, "rejected": messages, "messages": messages}])
     chats.to_parquet(tmp_path / "chats.parquet")
     read = read_rows(str(tmp_path / "chats.parquet"))
-    assert list(read.rows) == [{"chosen": messages, "rejected": messages}]
+    assert list(read.rows) == list(chats)
 
     Dataset.from_list(rows).to_csv(tmp_path / "pairs.csv")
-    assert list(read_rows(str(tmp_path / "pairs.csv")).rows) == [ROW, ROW]
+    assert list(read_rows(str(tmp_path / "pairs.csv")).rows) == rows
 
     folder = tmp_path / "saved"
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(folder)
     read = read_rows(str(folder))
-    assert list(read.rows) == [ROW, ROW]
+    assert list(read.rows) == rows
     assert read.where(1) == f"{folder}[train] row 1"
     with pytest.raises(UnknownSplitError, match=r"split 'test'.*\['train'\]"):
         read_rows(str(folder), split="test")
     arrow = next((folder / "train").glob("*.arrow"))
-    assert list(read_rows(str(arrow)).rows) == [ROW, ROW]
+    assert list(read_rows(str(arrow)).rows) == rows
 
 
 def test_csv_digits_stay_text(tmp_path):
@@ -199,8 +202,6 @@ def test_rows_from_memory():
         rows_from([], "mine")
     with pytest.raises(DataError, match=r"parts \['train'\]"):
         rows_from(DatasetDict({"train": table}), "mine")
-    with pytest.raises(DataError, match="a stream"):
-        rows_from(table.to_iterable_dataset(), "mine")
     with pytest.raises(DataError, match="of type int"):
         rows_from(3, "mine")
 

@@ -18,7 +18,7 @@ from fastdpo.data.pairs import (
     IDENTICAL_AFTER_TRUNCATION,
     OVER_LONG_PROMPT,
 )
-from fastdpo.data.truncation import TRUNCATION_MODES, truncate
+from fastdpo.data.truncation import TRUNCATION_MODES, Limits, truncate
 
 TEMPLATES = ("qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "phi3", "phi3_training")
 
@@ -403,7 +403,7 @@ def test_truncation_leaves_something_to_score_and_nothing_too_long(
     prompt, chosen, rejected, max_length, mode
 ):
     def cut(*parts):
-        return truncate(*parts, max_length=max_length, mode=mode, bos_token_id=BOS)
+        return truncate(*parts, limits=Limits(max_length, mode), bos_token_id=BOS)
 
     result = cut(prompt, chosen, rejected)
     assert (result is None) == (len(prompt) >= max_length)

@@ -8,7 +8,8 @@ import torch
 from fastdpo_kernels import linear_logprobs
 from test_linear_logprobs import EXTRAS, TRANSFORMS, oracle_gradients, row_error
 from test_packed_pairs import random_groups, separate
-from test_trainer import HELD_OUT, ROWS, TOKENIZER, training_log
+from test_trainer import training_log
+from tiny_trainer import HELD_OUT, ROWS, TOKENIZER
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo import DPOConfig, DPOTrainer

@@ -15,24 +15,39 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms of the lines above its own and, where it is a folder or a command,
 # its own room. A side room serves everything above config but imports only ROOTS and config.
-ROOTS = ("version", "options", "former_options", "files")
+ROOTS = ("version", "options", "former_options", "files", "stopping")
 LINE = (
     "config",
     "data",
+    "packing",
     "batching",
     "modeling",
     "reference",
     "progress",
     "resumable",
+    "preparing",
+    "pair_sets",
+    "fitting",
+    "update",
+    "record",
+    "figures",
+    "finite",
     "trainer",
     "evaluation",
+    "comparison",
+    "scored_rows",
+    "merging",
 )
-SIDE_ROOMS = ("losses", "memory", "metrics", "checkpoint", "report")
+SIDE_ROOMS = ("losses", "memory", "metrics", "checkpoint", "report", "model_card", "randomness")
 COMMANDS = (
     "command_line",
+    "options_file",
     "train",
     "evaluate",
+    "score",
+    "merge",
     "plan",
+    "drop_in",
     "demo",
     "demo_language",
     "__main__",

@@ -1,9 +1,12 @@
 """One node for base + LoRA: values and gradients against autograd, and what it saves."""
 
+import copy
+
+import bitsandbytes as bnb
 import pytest
 import torch
 from fastdpo_kernels import lora_linear
-from fastdpo_kernels.lora_linear import dropped
+from fastdpo_kernels.lora_linear import dense_weight, dropped
 
 
 def parts(dtype=torch.float64, adapter=torch.float64, rows=(3, 5)):
@@ -64,6 +67,65 @@ def test_dropout_mask_is_the_same_in_forward_and_backward():
     assert 0.57 < kept < 0.63
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [(40,), (2, 3, 7)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", None])
+def test_values_and_gradients_against_dense_fp64(quant_type, dtype, bound, rows, dropout):
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(*rows, 64, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(96, 64, generator=draw).to(dtype)
+    a, b = (torch.randn(*shape, generator=draw) for shape in ((8, 64), (96, 8)))
+    bias = torch.randn(96, generator=draw).to(dtype)
+    upstream = torch.randn(*rows, 96, generator=draw).to(dtype)
+    if quant_type is not None:
+        weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type=quant_type, compress_statistics=True
+        ).to("cpu")
+        assert weight.dtype == torch.uint8
+    leaves = [x, a.requires_grad_(), b.requires_grad_()]
+    torch.manual_seed(5)
+    out = lora_linear(x, weight, a, b, bias=bias, scaling=0.5, dropout=dropout)
+    found = [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    mask = dropped(torch.ones(x.numel() // 64, 64), dropout, seed).view_as(x).double()
+    x, a, b = (t.detach().double().requires_grad_() for t in leaves)
+    truth = x @ dense_weight(weight, dtype).double().T + bias.double()
+    truth = truth + 0.5 * ((x * mask) @ a.T) @ b.T
+    wanted = [truth, *torch.autograd.grad(truth, (x, a, b), upstream.double())]
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32]
+    for got, want in zip(found, wanted, strict=True):
+        assert got.shape == want.shape
+        assert (got.double() - want).norm() <= bound * want.norm()
+
+
+def test_a_4bit_weight_is_dequantized_straight_into_the_dtype_of_x():
+    dense = torch.randn(96, 64)
+    for origin in (torch.float32, torch.float16, torch.bfloat16):
+        weight = bnb.nn.Params4bit(
+            dense.to(origin), requires_grad=False, quant_type="nf4", compress_statistics=True
+        ).to("cpu")
+        state = copy.copy(weight.quant_state)
+        state.dtype = torch.float32
+        exact = bnb.functional.dequantize_4bit(weight.data, state)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert torch.equal(dense_weight(weight, dtype), exact.to(dtype))
+        assert weight.quant_state.dtype == origin
+
+
+def test_autocast_changes_nothing():
+    x, weight, a, b, bias = parts(torch.float32, torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = lora_linear(x, weight, a, b, bias=bias)
+            found.append([out, *torch.autograd.grad(out.sum(), (x, a, b))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_fp32_adapters_on_a_bf16_base_save_only_the_input():
     x, weight, a, b, bias = parts(torch.bfloat16, torch.float32, rows=(64,))
     saved = []
@@ -86,6 +148,8 @@ def test_fp32_adapters_on_a_bf16_base_save_only_the_input():
         ({"lora_B": None}, "only one of"),
         ({"lora_A": torch.zeros(3, 12)}, "do not fit"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"weight": torch.zeros(9, 12).double().requires_grad_()}, "weight requires a gradient"),
+        ({"bias": torch.zeros(9).double().requires_grad_()}, "bias requires a gradient"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -14,18 +14,28 @@ from fastdpo.config import DPOConfig, cuda_has_bf16
 from fastdpo.data import rendering, truncation
 from fastdpo.former_options import REMOVED_OPTIONS, explain_unknown
 from fastdpo.losses import LOSSES
+from fastdpo.modeling.attention import ATTENTIONS
 from fastdpo.options import (
     MODEL_ALIASES,
+    ComparisonOptions,
     DataOptions,
+    EvaluationOptions,
+    MergingOptions,
     ModelOptions,
+    PlanningOptions,
     PreferenceOptions,
     RunOptions,
+    ScoringOptions,
+    passes,
     presets,
     reference_folder,
     resolve_model,
 )
 
-OWN = (ModelOptions, DataOptions, PreferenceOptions, RunOptions)
+OWN = (
+    ModelOptions, DataOptions, PreferenceOptions, RunOptions,
+    ComparisonOptions, EvaluationOptions, MergingOptions, PlanningOptions, ScoringOptions,
+)  # fmt: skip
 
 
 def names(kind: type) -> set[str]:
@@ -49,6 +59,7 @@ def test_every_own_option_has_ascii_help_that_argparse_can_print():
 def test_choices_are_those_that_the_rooms_have():
     assert tuple(LOSSES) == options_room.LOSS_TYPES
     assert options_room.TRUNCATION_MODES == truncation.TRUNCATION_MODES
+    assert tuple(ATTENTIONS) == passes.ATTENTION_BACKENDS
     assert options_room.SPECIAL_TOKEN_MODES == rendering.CONTROL_TOKEN_POLICIES
 
 
@@ -64,7 +75,7 @@ def test_nearest_name_and_none():
         "the nearest is --learning_rate"
     )
     assert explain_unknown("xyzzy", ["learning_rate"]) == "no option has a name like it"
-    assert "max_length" in explain_unknown("max_prompt_length", [])
+    assert "max_completion_length" in explain_unknown("max_target_length", [])
 
 
 @pytest.mark.parametrize(
@@ -72,6 +83,11 @@ def test_nearest_name_and_none():
     [
         (ModelOptions, {"qlora": True, "lora": True}, ["--qlora", "--lora"]),
         (ModelOptions, {"lora": True, "full": True}, ["--lora", "--full"]),
+        (ModelOptions, {"full": True, "use_peft": True}, ["--full", "--use_peft"]),
+        (ModelOptions, {"full": True, "load_in_4bit": True}, ["--full", "--load_in_4bit"]),
+        (ModelOptions, {"full": True, "use_rslora": True}, ["--full", "--use_rslora"]),
+        (ModelOptions, {"full": True, "use_dora": True}, ["--full", "--use_dora"]),
+        (ModelOptions, {"load_in_4bit": True}, ["--load_in_4bit", "--use_peft", "--qlora"]),
         (ModelOptions, {"dtype": "int8"}, ["--dtype", "bfloat16"]),
         (ModelOptions, {"lora_r": 0}, ["--lora_r", "1 or more"]),
         (ModelOptions, {"lora_r": 8.0}, ["--lora_r"]),
@@ -80,20 +96,107 @@ def test_nearest_name_and_none():
         (ModelOptions, {"lora_dropout": 1.0}, ["--lora_dropout", "below 1"]),
         (ModelOptions, {"lora_dropout": -0.1}, ["--lora_dropout", "at least 0"]),
         (ModelOptions, {"lora_target_modules": []}, ["--lora_target_modules"]),
+        (DataOptions, {"max_line_mib": 0}, ["--max_line_mib", "1 or more"]),
         (PreferenceOptions, {"beta": 0}, ["--beta", "above 0"]),
         (PreferenceOptions, {"beta": -0.1}, ["--beta"]),
         (PreferenceOptions, {"beta": float("nan")}, ["--beta", "finite"]),
         (PreferenceOptions, {"beta": float("inf")}, ["--beta"]),
         (PreferenceOptions, {"beta": "0.1"}, ["--beta", "'0.1'"]),
-        (PreferenceOptions, {"loss_type": "ipo"}, ["--loss_type", "ipo", "sigmoid"]),
+        (PreferenceOptions, {"loss_type": "ppo"}, ["--loss_type", "ppo", "sigmoid"]),
+        (PreferenceOptions, {"loss_type": ["aot_pair"]}, ["--loss_type", "aot_unpaired is its"]),
+        (PreferenceOptions, {"loss_type": "kto_pair"}, ["--loss_type", "bco_pair"]),
+        (PreferenceOptions, {"loss_type": "cdpo"}, ["--loss_type", "--label_smoothing"]),
         (PreferenceOptions, {"loss_type": []}, ["--loss_type", "empty"]),
-        (PreferenceOptions, {"loss_type": ["sigmoid", "sigmoid"]}, ["--loss_type", "several"]),
+        (PreferenceOptions, {"loss_type": ["sft", "sft"]}, ["--loss_type", "twice"]),
+        (PreferenceOptions, {"loss_weights": [1.0, 2.0]}, ["--loss_weights", "2 numbers for 1"]),
+        (PreferenceOptions, {"loss_weights": [-1.0]}, ["--loss_weights", "at least 0"]),
+        (PreferenceOptions, {"label_smoothing": 1.0}, ["--label_smoothing", "below 1"]),
+        (PreferenceOptions, {"loss_type": "exo_pair"}, ["--label_smoothing", "exo_pair", "1e-3"]),
+        (
+            PreferenceOptions,
+            {"loss_type": "robust", "label_smoothing": 0.5},
+            ["--label_smoothing", "robust", "less than 0.5"],
+        ),
+        (
+            PreferenceOptions,
+            {"loss_type": ["hinge", "sft"], "label_smoothing": 0.1},
+            ["--label_smoothing", "hinge sft", "leave it out"],
+        ),
+        (PreferenceOptions, {"f_divergence_type": "kl"}, ["--f_divergence_type", "forward_kl"]),
+        (
+            PreferenceOptions,
+            {"loss_type": ["sigmoid", "apo_zero"], "f_divergence_type": "js_divergence"},
+            ["--f_divergence_type", "apo_zero", "sigmoid_norm"],
+        ),
+        (
+            PreferenceOptions,
+            {"loss_type": "orpo", "f_divergence_type": "js_divergence"},
+            ["--f_divergence_type", "orpo", "leave it out"],
+        ),
+        (
+            PreferenceOptions,
+            {"f_alpha_divergence_coef": float("inf")},
+            ["--f_alpha_divergence_coef is inf; it must be a finite number. "],
+        ),
+        (PreferenceOptions, {"f_alpha_divergence_coef": 0.7}, ["--f_alpha_divergence_coef"]),
+        (PreferenceOptions, {"discopop_tau": 0.0}, ["--discopop_tau", "above 0 and at most 1"]),
+        (PreferenceOptions, {"discopop_tau": 1.5}, ["--discopop_tau", "at most 1"]),
+        (PreferenceOptions, {"discopop_tau": 0.1}, ["--discopop_tau", "discopop"]),
+        (PreferenceOptions, {"simpo_gamma": -0.5}, ["--simpo_gamma", "at least 0"]),
+        (PreferenceOptions, {"simpo_gamma": 1.0}, ["--simpo_gamma", "simpo"]),
+        (PreferenceOptions, {"ld_alpha": 1.1}, ["--ld_alpha", "at least 0 and at most 1"]),
+        (PreferenceOptions, {"ld_alpha": 0.5, "loss_type": "sft"}, ["--ld_alpha", "sft"]),
+        (
+            PreferenceOptions,
+            {"ld_alpha": 0.5, "ref_token_logps": "off"},
+            ["--ld_alpha", "--ref_token_logps"],
+        ),
+        (
+            PreferenceOptions,
+            {"use_weighting": True, "loss_type": ["sft", "aot"]},
+            ["--use_weighting", "aot"],
+        ),
+        (
+            PreferenceOptions,
+            {"reference_free": True, "sync_ref_model": True},
+            ["--sync_ref_model", "--reference_free"],
+        ),
+        (
+            PreferenceOptions,
+            {"sync_ref_model": True, "ref_model_mixup_alpha": 0.0},
+            ["--ref_model_mixup_alpha", "above 0"],
+        ),
+        (
+            PreferenceOptions,
+            {"sync_ref_model": True, "ref_model_sync_steps": 0},
+            ["--ref_model_sync_steps", "1 or more"],
+        ),
+        (PreferenceOptions, {"ref_model_sync_steps": 5}, ["--ref_model_sync_steps"]),
+        (PreferenceOptions, {"ref_model_mixup_alpha": 0.5}, ["--sync_ref_model"]),
         (PreferenceOptions, {"max_length": 7}, ["--max_length", "8 or more"]),
         (PreferenceOptions, {"max_length": 1e3}, ["--max_length"]),
         (PreferenceOptions, {"truncation_mode": "keep_end"}, ["--truncation_mode", "keep_start"]),
+        (PreferenceOptions, {"truncation_mode": "keep_end"}, ["cuts each side", "keep_completion"]),
+        (PreferenceOptions, {"max_prompt_length": 0}, ["--max_prompt_length", "1 or more"]),
+        (PreferenceOptions, {"max_completion_length": 1.5}, ["--max_completion_length", "1.5"]),
+        (
+            PreferenceOptions,
+            {"max_prompt_length": 1024},
+            ["--max_prompt_length is 1024", "no room", "--max_length 1024"],
+        ),
         (PreferenceOptions, {"special_tokens_in_content": "x"}, ["literal", "allow", "error"]),
         (PreferenceOptions, {"micro_batch_tokens": 127}, ["--micro_batch_tokens", "128"]),
+        (PreferenceOptions, {"activations": "drop"}, ["--activations", "recompute", "offload"]),
+        (PreferenceOptions, {"mlp_tile_tokens": 64}, ["--mlp_tile_tokens", "128"]),
+        (PreferenceOptions, {"embeddings": "disk"}, ["--embeddings", "card", "host"]),
         (PreferenceOptions, {"shared_prefix": "on"}, ["--shared_prefix", "auto", "off"]),
+        (PreferenceOptions, {"packing": "on"}, ["--packing", "auto", "off"]),
+        (PreferenceOptions, {"attention": "eager"}, ["--attention", "varlen", "flex"]),
+        (
+            PreferenceOptions,
+            {"merge_prompts": True, "packing": "off"},
+            ["--merge_prompts", "--packing off"],
+        ),
         (PreferenceOptions, {"ref_cache": " "}, ["--ref_cache"]),
         (PreferenceOptions, {"ref_token_logps": "no"}, ["--ref_token_logps", "on", "off"]),
         (PreferenceOptions, {"ref_versions": "x"}, ["--ref_versions", "warn", "strict"]),
@@ -122,11 +225,32 @@ def test_values_at_the_edge_are_accepted_and_normalised():
     assert options.loss_type == ["sigmoid"]
     assert options.ref_cache == "store"
     assert options.model_init_kwargs == {"revision": "main"}
+    mixed = PreferenceOptions(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=(0.8, 0.2, 1))
+    assert mixed.loss_weights == [0.8, 0.2, 1]
+    assert PreferenceOptions(ld_alpha=0.0, ref_token_logps="off", ref_cache="off").ld_alpha == 0
     assert PreferenceOptions(max_length=None).max_length is None
     assert PreferenceOptions().loss_type is not PreferenceOptions().loss_type
     assert ModelOptions(lora_target_modules="q_proj").lora_target_modules == ["q_proj"]
     assert ModelOptions(lora_target_modules=["all-linear"]).lora_target_modules is None
     assert ModelOptions(lora_dropout=0, lora_r=1).lora_r == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "qlora", "lora"),
+    [
+        ({}, False, False),
+        ({"use_peft": True}, False, True),
+        ({"use_peft": True, "qlora": True}, True, False),
+        ({"use_peft": True, "load_in_4bit": True}, True, False),
+        ({"lora": True, "load_in_4bit": True}, True, False),
+        ({"qlora": True, "load_in_4bit": True}, True, False),
+    ],
+)
+def test_names_of_trl_say_what_moves(given, qlora, lora):
+    options = ModelOptions(**given)
+    assert (options.qlora, options.lora) == (qlora, lora)
+    again = dataclasses.replace(options)
+    assert (again.qlora, again.lora) == (qlora, lora)
 
 
 def test_model_aliases(tmp_path, monkeypatch):
@@ -186,8 +310,7 @@ def test_config_keeps_the_defaults_of_trl(config):
     assert {"learning_rate", "beta", "loss_type", "max_length", "logging_steps"} <= shared
     for name in shared - {"accelerator_config", "bf16"}:
         assert getattr(ours, name) == getattr(theirs, name), name
-    for name in names(type(theirs)) - names(DPOConfig) - {"trust_remote_code"}:
-        assert name in REMOVED_OPTIONS, f"advise on {name} in former_options.py"
+    assert not names(type(theirs)) - names(DPOConfig)
 
 
 def test_output_dir_comes_first_and_has_a_default():
@@ -217,6 +340,8 @@ def test_both_names_of_checkpointing_work_without_a_warning(config):
         made = config(gradient_checkpointing_kwargs='{"use_reentrant": false}')
     assert made.activation_checkpointing_kwargs == {"use_reentrant": False}
     assert made.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    with pytest.raises(ValueError, match="use --activations"):
+        config(activation_checkpointing_kwargs={"every_n_layers": 2})
 
 
 @pytest.mark.parametrize(
@@ -235,6 +360,7 @@ def test_both_names_of_checkpointing_work_without_a_warning(config):
         {"ignore_data_skip": True},
         {"logging_nan_inf_filter": True},
         {"remove_unused_columns": True},
+        {"enable_jit_checkpoint": True},
         {"debug": "tpu_metrics_debug"},
         {"beta": 0.0},
     ],
@@ -251,12 +377,10 @@ def test_config_refuses_a_distributed_launch(config, monkeypatch):
 
 
 def test_unknown_options_get_advice_from_python_too(config):
-    with pytest.raises(TypeError, match=r"'max_prompt_length': use max_length"):
-        config(max_prompt_length=512)
+    with pytest.raises(TypeError, match=r"'max_target_length': use max_comp"):
+        config(max_target_length=512)
     with pytest.raises(TypeError, match=r"'lerning_rate': the nearest is learning_rate"):
         config(lerning_rate=1e-5)
-    with pytest.raises(TypeError, match="model_init_kwargs="):
-        config(trust_remote_code=True)
 
 
 def test_one_gpu_is_used_of_two(config, monkeypatch):

@@ -23,7 +23,9 @@ from fastdpo import files
 from fastdpo.batching import Group
 from fastdpo.modeling import scoring
 from fastdpo.modeling.adapters import add_adapter, lora_config
+from fastdpo.modeling.families import PassMode
 from fastdpo.modeling.loading import load_model
+from fastdpo.modeling.reference_model import base_as_reference
 from fastdpo.reference import ReferenceStore, filling, reference_identity, reference_logps
 from fastdpo.reference.store import group_keys, row_key
 
@@ -68,7 +70,9 @@ def policy():
 
 def fill(model, groups, root, tokens=128, **options):
     store = ReferenceStore(root, IDENTITY)
-    return reference_logps(model, groups, store, micro_batch_tokens=tokens, **options)
+    return reference_logps(
+        base_as_reference(model), groups, store, micro_batch_tokens=tokens, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ def temporaries(root):
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
 def test_values_are_those_of_the_base_in_separate_sequences(policy, truth, tmp_path, shared_prefix):
-    found = fill(policy, GROUPS, tmp_path, shared_prefix=shared_prefix)
+    found = fill(policy, GROUPS, tmp_path, mode=PassMode(shared_prefix=shared_prefix))
     assert found.dtype == np.float64
     assert found == pytest.approx(sums(truth), rel=1e-5)
     (shard,) = map(load_file, shards(tmp_path))
@@ -402,11 +406,12 @@ def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
     untied = base()
     untied.load_state_dict(tied.state_dict())
     assert identity_of(tied) != identity_of(untied)
+    from fastdpo.modeling.attention import choice
     from fastdpo.reference import identity as module
 
-    for name in ("KIND", "NUMERICS_VERSION"):
+    for room, name in ((choice, "KIND"), (module, "NUMERICS_VERSION")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, "another")
+            patch.setattr(room, name, "another")
             assert identity_of(model) != identity
     folders = {
         ReferenceStore(tmp_path, described).folder

@@ -13,6 +13,7 @@ from test_reference_store import keys_of, some_rows
 from fastdpo.batching import PairGroups
 from fastdpo.data import Pair, PairDataset
 from fastdpo.modeling import loading
+from fastdpo.modeling.reference_model import base_as_reference
 from fastdpo.reference import (
     ReferenceSource,
     ReferenceStore,
@@ -54,7 +55,9 @@ def said(caplog):
 
 def fill(model, groups, root, *, identity=IDENTITY, versions=NOW, strict=False, **options):
     store = ReferenceStore(root, identity, versions=versions, strict_versions=strict)
-    return reference_logps(model, groups, store, micro_batch_tokens=128, **options)
+    return reference_logps(
+        base_as_reference(model), groups, store, micro_batch_tokens=128, **options
+    )
 
 
 def test_hit_partial_and_miss_are_said_with_the_reason(policy, tmp_path, said):
@@ -114,7 +117,7 @@ def test_notes_are_no_part_of_the_key(policy, tmp_path):
 def check(model, store, count, dtype=torch.float32):
     keys = [group_keys(group) for group in GROUPS]
     options = {"compute_dtype": dtype, "micro_batch_tokens": 128}
-    return spot_check(model, GROUPS, keys, store, count=count, **options)
+    return spot_check(base_as_reference(model), GROUPS, keys, store, count=count, **options)
 
 
 def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy, tmp_path, said):
@@ -139,20 +142,24 @@ def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
     store = ReferenceStore(tmp_path, IDENTITY, keep_token_logps=kept)
-    reference_logps(policy, GROUPS, store, micro_batch_tokens=128)
+    reference_logps(base_as_reference(policy), GROUPS, store, micro_batch_tokens=128)
     other = base()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(ValueError, match=r"not those of this model.* nats there and .* now"):
         check(other, store, 2)
     with pytest.raises(ValueError, match=r"at most 1e-05 in torch\.float32"):
-        reference_logps(other, GROUPS, store, micro_batch_tokens=128, spot_check_pairs=2)
+        reference_logps(
+            base_as_reference(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=2
+        )
     with torch.no_grad():  # rounding: too much for fp32, allowed in bf16
         other.model.layers[0].mlp.up_proj.weight.div_(1.01).mul_(1.004)
     with pytest.raises(ValueError, match="1e-05"):
         check(other, store, 9)
     assert 1e-5 < check(other, store, 9, torch.bfloat16).largest_rms < 0.03
-    reference_logps(other, GROUPS, store, micro_batch_tokens=128, spot_check_pairs=0)
+    reference_logps(
+        base_as_reference(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=0
+    )
 
 
 def test_the_choice_is_deterministic_and_foreign_rows_come_first(policy, tmp_path, monkeypatch):
@@ -236,12 +243,12 @@ def test_versions_name_libraries_and_device():
 def test_without_token_logps_the_sums_stay_and_whoever_needs_tokens_says_so(policy, tmp_path):
     keys = [key for group in GROUPS for key in group_keys(group)]
     kept = ReferenceStore(tmp_path / "kept", IDENTITY)
-    sums = reference_logps(policy, GROUPS, kept, micro_batch_tokens=128)
+    sums = reference_logps(base_as_reference(policy), GROUPS, kept, micro_batch_tokens=128)
     tokens = kept.token_logps(keys)
     assert [len(each) for each in tokens] == [len(c) for g in GROUPS for c in g.completions]
     assert [each.astype(float).sum() for each in tokens] == pytest.approx(sums.reshape(-1))
     bare = ReferenceStore(tmp_path / "bare", IDENTITY, keep_token_logps=False)
-    found = reference_logps(policy, GROUPS, bare, micro_batch_tokens=128)
+    found = reference_logps(base_as_reference(policy), GROUPS, bare, micro_batch_tokens=128)
     assert np.array_equal(found, sums)
     (small,), (large,) = shards(tmp_path / "bare"), shards(tmp_path / "kept")
     assert large.stat().st_size - small.stat().st_size >= 4 * sum(map(len, tokens))
@@ -257,13 +264,13 @@ def test_without_token_logps_the_sums_stay_and_whoever_needs_tokens_says_so(poli
 @pytest.fixture
 def hashed(monkeypatch):
     """How often all bytes of a model were hashed."""
-    calls, real = [], weights_module._content_hash
+    calls, real = [], weights_module.tensors_hash
 
     def count(tensors):
         calls.append(len(tensors))
         return real(tensors)
 
-    monkeypatch.setattr(weights_module, "_content_hash", count)
+    monkeypatch.setattr(weights_module, "tensors_hash", count)
     return calls
 
 
@@ -345,8 +352,8 @@ def test_the_source_passes_its_options_on(policy, tmp_path, said, monkeypatch):
     monkeypatch.setattr(filling, "progress_bar", lambda *a: bars.append(a) or real(*a))
     for at in range(2):
         source = ReferenceSource(
-            policy, tmp_path, compute_dtype=torch.float32, micro_batch_tokens=128,
-            shared_prefix=True, keep_token_logps=False, spot_check_pairs=2,
+            base_as_reference(policy), tmp_path, compute_dtype=torch.float32,
+            micro_batch_tokens=128, keep_token_logps=False, spot_check_pairs=2,
         )  # fmt: skip
         groups = PairGroups(PairDataset.from_pairs(pairs))
         source.fill(groups, "eval", ASKED)

@@ -128,6 +128,13 @@ def exit_code(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def assert_same_logps(found, whole):
+    """A pass that was cut short packs what is left in other company, and on some CPUs a matrix
+    product rounds a row otherwise when there are more or fewer of them.
+    """
+    np.testing.assert_allclose(found, whole, rtol=1e-7, atol=0)
+
+
 @pytest.fixture
 def slow_pass(monkeypatch, tmp_path):
     """A pass of small shards that takes its time and notes every completion it computes."""
@@ -171,7 +178,7 @@ def test_kill_at_any_moment_of_a_build(tmp_path, slow_pass, soak):
         again = sum(computed.values()) - len(computed)
         lost += again
         assert again <= 8 * killed_here + 2, "more than the shard in hand was computed again"
-        assert np.array_equal(fill(model, MANY, store), whole)
+        assert_same_logps(fill(model, MANY, store), whole)
         assert not list(store.rglob("*.bad")), "a killed writer left a damaged shard"
     print(f"{kills} kills, {rounds} starts, {lost} completions computed again")
 
@@ -199,7 +206,7 @@ def test_two_builders_at_once(tmp_path, slow_pass):
     ]
     assert [exit_code(child) for child in children] == [0, 0, 0]
     before = len(slow_pass())
-    assert np.array_equal(fill(model, MANY, root), whole)
+    assert_same_logps(fill(model, MANY, root), whole)
     assert len(slow_pass()) == before, "the union is not complete"
     assert len(shards(root)) >= 3
     assert not temporaries(root)
@@ -228,7 +235,7 @@ def test_every_operation_of_a_build_may_fail(tmp_path, monkeypatch, code):
             assert caught.errno == code
             assert str(root) in str(caught), "the message names no file"
         assert not temporaries(root)
-        assert np.array_equal(fill(model, groups, root), whole)
+        assert_same_logps(fill(model, groups, root), whole)
         assert not list(root.rglob("*.bad"))
     assert 15 <= failures <= countdown
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_reference import SIZES, base
-from test_trainer import CONFIG, ROWS, TOKENIZER
+from tiny_trainer import CONFIG, ROWS, TOKENIZER
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Trainer
 
 from fastdpo import DPOConfig, DPOTrainer
@@ -24,6 +24,8 @@ PAIRS = ROWS[:5]
 
 MISS = {
     "max_length": 40,
+    "max_prompt_length": 4,
+    "max_completion_length": 3,
     "truncation_mode": "keep_start",  # with a max_length that cuts
     "special_tokens_in_content": "literal",  # with rows that spell one
 }
@@ -47,7 +49,11 @@ OTHER_VALUES = {
     "max_steps": 3,
     "run_name": "another",
     "num_train_epochs": 5.0,
-    "loss_type": ["sigmoid"],  # the only one built
+    "loss_type": ["ipo"],
+    "loss_weights": [0.5],
+    "f_divergence_type": "js_divergence",
+    "ld_alpha": 0.5,
+    "discopop_tau": 0.1,
     "log_level": "info",
     "metric_for_best_model": "loss",
     "activation_checkpointing_kwargs": {"use_reentrant": False},
@@ -56,6 +62,13 @@ OTHER_VALUES = {
     "optim_args": None,
     "ref_cache": "another-folder",
 }
+
+NEEDS = {
+    "discopop_tau": {"loss_type": ["discopop"]},
+    "simpo_gamma": {"loss_type": ["simpo", "hinge"]},
+    "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+}
+"""Options that are refused where nothing reads them."""
 
 NOT_FOR_A_TEST = {
     "use_cpu",  # another device: the same key, other versions
@@ -84,7 +97,7 @@ def key_of(options, rows=PAIRS, model=None, peft_config=None):
         peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if peft_config is None else None,
     )
     source = trainer.reference
-    identity = reference_identity(source.model, source.compute_dtype)
+    identity = reference_identity(source.reference.model, source.compute_dtype)
     return identity, {key for group in trainer.train_groups for key in group_keys(group)}
 
 
@@ -115,7 +128,7 @@ def test_of_all_fields_of_dpo_config_only_those_that_shape_rows_miss(monkeypatch
             untried.append(entry.name)
             continue
         try:
-            after = key_of({entry.name: value})
+            after = key_of({entry.name: value} | NEEDS.get(entry.name, {}))
         except (ValueError, ImportError):
             refused.append(entry.name)
             continue
@@ -136,6 +149,8 @@ def test_what_shapes_the_rows_misses():
     for_both = key_of(cut), key_of(cut | {"truncation_mode": MISS["truncation_mode"]})
     assert for_both[0][0] == for_both[1][0]
     assert for_both[0][1] != for_both[1][1]
+    for name in ("max_prompt_length", "max_completion_length"):
+        assert key_of({name: MISS[name]})[1] != key_of({})[1]
     spelled = [row | {"prompt": f"</s>{row['prompt']}"} for row in PAIRS]
     literal = {"special_tokens_in_content": MISS["special_tokens_in_content"]}
     assert key_of({}, spelled)[1].isdisjoint(key_of(literal, spelled)[1])

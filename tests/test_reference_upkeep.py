@@ -294,8 +294,8 @@ def test_the_command_helps(capsys, monkeypatch):
 
 
 def test_build_fills_what_training_then_finds(tmp_path, capsys, monkeypatch, caplog):
-    from test_trainer import CONFIG, HELD_OUT, TOKENIZER
-    from test_trainer import ROWS as PAIRS
+    from tiny_trainer import CONFIG, HELD_OUT, TOKENIZER
+    from tiny_trainer import ROWS as PAIRS
     from transformers import AutoModelForCausalLM
 
     from fastdpo import train

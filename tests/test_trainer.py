@@ -10,59 +10,18 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from tiny_trainer import ROWS, preference_rows, tiny_base, tiny_trainer
+from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.checkpoint import CheckpointError
-from fastdpo.modeling.adapters import lora_config
 from fastdpo.modeling.loading import load_model
 from fastdpo.reference import spot_check as spot_checking
-
-CONFIG = LlamaConfig(
-    vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    bos_token_id=256, eos_token_id=257,
-)  # fmt: skip
-
-
-def byte_tokenizer():
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-
-
-def preference_rows(count, seed=0):
-    draw = np.random.default_rng(seed)
-    words = ["good", "bad", "fine", "poor", "sunny", "rainy", "calm", "loud"]
-
-    def text(low, high):
-        return " ".join(draw.choice(words, draw.integers(low, high)))
-
-    return [
-        {"prompt": f"The day was {text(1, 4)}.", "chosen": f" Good: {text(1, 6)}!",
-         "rejected": f" Bad: {text(1, 6)}?"}
-        for _ in range(count)
-    ]  # fmt: skip
-
-
-ROWS, HELD_OUT = preference_rows(35), preference_rows(11, seed=1)
-TOKENIZER = byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def base():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIG)
+    return tiny_base()
 
 
 @pytest.fixture
@@ -70,28 +29,8 @@ def train_with(base, tmp_path, monkeypatch):
     """Build a trainer over a copy of the base; its reference store is private to the test."""
     monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
 
-    def build(*, tuning="lora", dropout=0.0, model=None, callbacks=None, rows=ROWS, **options):
-        arguments = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 8,
-            "learning_rate": 5e-3,
-            "lr_scheduler_type": "linear",
-            "num_train_epochs": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "activation_checkpointing": False,
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        return DPOTrainer(
-            copy.deepcopy(base) if model is None else model,
-            args=DPOConfig(**arguments | options),
-            train_dataset=rows,
-            eval_dataset=HELD_OUT,
-            processing_class=TOKENIZER,
-            callbacks=callbacks,
-            peft_config=lora_config(4, 8, dropout, None) if tuning == "lora" else None,
-        )
+    def build(*, model=None, output_dir=tmp_path / "out", **options):
+        return tiny_trainer(copy.deepcopy(base) if model is None else model, output_dir, **options)
 
     return build
 
@@ -325,7 +264,9 @@ def test_resume_is_bitwise(train_with, tmp_path, tuning, stop_after):
     assert_same_weights(weights(resumed), weights(whole))
     assert without_time(training_log(resumed))[-1]["loss"] == training_log(whole)[-1]["loss"]
     names = [path.name for path in (tmp_path / "out").iterdir()]
-    assert names == ["checkpoint-10"], "save_total_limit is 1, and no temporary folder stays"
+    assert sorted(names) == ["checkpoint-10", "metrics.jsonl"], (
+        "save_total_limit is 1, and no temporary folder stays"
+    )
     pickled = [p.name for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".pt", ".pth")]
     assert pickled == []
 
@@ -383,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(train_with):
     trainer._add_reference(trainer.train_dataset, "train")
     trainer.train_dataset.ref_logps[:] = np.nan
     before = weights(trainer)
-    with pytest.raises(FloatingPointError, match="update 1 is nan"):
+    with pytest.raises(FloatingPointError, match="update 1: the loss is nan"):
         trainer.train()
     assert_same_weights(weights(trainer), before)
 
@@ -410,7 +351,88 @@ def test_adapters_train_without_autocast_and_full_weights_within(train_with):
 
 
 def test_arguments_of_trl_that_make_no_sense_here_are_refused_by_name(train_with, base):
-    with pytest.raises(TypeError, match="no ref_model: the reference is the model itself"):
-        DPOTrainer(base, ref_model=base, args=DPOConfig(use_cpu=True))
+    with pytest.raises(TypeError, match="no data_collator: pairs are packed"):
+        DPOTrainer(base, data_collator=list, args=DPOConfig(use_cpu=True))
     with pytest.raises(ValueError, match="loaded already"):
         train_with(model_init_kwargs={"revision": "x"})
+
+
+def test_a_stream_gives_as_many_pairs_as_the_run_needs(train_with):
+    taken = []
+
+    def endless():
+        for number in range(10_000):
+            taken.append(number)
+            yield ROWS[number % len(ROWS)]
+
+    trainer = train_with(rows=endless(), max_steps=2, per_device_train_batch_size=8)
+    assert len(trainer.train_groups) == 16
+    assert len(taken) < 100
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_updates_that_are_not_finite_stop_the_run_or_are_skipped(train_with, caplog):
+    def poisoned(pairs):
+        losses = pairs.margins.square()
+        return losses * float("nan") if 3 in seen else losses
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            seen.append(state.global_step + 1)
+            seen[:] = seen[-1:]
+
+    for mode in ("stop", "skip"):
+        seen = []
+        trainer = train_with(loss_function=poisoned, nonfinite=mode, callbacks=[Count()])
+        if mode == "stop":
+            with pytest.raises(
+                FloatingPointError, match=r"update 3: the loss is nan \(rows .*skip"
+            ):
+                trainer.train()
+            continue
+        trainer.train()
+        assert trainer.state.global_step == 5
+        assert [line.get("skipped_updates") for line in training_log(trainer)] == [
+            None, None, 1, 1, 1,
+        ]  # fmt: skip
+        assert all(np.isfinite(line["loss"]) for line in training_log(trainer))
+        assert "Skipped: update 3: the loss is nan" in caplog.text
+        assert all(torch.isfinite(weight).all() for weight in weights(trainer).values())
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(train_with, monkeypatch):
+    trainer = train_with()
+    before = weights(trainer)
+    real = trainer.update.backward
+
+    def overflow(loss):
+        real(loss)
+        next(p for p in trainer.policy.parameters() if p.grad is not None).grad.fill_(torch.inf)
+
+    monkeypatch.setattr(trainer.update, "backward", overflow)
+    with pytest.raises(FloatingPointError, match="update 1: the gradient is not finite"):
+        trainer.train()
+    assert_same_weights(before, weights(trainer))
+
+
+def test_a_resumed_run_is_laid_out_as_the_one_before(train_with, tmp_path):
+    """Also after memory ran out there: T, the layers' policy and the tiles come from the folder."""
+
+    class Shrink(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            first.update.micro_batch_tokens, first.update.most_group_tokens = 192, 100
+
+    options = {"save_strategy": "steps", "save_steps": 2, "activations": "recompute"}
+    first = train_with(mlp_tile_tokens=128, callbacks=[Shrink()], max_steps=3, **options)
+    first.train()
+    resumed = train_with(max_steps=3, **options)
+    assert resumed.layout.mlp_tile_tokens is None
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert resumed.update.micro_batch_tokens == 192
+    assert resumed.update.most_group_tokens == 100
+    assert resumed.layout.mlp_tile_tokens == 128
+    assert resumed.layout.layer_policy == ("recompute", "recompute")
+    assert [line["num_tokens"] for line in training_log(resumed)] == [
+        line["num_tokens"] for line in training_log(first)
+    ]

@@ -8,7 +8,8 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import read_rows
@@ -97,3 +98,62 @@ def test_loss_and_gradient_norm_equal_trl(story_model, tmp_path, tuning, accumul
     for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
         assert our_curve[-1][name] == pytest.approx(their_curve[-1][name], abs=1e-4), name
     assert our_curve[-1]["num_tokens"] == their_curve[-1]["num_tokens"]
+
+
+def assert_equal_curves(ours, theirs, name):
+    our_curve, their_curve = curve(ours), curve(theirs)
+    assert len(our_curve) == len(their_curve) > 1
+    for figure in ("loss", "grad_norm"):
+        pairs = zip(our_curve, their_curve, strict=True)
+        worst = max(abs(a[figure] - b[figure]) / abs(b[figure]) for a, b in pairs)
+        print(f"{name}: {figure} within {worst:.1e} of TRL's")
+        assert worst <= BOUND, f"{figure} differs by {worst:.1e} relative"
+    for figure in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+        assert our_curve[-1][figure] == pytest.approx(their_curve[-1][figure], abs=1e-4), figure
+
+
+def both(model, tokenizer, rows, folder, updates, **options):
+    """Our trainer and TRL's, of copies of one model."""
+    arguments = common_arguments(folder, 1, updates) | options
+    ours = DPOTrainer(
+        copy.deepcopy(model),
+        args=DPOConfig(**arguments, truncation_mode="keep_start", ref_cache=str(folder / "ref")),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    theirs = trl.DPOTrainer(
+        copy.deepcopy(model),
+        args=trl.DPOConfig(**arguments, precompute_ref_log_probs=not isinstance(model, PeftModel)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return ours, theirs
+
+
+def test_an_sft_adapter_as_start_and_reference_equals_trl(story_model, tmp_path, soak):
+    updates = 15 if soak else 3
+    model, tokenizer, rows = story_model
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(model), lora_config(8, 16, 0.0, None))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    ours, theirs = both(adapted, tokenizer, rows[: updates * PAIRS_PER_UPDATE], tmp_path, updates)
+    assert ours.reference.reference.adapter is not None, "a frozen copy, as TRL's `ref` adapter"
+    assert_equal_curves(ours, theirs, "SFT adapter")
+
+
+def test_conversations_equal_trl(shared_data, tmp_path, soak):
+    updates = 15 if soak else 2
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "minimind_chatml")
+    found = read_rows(str(shared_data / "prefs/norm/llamafactory_dpo_en_demo_conv.jsonl"))
+    rows = [dict(row) for row in found.rows if len(str(row)) < 1500]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    pairs = rows[: updates * PAIRS_PER_UPDATE]
+    ours, theirs = both(model, tokenizer, pairs, tmp_path, updates, num_train_epochs=20)
+    assert_equal_curves(ours, theirs, "conversations")

@@ -2,7 +2,9 @@
 
 from fastdpo.data.errors import DataError, UnknownSplitError
 from fastdpo.data.formats import PreferenceRow
+from fastdpo.data.mixture import MixedRows, get_dataset, read_mixture
 from fastdpo.data.pairs import Pair, PairDataset, PairLengths, PreparationReport
+from fastdpo.data.preview import show_pairs
 from fastdpo.data.reading import Rows, read_held_out, read_rows, rows_from
 from fastdpo.data.tokenising import prepare_pairs
 
@@ -10,6 +12,9 @@ __all__ = [
     "read_rows",
     "read_held_out",
     "rows_from",
+    "read_mixture",
+    "get_dataset",
+    "show_pairs",
     "prepare_pairs",
     "Pair",
     "PairDataset",
@@ -17,6 +22,7 @@ __all__ = [
     "PreparationReport",
     "PreferenceRow",
     "Rows",
+    "MixedRows",
     "DataError",
     "UnknownSplitError",
 ]

@@ -1,6 +1,6 @@
-"""The shapes a preference row may arrive in, all brought to one.
+"""The one form of a preference row, and its checks: TRL's columns, messages in either spelling.
 
-`preference_row` is the one place that knows them: a new shape is a new branch there.
+Which columns of a file are prompt, chosen and rejected is found out in `fastdpo.data.shapes`.
 """
 
 import json
@@ -12,7 +12,14 @@ from fastdpo.data.errors import ROW_SHAPE, DataError
 
 Messages = list[dict[str, Any]]
 
-USED_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+# What ShareGPT's "from" is as a role.
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "function_call"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+}
+_SAYS_SOMETHING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +49,11 @@ class PreferenceRow:
 def preference_row(row: Mapping[str, Any]) -> PreferenceRow:
     """Bring a raw row to a `PreferenceRow`; columns it does not know are ignored.
 
-    Known shapes: strings or messages with an explicit prompt; the same with the prompt implicit in
+    Known: strings or messages with an explicit prompt; the same with the prompt implicit in
     what chosen and rejected share at their start; full conversations beside a `prompt` that
     repeats their first turns (a string, as in UltraFeedback, or messages); messages as the prompt
-    with strings as completions, which are then assistant turns.
+    with strings as completions, which are then assistant turns. Messages are role and content or,
+    as in ShareGPT, from and value; a single one counts as a list of one.
 
     Args:
         row: the columns of one row.
@@ -111,9 +119,7 @@ def _is_blank_message(message: dict[str, Any]) -> bool:
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
-    return not content.strip() and not any(
-        value for key, value in message.items() if key not in ("role", "content")
-    )
+    return not content.strip() and not any(message.get(key) for key in _SAYS_SOMETHING)
 
 
 def _prompt_beside_messages(
@@ -151,6 +157,8 @@ def _field(row: Mapping[str, Any], name: str) -> str | Messages:
     value = row[name]
     if isinstance(value, str):
         return value
+    if isinstance(value, Mapping) and ("content" in value or "value" in value):
+        value = [value]
     if isinstance(value, list | tuple):
         return [_message(item, f"{name}[{place}]") for place, item in enumerate(value)]
     raise DataError(
@@ -167,6 +175,8 @@ def _message(message: Any, place: str) -> dict[str, Any]:
             '{"role": "user", "content": "..."} is needed; correct the row or remove it'
         )
     message = {key: value for key, value in message.items() if value is not None}
+    if "from" in message and "value" in message and "role" not in message:
+        return _sharegpt_message(message, place)
     role = message.get("role")
     if not isinstance(role, str) or not role:
         found = f"has {_kind(role)} as 'role'" if "role" in message else "has no 'role'"
@@ -190,8 +200,37 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     )
 
 
+def _sharegpt_message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+    speaker, value = message["from"], message["value"]
+    role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise DataError(
+            f"{place} is from {speaker!r}, which is no speaker that is known; known are "
+            f"{', '.join(_SHAREGPT_ROLES)}: rename it"
+        )
+    if not isinstance(value, str):
+        raise DataError(f"{place} has {_kind(value)} as 'value', a string is needed; correct it")
+    if speaker != "function_call":
+        return {"role": role, "content": value}
+    try:
+        calls = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place} is a function_call whose value is not JSON ({error}); it needs "
+            '{"name": "...", "arguments": {...}}'
+        ) from error
+    calls = calls if isinstance(calls, list) else [calls]
+    return {
+        "role": role,
+        "content": "",
+        "tool_calls": [{"type": "function", "function": call} for call in calls],
+    }
+
+
 def _tools(row: Mapping[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
+    if isinstance(tools, str) and not tools.strip():
+        return None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)

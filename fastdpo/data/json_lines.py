@@ -1,16 +1,24 @@
 r"""A strict reader of JSON and JSON lines: what it can't take at its word is an error with a line.
 
 Lines end at the byte \n and nowhere else (U+2028 inside a string is content). A byte order mark,
-\r\n and blank lines are accepted.
+\r\n and blank lines are accepted. JSON lines are read one by one, from a pipe too: of the file no
+more than its longest line is held.
 """
 
 import codecs
 import json
 import re
+from array import array
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastdpo.data.errors import ROW_SHAPE, DataError
+
+MAX_LINE_MIB = 16
+MAX_DOCUMENT_BYTES = 2**30
+MAX_NESTING = 64
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MAGIC = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"ARROW1": "Arrow"}
@@ -20,31 +28,49 @@ class _DuplicateKey(ValueError):
     pass
 
 
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+def read_json_lines(
+    path: Path, *, max_line_mib: int = MAX_LINE_MIB
+) -> tuple[list[dict[str, Any]], Sequence[int]]:
     """Read a file of one JSON object per line.
 
     Args:
-        path: an existing file.
+        path: an existing file, or a pipe.
+        max_line_mib: longer lines are an error: such a file is usually of another kind.
 
     Returns:
         The objects, and for each its line number, counted from 1 over all lines, blank ones too.
 
     Raises:
         DataError: a line is not exactly one JSON object in UTF-8; the text names file:line.
+        OSError: the file cannot be read.
     """
-    return parse_json_lines(read_bytes(path), str(path))
+    with path.open("rb") as file:
+        return parse_json_lines(file, str(path), max_line_mib=max_line_mib)
 
 
-def parse_json_lines(content: bytes, name: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """`read_json_lines` on bytes; `name` stands for the file in messages."""
-    lines = content.split(b"\n")
-    rows, numbers = [], []
-    for number, line in enumerate(lines, start=1):
-        line = line.strip(b" \t\r")
+def parse_json_lines(
+    file: BinaryIO, name: str, *, max_line_mib: int = MAX_LINE_MIB
+) -> tuple[list[dict[str, Any]], Sequence[int]]:
+    """`read_json_lines` on an open file; `name` stands for it in messages."""
+    limit = max_line_mib * 2**20
+    rows: list[dict[str, Any]] = []
+    numbers = array("q")
+    number = 0
+    while raw := file.readline(limit + 1):
+        number += 1
+        where = f"{name}:{number}"
+        if number == 1:
+            _refuse_other_kinds(raw, name)
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if len(raw) > limit:
+            raise DataError(
+                f"{where}: the line is longer than {max_line_mib} MiB, which is rarely a "
+                "preference pair; put one object on each line, or raise --max_line_mib"
+            )
+        line = raw.strip(b" \t\r\n")
         if not line:
             continue
-        where = f"{name}:{number}"
-        row = _parse(line, where, cut_off=number == len(lines))
+        row = _parse(line, where, cut_off=not raw.endswith(b"\n"))
         if not isinstance(row, dict):
             raise DataError(
                 f"{where}: the line is a JSON {type(row).__name__}, one object per line is needed, "
@@ -55,22 +81,26 @@ def parse_json_lines(content: bytes, name: str) -> tuple[list[dict[str, Any]], l
     return rows, numbers
 
 
-def read_json(path: Path) -> tuple[list[dict[str, Any]], list[int] | None]:
+def read_json(
+    path: Path, *, max_line_mib: int = MAX_LINE_MIB
+) -> tuple[list[dict[str, Any]], Sequence[int] | None]:
     """Read a .json file: a list of rows, an object that holds one such list, or JSON lines.
 
     Args:
         path: an existing file.
+        max_line_mib: as in `read_json_lines`, where it turns out to be JSON lines.
 
     Returns:
         The rows; and their line numbers where the file turned out to be JSON lines, else None.
 
     Raises:
         DataError: it is none of these; the text names the place.
+        OSError: the file cannot be read.
     """
     content = read_bytes(path)
     first_line = content.strip().split(b"\n", 1)[0].strip()
     if first_line.startswith(b"{") and first_line.endswith(b"}"):
-        rows, numbers = parse_json_lines(content, str(path))
+        rows, numbers = parse_json_lines(BytesIO(content), str(path), max_line_mib=max_line_mib)
         if len(rows) > 1 or {"chosen", "rejected"} <= rows[0].keys():
             return rows, numbers
     document = _parse(content, str(path), whole_file=True)
@@ -97,15 +127,31 @@ def read_json(path: Path) -> tuple[list[dict[str, Any]], list[int] | None]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a JSON file without a byte order mark; other kinds of file are refused."""
+    """The bytes of a text file that can only be read as a whole, without a byte order mark.
+
+    Raises:
+        DataError: it holds another kind of data than its name says, or is too large for that.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    if size > MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"{path}: a {path.suffix} file of {size / 2**30:.1f} GiB would have to be held in "
+            "memory at once; write one JSON object per line into a .jsonl file, which is read line "
+            "by line"
+        )
     content = path.read_bytes()
-    for magic, kind in _MAGIC.items():
-        if content.startswith(magic):
-            raise DataError(
-                f"{path}: the file is named {path.suffix} but holds {kind} data; unpack it, or "
-                "give it the ending that belongs to it"
-            )
+    _refuse_other_kinds(content, str(path))
     return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _refuse_other_kinds(beginning: bytes, name: str) -> None:
+    for magic, kind in _MAGIC.items():
+        if beginning.startswith(magic):
+            raise DataError(
+                f"{name}: the file is named {Path(name).suffix or 'as JSON lines'} but holds "
+                f"{kind} data; unpack it, or give it the ending that belongs to it"
+            )
 
 
 def _parse(content: bytes, where: str, *, cut_off: bool = False, whole_file: bool = False) -> Any:
@@ -128,10 +174,32 @@ def _parse(content: bytes, where: str, *, cut_off: bool = False, whole_file: boo
             "remove one of them"
         ) from error
     except RecursionError as error:
-        raise DataError(f"{where}: the JSON is nested too deeply; flatten it") from error
+        raise DataError(_too_deep(where)) from error
+    except ValueError as error:  # Python's limit on the digits of a whole number
+        raise DataError(f"{where}: a number is too long ({error}); write it as a string") from error
+    if text.count("[") + text.count("{") > MAX_NESTING:
+        _check_nesting(value, where, MAX_NESTING + 2 * whole_file)
     if _SURROGATE.search(text):
         _check_surrogates(value, where)
     return value
+
+
+def _too_deep(where: str) -> str:
+    return f"{where}: the JSON is nested deeper than {MAX_NESTING} levels; flatten it"
+
+
+def _check_nesting(value: Any, where: str, levels: int) -> None:
+    """Without recursion: what comes after this walks the value with it."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if any(isinstance(value, list | dict) for value in level):
+        raise DataError(_too_deep(where))
 
 
 def _broken(error: json.JSONDecodeError, where: str, cut_off: bool, whole_file: bool) -> str:
@@ -144,6 +212,11 @@ def _broken(error: json.JSONDecodeError, where: str, cut_off: bool, whole_file: 
         return (
             f"{where}: a second value begins at column {error.colno}, one object per line is "
             "needed; put each object on a line of its own"
+        )
+    if error.pos < len(error.doc) and error.doc[error.pos] == "\0":
+        return (
+            f"{where}: a NUL byte stands at column {error.colno}; the file is damaged or no text: "
+            "write it again, or remove the line"
         )
     if cut_off:
         return (

@@ -13,6 +13,7 @@ EMPTY_COMPLETION = "empty completion"
 IDENTICAL = "identical completions"
 IDENTICAL_AFTER_TRUNCATION = "identical completions after truncation"
 OVER_LONG_PROMPT = "over-long prompt"
+RATED_ALIKE = "no two completions that are rated differently"
 
 _LOCATIONS_KEPT = 5
 
@@ -26,12 +27,14 @@ class Pair:
         chosen_ids: (C,) int32, C >= 1; every token of it is scored.
         rejected_ids: (R,) int32, R >= 1; every token of it is scored.
         row: index of the source row.
+        cut: which parts lost tokens to a length limit: prompt, chosen, rejected.
     """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
     row: int
+    cut: tuple[bool, bool, bool] = (False, False, False)
 
     @property
     def completions(self) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +75,9 @@ class PreparationReport:
             prompt + completion.
         unstable_example: for the first of those, where it is and the end of the prompt that is
             left out or comes back as part of the completion.
+        repeated_prompts: rows whose completions both begin with their prompt.
+        shapes: how the rows were read, a sentence for each source.
+        findings: what is odd about the pairs, and their lengths (see `fastdpo.data.doctor`).
         notes: anything else to tell the user, one line each.
     """
 
@@ -85,6 +91,9 @@ class PreparationReport:
     control_token_policy: str = ""
     unstable_prompts: int = 0
     unstable_example: str = ""
+    repeated_prompts: int = 0
+    shapes: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, where: str) -> None:
@@ -97,13 +106,14 @@ class PreparationReport:
     def describe(self) -> str:
         """A few plain lines for the screen."""
         lines = [f"{self.source}: {self.rows_read:,} rows read, {self.pairs_kept:,} pairs kept"]
+        lines += [f"  {shape}" for shape in self.shapes]
         for reason, entry in self.dropped.items():
             places = [where.removeprefix(self.source).strip() for where in entry.locations]
             more = ", ..." if entry.count > len(places) else ""
             lines.append(f"  dropped {entry.count:,}, {reason}: {', '.join(places)}{more}")
         if self.truncated_prompts or self.truncated_completions:
             lines.append(
-                f"  cut to max_length: {self.truncated_prompts:,} prompts, "
+                f"  cut to length: {self.truncated_prompts:,} prompts, "
                 f"{self.truncated_completions:,} completions"
             )
         if self.control_token_rows:
@@ -118,7 +128,12 @@ class PreparationReport:
                 f"follows; the completion starts where they part, for example before "
                 f"{self.unstable_example}"
             )
-        return "\n".join(lines + [f"  {note}" for note in self.notes])
+        if self.repeated_prompts:
+            lines.append(
+                f"  warning: in {self.repeated_prompts:,} rows both completions begin with the "
+                "prompt once more; if they are whole texts, leave the prompt column out"
+            )
+        return "\n".join(lines + [f"  {note}" for note in (*self.notes, *self.findings)])
 
 
 class PairDataset(Sequence[Pair]):
@@ -131,13 +146,20 @@ class PairDataset(Sequence[Pair]):
     """
 
     def __init__(
-        self, tokens: np.ndarray, offsets: np.ndarray, rows: np.ndarray, report: PreparationReport
+        self,
+        tokens: np.ndarray,
+        offsets: np.ndarray,
+        rows: np.ndarray,
+        cut: np.ndarray,
+        report: PreparationReport,
     ):
         assert len(offsets) == 3 * len(rows) + 1, "three parts a pair, and the end"
+        assert len(cut) == 3 * len(rows), "three parts a pair"
         self._tokens = tokens
         self._tokens.flags.writeable = False
         self._offsets = offsets
         self._rows = rows
+        self._cut = cut
         self.report = report
 
     @classmethod
@@ -147,7 +169,7 @@ class PairDataset(Sequence[Pair]):
         """Pack `pairs`; without a `report` one is made that says only how many there are."""
         builder = PairBuilder()
         for pair in pairs:
-            builder.add(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.row)
+            builder.add(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.row, pair.cut)
         if report is None:
             count = len(builder)
             report = PreparationReport("pairs in memory", rows_read=count, pairs_kept=count)
@@ -158,6 +180,15 @@ class PairDataset(Sequence[Pair]):
         """Tokens in the prompt, chosen and rejected of every pair, (n,) int64 each."""
         parts = np.diff(self._offsets).reshape(-1, 3)
         return PairLengths(parts[:, 0], parts[:, 1], parts[:, 2])
+
+    def fingerprints(self) -> list[int]:
+        """A number for each pair, equal where all of its tokens are."""
+        bounds = self._offsets[:-1].reshape(-1, 3)
+        ends = [*bounds[1:, 0].tolist(), int(self._offsets[-1])]
+        return [
+            hash((self._tokens[start:end].tobytes(), chosen - start, rejected - start))
+            for (start, chosen, rejected), end in zip(bounds.tolist(), ends, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,7 +207,8 @@ class PairDataset(Sequence[Pair]):
             raise IndexError(f"pair {index} of {len(self)}")
         a, b, c, d = self._offsets[3 * place : 3 * place + 4].tolist()
         tokens = self._tokens
-        return Pair(tokens[a:b], tokens[b:c], tokens[c:d], int(self._rows[place]))
+        cut = self._cut[3 * place : 3 * place + 3].tolist()
+        return Pair(tokens[a:b], tokens[b:c], tokens[c:d], int(self._rows[place]), tuple(cut))
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(len(self)))
@@ -189,6 +221,7 @@ class PairBuilder:
         self._tokens = array("i")
         self._offsets = array("q", [0])
         self._rows = array("q")
+        self._cut = bytearray()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -199,6 +232,7 @@ class PairBuilder:
         chosen_ids: Iterable[int],
         rejected_ids: Iterable[int],
         row: int,
+        cut: tuple[bool, bool, bool] = (False, False, False),
     ) -> None:
         """Append one pair; each part holds at least one id."""
         for part in (prompt_ids, chosen_ids, rejected_ids):
@@ -206,6 +240,7 @@ class PairBuilder:
             assert len(self._tokens) > self._offsets[-1], f"a part of row {row} has no token"
             self._offsets.append(len(self._tokens))
         self._rows.append(row)
+        self._cut.extend(cut)
 
     def build(self, report: PreparationReport) -> PairDataset:
         """The packed pairs; the builder may go on being used."""
@@ -213,5 +248,6 @@ class PairBuilder:
             np.array(self._tokens, dtype=np.int32),
             np.array(self._offsets, dtype=np.int64),
             np.array(self._rows, dtype=np.int64),
+            np.array(self._cut, dtype=np.bool_),
             report,
         )

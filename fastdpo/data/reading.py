@@ -1,15 +1,25 @@
 """Finding the rows: a local file, a folder, a set on the hub, or an object from Python."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastdpo.data.errors import ROW_SHAPE, DataError, UnknownSplitError
-from fastdpo.data.formats import USED_COLUMNS
-from fastdpo.data.json_lines import read_json, read_json_lines
+from fastdpo.data.formats import PreferenceRow
+from fastdpo.data.json_lines import MAX_LINE_MIB, read_json, read_json_lines
+from fastdpo.data.shapes import RowReader
+from fastdpo.data.tables import (
+    TABLE_ENDINGS,
+    check_only_text,
+    is_saved_folder,
+    read_csv,
+    read_saved,
+    read_table,
+    take_split,
+)
 
-FILE_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
+FILE_ENDINGS = (".jsonl", ".json", *TABLE_ENDINGS)
 _LOCAL_REMEDY = f"pass the path of a local .jsonl file with a row like {ROW_SHAPE} on each line"
 
 
@@ -19,32 +29,123 @@ class Rows:
 
     Attributes:
         source: the file or data set, for messages.
-        rows: the rows, mappings of column to value.
-        line_numbers: for JSON lines the line of each row, counted from 1.
+        rows: the rows, mappings of column to value or tuples (prompt, preferred, dispreferred); a
+            sequence, or a stream whose length is not known.
+        line_numbers: for JSON lines and CSV the line of each row, counted from 1.
+        row_numbers: of each row in its source, where these rows are a part of it.
+        columns: role -> column, what the user said about them (`--columns`).
+        rated_pairs: how several rated completions to a prompt make pairs (`--rated_pairs`).
     """
 
     source: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Iterable[Any]
     line_numbers: Sequence[int] | None = None
+    row_numbers: Sequence[int] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    rated_pairs: str = "best_worst"
 
     def where(self, i: int) -> str:
         """The place of row `i` (counted from 0): "file.jsonl:17", else "source row 17"."""
         if self.line_numbers is not None:
             return f"{self.source}:{self.line_numbers[i]}"
-        return f"{self.source} row {i}"
+        return f"{self.source} row {i if self.row_numbers is None else self.row_numbers[i]}"
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the rows come one by one and their number is not known."""
+        return not hasattr(self.rows, "__len__")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        if self.is_stream:
+            raise TypeError(f"{self.source} is a stream: the number of its rows is not known")
+        return len(self.rows)  # pyrefly: ignore[bad-argument-type]
+
+    def take(self, numbers: Sequence[int]) -> "Rows":
+        """Some of the rows, in the order asked for; each keeps its place for messages."""
+        rows: Any = self.rows
+        if hasattr(rows, "select"):
+            taken = rows.select(numbers)
+        else:
+            taken = [rows[number] for number in numbers]
+        lines, places = self.line_numbers, self.row_numbers
+        return replace(
+            self,
+            rows=taken,
+            line_numbers=None if lines is None else [lines[number] for number in numbers],
+            row_numbers=numbers if places is None else [places[number] for number in numbers],
+        )
+
+    def preferences(
+        self, verdicts: list[str] | None = None
+    ) -> Iterator[tuple[int, list[PreferenceRow]]]:
+        """Number and preferences of each row, in the shape that the first row shows.
+
+        Args:
+            verdicts: gets one sentence on that shape once the first row is read.
+
+        Raises:
+            DataError: a row is malformed or of another shape; the text begins with its place and
+                ends with how many later rows are malformed too.
+        """
+        reader: RowReader | None = None
+        rows: Any = self.rows
+        if hasattr(rows, "column_names") and not self.is_stream and len(self):
+            reader = self._reader(0, rows[0])
+            rows = rows.select_columns([c for c in rows.column_names if c in reader.wanted])
+        iterator = enumerate(rows)
+        for number, row in iterator:
+            if reader is None:
+                reader = self._reader(number, row)
+            try:
+                preferences = reader.read(row)
+            except DataError as error:
+                others = 0 if self.is_stream else sum(_fails(reader, row) for _, row in iterator)
+                more = f"; {others:,} later rows are malformed too" if others else ""
+                raise DataError(f"{self.where(number)}: {error}{more}") from error
+            if number == 0 and verdicts is not None:
+                verdicts.append(reader.verdict())
+            yield number, preferences
+
+    def _reader(self, number: int, first: Any) -> RowReader:
+        try:
+            return RowReader(first, self.columns, self.rated_pairs)
+        except DataError as error:
+            raise DataError(f"{self.where(number)}: {error}") from error
 
 
-def read_rows(dataset: str, *, split: str = "train", config_name: str | None = None) -> Rows:
+def _fails(reader: RowReader, row: Any) -> bool:
+    try:
+        reader.read(row)
+    except DataError:
+        return True
+    return False
+
+
+def read_rows(
+    dataset: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    rated_pairs: str = "best_worst",
+    streaming: bool = False,
+    max_line_mib: int = MAX_LINE_MIB,
+    **files: Any,
+) -> Rows:
     """Read the rows of a data set.
 
     Args:
-        dataset: path of a .jsonl, .json, .parquet, .csv or .arrow file; or a folder or the name of
-            a set on the Hugging Face hub, which `datasets` then loads.
-        split: which part; a single file has only "train".
+        dataset: path of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, or of a pipe that
+            JSON lines come from; or a folder (of files, or one that save_to_disk wrote) or the
+            name of a set on the Hugging Face hub, which `datasets` then loads.
+        split: which part, a slice such as "train[:90%]" included; a single file has only "train".
         config_name: the configuration of a hub set that has several.
+        columns: role -> column, where the names are not recognised (see `fastdpo.data.shapes`).
+        rated_pairs: "best_worst" or "all", of several rated completions to a prompt.
+        streaming: leave a folder's or a hub set's rows where they are until they are asked for; a
+            single file is read as ever.
+        max_line_mib: longer lines of JSON lines are an error.
+        files: `data_dir` and `data_files` of a folder or hub set, as `datasets` takes them.
 
     Returns:
         At least one row.
@@ -56,10 +157,15 @@ def read_rows(dataset: str, *, split: str = "train", config_name: str | None = N
     """
     path = Path(dataset).expanduser()
     ending = path.suffix.lower()
-    if path.is_dir():
-        rows = _load_set(str(path), split, config_name)
+    files = {name: value for name, value in files.items() if value is not None}
+    if path.is_dir() and is_saved_folder(path):
+        rows = _from_table(read_saved(path, split), f"{path}[{split}]")
+    elif path.is_dir():
+        rows = _load_set(str(path), split, config_name, streaming, files)
+    elif is_pipe(path):
+        rows = _read_file(path, ".jsonl", split, max_line_mib)
     elif path.is_file() and ending in FILE_ENDINGS:
-        rows = _read_file(path, ending, split)
+        rows = _read_file(path, ending, split, max_line_mib)
     elif path.exists():
         raise DataError(
             f"{dataset} is not a file with one of the endings {', '.join(FILE_ENDINGS)}; unpack or "
@@ -68,26 +174,41 @@ def read_rows(dataset: str, *, split: str = "train", config_name: str | None = N
     elif ending in FILE_ENDINGS or dataset.startswith(("/", ".", "~")):
         raise DataError(f"there is no file {dataset}; check the path, or {_LOCAL_REMEDY}")
     else:
-        rows = _load_set(dataset, split, config_name)
-    return _not_empty(rows)
+        rows = _load_set(dataset, split, config_name, streaming, files)
+    return replace(_not_empty(rows), columns=dict(columns or {}), rated_pairs=rated_pairs)
 
 
-def read_held_out(dataset: str, *, split: str = "test", config_name: str | None = None) -> Rows:
+def read_held_out(dataset: str, *, split: str = "test", **options: Any) -> Rows:
     """`read_rows` for evaluation: of a single file every row, of anything else its `split`."""
-    return read_rows(
-        dataset, split="train" if Path(dataset).is_file() else split, config_name=config_name
-    )
+    path = Path(dataset)
+    whole = (path.is_file() or is_pipe(path)) and "[" not in split
+    return read_rows(dataset, split="train" if whole else split, **options)
 
 
-def rows_from(dataset: Any, source: str) -> Rows:
-    """Take rows that are already in memory.
+def is_pipe(path: Path) -> bool:
+    """Whether JSON lines can come from it once: a FIFO, or what a shell gives as /dev/..."""
+    return path.is_fifo() or path.is_char_device() or path.is_relative_to("/dev")
+
+
+def rows_from(
+    dataset: Any,
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    rated_pairs: str = "best_worst",
+) -> Rows:
+    """Take rows that are already in memory, or that come one by one.
 
     Args:
-        dataset: a `datasets.Dataset`, a list of dicts, or a pandas frame.
+        dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts or of tuples (prompt,
+            preferred, dispreferred), a pandas frame, or a generator of rows.
         source: what to call it in messages.
+        columns: role -> column, where the names are not recognised (see `fastdpo.data.shapes`).
+        rated_pairs: "best_worst" or "all", of several rated completions to a prompt.
 
     Returns:
-        At least one row.
+        The rows, at least one where their number is known. Streams keep no text: their pairs are
+        tokenised as they come, when `prepare_pairs` asks for them.
 
     Raises:
         DataError: it is something else, or empty.
@@ -104,93 +225,56 @@ def rows_from(dataset: Any, source: str) -> Rows:
 
         dataset = Dataset.from_pandas(dataset, preserve_index=False)
     if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
-        if not hasattr(dataset, "__len__"):
-            raise DataError(
-                f"{source} is a stream ({type(dataset).__name__}); rows are needed whose number is "
-                "known: load the set without streaming=True, or pass a list of dicts"
-            )
-        return _not_empty(_from_arrow(dataset, source))
-    if isinstance(dataset, Sequence) and not isinstance(dataset, str | bytes):
-        return _not_empty(Rows(source, dataset))
-    raise DataError(
-        f"{source} is of type {type(dataset).__name__}; a datasets.Dataset, a list of dicts or a "
-        f"pandas frame is needed, with rows like {ROW_SHAPE}"
-    )
+        rows = _from_table(dataset, source)
+    elif isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes):
+        rows = Rows(source, dataset)
+    else:
+        raise DataError(
+            f"{source} is of type {type(dataset).__name__}; a datasets.Dataset, a list of dicts, a "
+            f"pandas frame or a generator of rows is needed, with rows like {ROW_SHAPE}"
+        )
+    return replace(_not_empty(rows), columns=dict(columns or {}), rated_pairs=rated_pairs)
 
 
 def _not_empty(rows: Rows) -> Rows:
-    if len(rows) == 0:
+    if not rows.is_stream and len(rows) == 0:
         raise DataError(f"{rows.source}: there are no rows in it; rows like {ROW_SHAPE} are needed")
     return rows
 
 
-def _read_file(path: Path, ending: str, split: str) -> Rows:
-    if split != "train":
-        raise UnknownSplitError(
-            f"split {split!r} was asked of {path}, which is one file and so has one split, "
-            "'train'; pass split='train', or the path of the file that holds the other rows"
-        )
+def _read_file(path: Path, ending: str, split: str, max_line_mib: int) -> Rows:
+    if not split.startswith("train"):
+        take_split(split, "train", 1, str(path))  # refused before the file is read
     if ending == ".jsonl":
-        return Rows(str(path), *read_json_lines(path))
-    if ending == ".json":
-        return Rows(str(path), *read_json(path))
-    return _read_table(path, ending)
+        rows = Rows(str(path), *read_json_lines(path, max_line_mib=max_line_mib))
+    elif ending == ".json":
+        rows = Rows(str(path), *read_json(path, max_line_mib=max_line_mib))
+    elif ending in (".csv", ".tsv"):
+        rows = Rows(str(path), *read_csv(path))
+    else:
+        rows = _from_table(read_table(path), str(path))
+    if split == "train":
+        return rows
+    taken = rows.take(take_split(split, "train", len(rows), str(path)))
+    return replace(taken, source=f"{path}[{split}]" if rows.line_numbers is None else str(path))
 
 
-def _read_table(path: Path, ending: str) -> Rows:
-    """Parquet, CSV or Arrow, read without a copy in the user's cache folder."""
-    import pyarrow
-    from datasets import Dataset
-
-    try:
-        if ending == ".parquet":
-            from pyarrow import parquet
-
-            table = Dataset(parquet.read_table(path))
-        elif ending == ".csv":
-            from pyarrow import csv
-
-            # Columns of digits are text too where text is wanted.
-            types = {name: pyarrow.string() for name in USED_COLUMNS}
-            table = Dataset(
-                csv.read_csv(
-                    path,
-                    parse_options=csv.ParseOptions(newlines_in_values=True),
-                    convert_options=csv.ConvertOptions(column_types=types),
-                )
-            )
-        else:
-            table = Dataset.from_file(str(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} can't be read as {ending}: {error}; write it again, or {_LOCAL_REMEDY}"
-        ) from error
-    return _from_arrow(table, str(path))
-
-
-def _from_arrow(table: Any, source: str) -> Rows:
-    """A datasets.Dataset in plain Python values, without the columns nobody reads."""
-    columns = [name for name in USED_COLUMNS if name in table.column_names]
-    if columns and len(table):
-        table = table.select_columns(columns)
+def _from_table(table: Any, source: str) -> Rows:
+    """A datasets.Dataset or IterableDataset in plain Python values."""
+    check_only_text(table, source)
     return Rows(source, table.with_format(None))
 
 
-def _load_set(name: str, split: str, config_name: str | None) -> Rows:
+def _load_set(
+    name: str, split: str, config_name: str | None, streaming: bool, files: dict[str, Any]
+) -> Rows:
     """A folder or a hub set through `datasets`."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            loaded = load_from_disk(name)
-            if isinstance(loaded, DatasetDict):
-                if split not in loaded:
-                    raise ValueError(f"Unknown split {split!r}. Should be one of {list(loaded)}.")
-                loaded = loaded[split]
-        else:
-            loaded = load_dataset(name, config_name, split=split)
+        loaded = load_dataset(name, config_name, split=split, streaming=streaming, **files)
     except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
         text = f"{type(error).__name__}: {error}"
         if "split" in str(error) and isinstance(error, ValueError):
@@ -201,9 +285,14 @@ def _load_set(name: str, split: str, config_name: str | None) -> Rows:
             raise DataError(f"{name} has several configurations: {error}; pass one by name") from (
                 error
             )
+        if Path(name).is_dir():
+            raise DataError(
+                f"{name} is a folder in which no data can be read ({text}); pass a file in it, or "
+                f"{_LOCAL_REMEDY}"
+            ) from error
         raise DataError(
             f"{name!r} is no local file, and as a set on the Hugging Face hub it could not be "
             f"loaded ({text}); check the name, your connection and HF_HUB_OFFLINE, or "
             f"{_LOCAL_REMEDY}"
         ) from error
-    return _from_arrow(loaded, f"{name}[{split}]")
+    return _from_table(loaded, f"{name}[{split}]")

@@ -1,5 +1,6 @@
 """From a preference row to the three texts whose tokens make its pair."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ class Renderer:
         policy: one of `CONTROL_TOKEN_POLICIES`, or None: "literal" for conversational rows,
             "allow" for strings.
         report: where control-token rows and the plain template are put down.
+
+    Raises:
+        ValueError: a policy that is none of these.
     """
 
     def __init__(
@@ -51,13 +55,21 @@ class Renderer:
         policy: str | None,
         report: PreparationReport,
     ):
+        if policy is not None and policy not in CONTROL_TOKEN_POLICIES:
+            raise ValueError(
+                f"special_tokens_in_content is {policy!r}; it has to be one of "
+                f"{', '.join(map(repr, CONTROL_TOKEN_POLICIES))}"
+            )
         self.tokenizer = tokenizer
         self._policy = policy
         self._report = report
+        self._looked_for: set[str] = set()
         self._control_tokens = ControlTokens(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
+        self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
-        self._adds_bos = bool(probe) and probe[0] == tokenizer.bos_token_id
-        self._adds_eos = bool(probe) and probe[-1] == tokenizer.eos_token_id
+        self._adds_bos = bool(probe) and probe[0] == self._bos_id
+        self._adds_eos = bool(probe) and probe[-1] == self._eos_id
 
     def render(self, index: int, row: PreferenceRow) -> RenderedRow:
         """The three texts of row number `index`.
@@ -72,6 +84,7 @@ class Renderer:
                     "the tokenizer has no chat template: the plain one of fastdpo is used and will "
                     "be saved with the tokenizer (roles as text, EOS after each assistant turn)"
                 )
+            self._note_unused("tools" if row.tools else None, *row.chat_template_kwargs)
             return self._render_messages(index, row)
         return self._render_strings(index, row)
 
@@ -97,17 +110,17 @@ class Renderer:
 
     def without_eos(self, text: str) -> str:
         """`text` without the EOS it may end with."""
-        return text.removesuffix(self.tokenizer.eos_token) if self.tokenizer.eos_token else text
+        return text.removesuffix(self._eos) if self._eos else text
 
     def _render_strings(self, index: int, row: PreferenceRow) -> RenderedRow:
-        eos = self.tokenizer.eos_token
+        eos = self._eos
         if eos is None:
             raise DataError(
                 "the completions are strings, which end with the EOS token, and the tokenizer has "
                 "none; set tokenizer.eos_token to the token that ends a text"
             )
         # A BOS in front and an EOS behind are what the user wrote as such, under every policy.
-        bos = self.tokenizer.bos_token or ""
+        bos = self._bos or ""
         head = bos if str(row.prompt).startswith(bos) else ""
         prompt = str(row.prompt)[len(head) :]
         parts = [prompt, *(self.without_eos(str(text)) for text in (row.chosen, row.rejected))]
@@ -156,6 +169,18 @@ class Renderer:
         assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
         return text
 
+    def _note_unused(self, *names: str | None) -> None:
+        """Say once of each variable that the template never looks at it."""
+        template = self.tokenizer.chat_template
+        for name in names:
+            if name is None or name in self._looked_for or not isinstance(template, str):
+                continue
+            self._looked_for.add(name)
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                self._report.notes.append(
+                    f"warning: the chat template does not use {name!r}, which rows give it"
+                )
+
     def _mark(self, default_policy: str, content: Any) -> str | None:
         """Look for control tokens, count the row, and give the mark if they are to be broken."""
         found = self._control_tokens.find(content)
@@ -174,10 +199,9 @@ class Renderer:
 
     def _bos_and_eos_once(self, ids: Ids) -> Ids:
         """Take back what the tokenizer added to a text that already had it."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self._adds_eos and ids[-1:] == [eos]:
+        if self._adds_eos and ids[-1:] == [self._eos_id]:
             ids = ids[:-1]
-        if self._adds_bos and ids[:2] == [bos, bos]:
+        if self._adds_bos and ids[:2] == [self._bos_id, self._bos_id]:
             ids = ids[1:]
         return ids
 

@@ -1,29 +1,32 @@
 """From rows to pairs of token ids: the way in which every dropped or cut row is counted."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
+from fastdpo.data.doctor import examine
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import PreferenceRow, is_blank, preference_row
+from fastdpo.data.formats import PreferenceRow, is_blank
 from fastdpo.data.pairs import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
     IDENTICAL,
     IDENTICAL_AFTER_TRUNCATION,
     OVER_LONG_PROMPT,
+    RATED_ALIKE,
     PairBuilder,
     PairDataset,
     PreparationReport,
 )
 from fastdpo.data.reading import Rows
-from fastdpo.data.rendering import CONTROL_TOKEN_POLICIES, RenderedRow, Renderer
-from fastdpo.data.truncation import TRUNCATION_MODES, truncate
+from fastdpo.data.rendering import RenderedRow, Renderer
+from fastdpo.data.truncation import Limits, truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 512
 _PROGRESS_FROM_ROWS = 2_000
+_PROMPT_FROM_LETTERS = 16
 
 Ids = list[int]
 _T = TypeVar("_T")
@@ -34,10 +37,13 @@ def prepare_pairs(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int | None = 1024,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     truncation_mode: str = "keep_completion",
     special_tokens_in_content: str | None = None,
     strict_data: bool = False,
     vocabulary_size: int | None = None,
+    limit: int | None = None,
     progress: bool = True,
 ) -> PairDataset:
     """Normalise, render, tokenise and truncate preference rows.
@@ -50,6 +56,8 @@ def prepare_pairs(
         rows: from `read_rows` or `rows_from`.
         tokenizer: without a chat template it gets the plain one when conversational rows come.
         max_length: most tokens of prompt + completion, at least 2; None for no limit.
+        max_prompt_length: most tokens of the prompt, whose left is cut; None for no limit.
+        max_completion_length: most tokens of a completion, whose end is cut; None for no limit.
         truncation_mode: "keep_completion" cuts the prompt from its left first, "keep_start" keeps
             the first tokens (TRL); see `fastdpo.data.truncation`.
         special_tokens_in_content: "literal" encodes control tokens spelled in the content as plain
@@ -57,6 +65,7 @@ def prepare_pairs(
             conversations and allow for strings.
         strict_data: make every row that would be dropped an error.
         vocabulary_size: number of embeddings of the model; ids beyond it are an error.
+        limit: stop reading at this many pairs; what a stream needs that has no end.
         progress: show a progress bar for more than 2,000 rows.
 
     Returns:
@@ -67,32 +76,27 @@ def prepare_pairs(
         DataError: a malformed row, a tokenizer that lacks what the rows need, an id beyond the
             vocabulary, a dropped row under `strict_data`, or no pair left.
     """
-    _check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
-    if special_tokens_in_content is not None:
-        _check_choice(
-            "special_tokens_in_content", special_tokens_in_content, CONTROL_TOKEN_POLICIES
-        )
-    if max_length is not None and max_length < 2:
-        raise ValueError(
-            f"max_length is {max_length}, at least 2 is needed: a prompt and a completion token"
-        )
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}, at least 1 is needed, or None for no limit")
     preparation = _Preparation(
         rows,
         tokenizer,
-        max_length=max_length,
-        truncation_mode=truncation_mode,
+        limits=Limits(max_length, truncation_mode, max_prompt_length, max_completion_length),
         policy=special_tokens_in_content,
         strict_data=strict_data,
         vocabulary_size=vocabulary_size,
     )
     batch: list[RenderedRow] = []
-    for index, row in _with_progress(_preference_rows(rows), len(rows), progress):
-        rendered = preparation.render(index, row)
-        if rendered is not None:
-            batch.append(rendered)
-        if len(batch) == _BATCH_ROWS:
-            preparation.add(batch)
-            batch = []
+    for row, preferences in _with_progress(preparation.preferences(), rows, progress):
+        batch += preparation.render(row, preferences)
+        wanted = _BATCH_ROWS if limit is None else min(_BATCH_ROWS, limit - preparation.kept)
+        if len(batch) >= wanted:
+            preparation.add(batch[:wanted])
+            batch = batch[wanted:]
+        if preparation.kept == limit:
+            return preparation.finish(
+                f"reading stopped at {limit:,} pairs, all that were asked for"
+            )
     preparation.add(batch)
     return preparation.finish()
 
@@ -105,25 +109,41 @@ class _Preparation:
         rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        max_length: int | None,
-        truncation_mode: str,
+        limits: Limits,
         policy: str | None,
         strict_data: bool,
         vocabulary_size: int | None,
     ):
         self.rows = rows
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.truncation_mode = truncation_mode
+        self.limits = limits
         self.strict_data = strict_data
         self.vocabulary_size = vocabulary_size
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.report = PreparationReport(rows.source)
         self.renderer = Renderer(tokenizer, policy, self.report)
         self.builder = PairBuilder()
+        self._rows_with_nul = 0
 
-    def render(self, index: int, row: PreferenceRow) -> RenderedRow | None:
-        """The texts of a row, None if it is useless already."""
-        self.report.rows_read += 1
+    @property
+    def kept(self) -> int:
+        """Pairs so far."""
+        return len(self.builder)
+
+    def preferences(self) -> Iterator[tuple[int, list[PreferenceRow]]]:
+        """Number and preferences of each row, counted."""
+        for row, preferences in self.rows.preferences(self.report.shapes):
+            self.report.rows_read += 1
+            yield row, preferences
+
+    def render(self, row: int, preferences: list[PreferenceRow]) -> list[RenderedRow]:
+        """The texts of a row's preferences, without those that are useless already."""
+        if not preferences:
+            self._drop(RATED_ALIKE, row)
+        rendered = [self._render(row, preference) for preference in preferences]
+        return [texts for texts in rendered if texts is not None]
+
+    def _render(self, index: int, row: PreferenceRow) -> RenderedRow | None:
         for completion in (row.chosen, row.rejected):
             if isinstance(completion, str):
                 completion = self.renderer.without_eos(completion)
@@ -131,6 +151,10 @@ class _Preparation:
                 return self._drop(EMPTY_COMPLETION, index)
         if row.prompt == []:
             return self._drop(EMPTY_PROMPT, index)
+        self._rows_with_nul += "\\x00" in repr((row.prompt, row.chosen, row.rejected))
+        if isinstance(row.prompt, str) and len(row.prompt) >= _PROMPT_FROM_LETTERS:
+            sides = (row.chosen, row.rejected)
+            self.report.repeated_prompts += all(str(s).startswith(row.prompt) for s in sides)
         try:
             return self.renderer.render(index, row)
         except DataError as error:
@@ -141,15 +165,22 @@ class _Preparation:
         for rendered, ids in zip(batch, self.renderer.encode(batch), strict=True):
             self._add_pair(rendered.row, *ids)
 
-    def finish(self) -> PairDataset:
+    def finish(self, note: str | None = None) -> PairDataset:
         """The pairs and their report."""
-        self.report.pairs_kept = len(self.builder)
+        self.report.pairs_kept = self.kept
+        self.report.notes += [] if note is None else [note]
         if not self.report.pairs_kept:
             raise DataError(
                 f"no pair is left to train on:\n{self.report.describe()}\nraise max_length if "
                 "prompts are over-long; otherwise correct the rows named above"
             )
-        return self.builder.build(self.report)
+        pairs = self.builder.build(self.report)
+        self.report.findings += examine(pairs, self.rows.where)
+        if self._rows_with_nul:
+            self.report.findings.append(
+                f"warning: {self._rows_with_nul:,} rows hold the character NUL, which is no text"
+            )
+        return pairs
 
     def _add_pair(self, row: int, prompt_alone: Ids, with_chosen: Ids, with_rejected: Ids) -> None:
         if self.vocabulary_size is not None:
@@ -169,27 +200,26 @@ class _Preparation:
             prompt,
             chosen,
             rejected,
-            max_length=self.max_length,
-            mode=self.truncation_mode,
-            bos_token_id=self.tokenizer.bos_token_id,
+            limits=self.limits,
+            bos_token_id=self.bos_token_id,
         )
         if cut is None:
             return self._drop(OVER_LONG_PROMPT, row)
         if cut[1] == cut[2]:
             return self._drop(IDENTICAL_AFTER_TRUNCATION, row)
-        self.report.truncated_prompts += len(cut[0]) < shared
-        self.report.truncated_completions += len(cut[1]) < len(chosen)
-        self.report.truncated_completions += len(cut[2]) < len(rejected)
+        shorter = (len(cut[0]) < shared, len(cut[1]) < len(chosen), len(cut[2]) < len(rejected))
+        self.report.truncated_prompts += shorter[0]
+        self.report.truncated_completions += shorter[1] + shorter[2]
         if shared < len(prompt_alone):
             self._note_unstable(row, prompt_alone[shared:])
-        self.builder.add(*cut, row)
+        self.builder.add(*cut, row, shorter)
 
     def _useless(self, prompt: Ids, chosen: Ids, rejected: Ids) -> str | None:
         """Why a pair can't teach anything, or None."""
         if not prompt:
             return EMPTY_PROMPT
         for completion in (chosen, rejected):
-            if not completion or completion == [self.tokenizer.eos_token_id]:
+            if not completion or completion == [self.eos_token_id]:
                 return EMPTY_COMPLETION
         return IDENTICAL if chosen == rejected else None
 
@@ -219,26 +249,6 @@ class _Preparation:
             )
 
 
-def _preference_rows(rows: Rows) -> Iterator[tuple[int, PreferenceRow]]:
-    """Number and normalised row; a malformed one stops all, naming the first and how many."""
-    iterator = enumerate(rows.rows)
-    for index, row in iterator:
-        try:
-            yield index, preference_row(row)
-        except DataError as error:
-            others = sum(_is_malformed(other) for _, other in iterator)
-            more = f"; {others:,} later rows are malformed too" if others else ""
-            raise DataError(f"{rows.where(index)}: {error}{more}") from error
-
-
-def _is_malformed(row: Mapping[str, Any]) -> bool:
-    try:
-        preference_row(row)
-    except DataError:
-        return True
-    return False
-
-
 def _common_prefix_length(ids: Ids, other: Ids) -> int:
     if other[: len(ids)] == ids:
         return len(ids)
@@ -246,14 +256,10 @@ def _common_prefix_length(ids: Ids, other: Ids) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(other)))
 
 
-def _with_progress(items: Iterable[_T], total: int, progress: bool) -> Iterable[_T]:
-    if not progress or total <= _PROGRESS_FROM_ROWS:
+def _with_progress(items: Iterable[_T], rows: Rows, progress: bool) -> Iterable[_T]:
+    if not progress or (not rows.is_stream and len(rows) <= _PROGRESS_FROM_ROWS):
         return items
     from tqdm.auto import tqdm
 
+    total = None if rows.is_stream else len(rows)
     return tqdm(items, total=total, desc="tokenising", unit="row")
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; it has to be one of {', '.join(map(repr, known))}")

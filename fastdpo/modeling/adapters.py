@@ -8,6 +8,7 @@ adapters made here and for a PeftModel that the user brings.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
@@ -38,19 +41,12 @@ class _FusedForward:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        plain = not (args or kwargs or self.merged) and (
-            self.disable_adapters
-            or not active
-            or (
-                len(active) == 1
-                and active[0] not in self.lora_variant
-                and not self.lora_bias.get(active[0], False)
-            )
-        )
-        if not plain:
-            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        off = self.disable_adapters or not active
+        plain = off or (len(active) == 1 and _is_plain(self, active[0]))
         base = self.base_layer
-        if self.disable_adapters or not active:
+        if args or kwargs or self.merged or not plain or not _is_frozen(base):
+            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        if off:
             return lora_linear(x, base.weight, bias=_cast(base.bias, x))
         name = active[0]
         dropout = self.lora_dropout[name]
@@ -82,14 +78,31 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = FusedLoraLinear4bit
         elif type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
             module.__class__ = FusedLoraLinear
-    stock = {
-        type(module).__name__
-        for module in model.modules()
-        if isinstance(module, lora.LoraLayer)
-        and (not isinstance(module, _FusedForward) or module.lora_variant)
-    }
-    if stock:
-        logger.warning("These adapter layers run PEFT's own forward: %s.", ", ".join(sorted(stock)))
+    layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
+    if stock := sorted({kind for layer in layers if (kind := _left_to_peft(layer))}):
+        logger.warning("These adapter layers run PEFT's own forward: %s.", ", ".join(stock))
+
+
+def _left_to_peft(layer: Any) -> str | None:
+    """What about an adapter layer `lora_linear` cannot do."""
+    if type(layer) not in (FusedLoraLinear, FusedLoraLinear4bit):
+        return f"{type(layer).__name__} on {type(layer.get_base_layer()).__name__}"
+    if layer.lora_variant:
+        return ", ".join(
+            sorted({type(variant).__name__ for variant in layer.lora_variant.values()})
+        )
+    if not all(_is_plain(layer, name) for name in layer.lora_A):
+        return "lora_bias"
+    return None if _is_frozen(layer.base_layer) else "a trained weight or bias of the base"
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether the adapter is LoRA and nothing more: no variant such as DoRA, no bias of its own."""
+    return adapter not in layer.lora_variant and not layer.lora_bias.get(adapter, False)
+
+
+def _is_frozen(base: Any) -> bool:
+    return not (base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> PeftModel:
@@ -109,12 +122,22 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     return adapted
 
 
-def lora_config(r: int, alpha: int, dropout: float, target_modules: list[str] | None) -> LoraConfig:
+def lora_config(
+    r: int,
+    alpha: int,
+    dropout: float,
+    target_modules: list[str] | None,
+    *,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> LoraConfig:
     """LoRA on the named modules, by default on every linear layer but the head."""
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
         target_modules=target_modules or "all-linear",
         bias="none",
         task_type="CAUSAL_LM",
@@ -139,17 +162,23 @@ def require_reference(model: nn.Module) -> None:
             )
 
 
-def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """The adapter of a folder on its base, with the fused forward.
+def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
+    """The adapter of a folder on its base, with the fused forward; `trainable` to train it on.
 
     Raises:
         ValueError: there is no adapter there, or its weights do not fit this base.
     """
     peft_base_of(folder)
     fuse(model)
-    adapted = PeftModel.from_pretrained(model, folder)
+    adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     fuse(adapted)
     return adapted
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter rather than a model."""
+    folder = Path(name)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def peft_base_of(folder: str) -> str:

@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Config names of a factor on the logits (Cohere, Falcon-H1, Muse)."""
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+"""Config names of a cap on the logits (Gemma, RecurrentGemma)."""
+
 HARMLESS = {
     "attn_logit_softcapping",  # inside the attention, which applies it
     "rope_scaling",
@@ -20,11 +23,16 @@ HARMLESS = {
     "scale_embedding",
     "scale_fmt",
     "query_pre_attn_scalar",
+    "w_init_variance_scale",
+    "final_w_init_variance_scale",
     "residual_multiplier",
     "attention_multiplier",
     "embedding_multiplier",
     "output_router_logits",
     "router_logits",
+    "routed_scaling_factor",  # of the experts' sum, inside the layer
+    "router_scaling_factor",
+    "attention_value_scale",
 }
 """Config names that look as if they touched the logits and do not."""
 
@@ -69,7 +77,7 @@ def head_of(model: nn.Module) -> Head:
             "linear layer in floating point. Load the model with lm_head left out of quantization."
         )
     config = causal_lm.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
     return Head(lm_head.weight, lm_head.bias, softcap, _logit_scale(config))
 
 
@@ -86,7 +94,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
-    known = {*MULTIPLIERS, "logits_scaling", "final_logit_softcapping", *HARMLESS}
+    known = {*MULTIPLIERS, "logits_scaling", *SOFTCAPS, *HARMLESS}
     for name, value in config.to_dict().items():
         looks_like_it = "logit" in name or "scal" in name or name.endswith("multiplier")
         if looks_like_it and name not in known and value not in (None, False, 1, 1.0):

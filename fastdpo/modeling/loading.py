@@ -46,13 +46,15 @@ def load_model(
     Args:
         name: folder or hub id.
         dtype: of everything that is not 4-bit: embeddings, norms and head too.
-        load_in_4bit: NF4 with double quantization, computing in `dtype`.
+        load_in_4bit: NF4 with double quantization; weights that are stored in 4 bits by
+            bitsandbytes stay as they are, with and without it.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that the repository brings.
         options: more arguments for `from_pretrained`; they win over the above.
 
     Raises:
-        ModelError: the model cannot be found or reached; says what to pass instead.
+        ModelError: the model cannot be found or reached, or is stored quantized in another way
+            than `load_in_4bit` asks for; says what to pass instead.
     """
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -69,11 +71,20 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **arguments | (options or {}))
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments | (options or {}))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {_first_line(error)} {HUB_HINT}"
         ) from error
+    if load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
+        stored = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+        method = getattr(stored, "quant_method", None)
+        raise ModelError(
+            f"{name!r} is stored quantized ({getattr(method, 'value', method)}), and not in 4 bits "
+            "by bitsandbytes: choose the repository that it was made from, or leave 4-bit loading "
+            "out (--lora in place of --qlora)."
+        )
+    return model
 
 
 def load_tokenizer(

@@ -1,14 +1,18 @@
 """A packed micro-batch to log-probs: backbone once, head on the scored states, sums in fp64."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastdpo_kernels import LinearLogprobs, linear_logprobs
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from fastdpo.batching import MicroBatch
-from fastdpo.modeling.attention import PackedSegments
+from fastdpo.modeling.attention import PackedSegments, attends_packed
+from fastdpo.modeling.families import rotary_limit
 from fastdpo.modeling.head import backbone_of, causal_lm_of, head_of
+from fastdpo.modeling.routers import experts_per_token, load_balancing_loss
 
 METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
 
@@ -20,39 +24,36 @@ class PackedLogprobs:
     logps: Tensor  # (C,) float64, nats, summed over each completion's tokens
     token_logps: Tensor  # (M,) float32, nats; completion by completion, tokens in order
     extras: dict[str, Tensor]  # (M,) figures without gradient, by the names asked for
+    aux_loss: Tensor | None = None  # () float32, of the routers over real tokens, when asked for
 
 
 def packed_logprobs(
-    model: nn.Module, micro_batch: MicroBatch, outputs: tuple[str, ...] = ()
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    outputs: tuple[str, ...] = (),
+    *,
+    aux_loss: bool = False,
 ) -> PackedLogprobs:
     """Run one micro-batch through backbone and head.
 
     Args:
-        model: a causal LM or a PeftModel on it; inside `packed_attention` of its config.
+        model: a causal LM or a PeftModel on it; for packed rows inside `packed_attention` of its
+            config. Padded rows run with whatever attends.
         micro_batch: on the model's device.
         outputs: extra per-token figures, as `linear_logprobs` names them.
+        aux_loss: also give the load-balancing loss of the model's routers.
 
     Returns:
         Log-probs, differentiable where gradients are on.
 
     Raises:
-        ValueError: the model does not attend through transformers' interface.
+        ValueError: the model cannot do this exactly: not all of its layers attend through
+            transformers' interface, or it has no routers and their loss is asked for.
     """
-    packed = PackedSegments(micro_batch.segments)
-    hidden_states = backbone_of(model)(
-        input_ids=micro_batch.input_ids,
-        position_ids=micro_batch.position_ids,
-        use_cache=False,
-        packed=packed,
-    ).last_hidden_state
-    if packed.layers_run == 0:
-        raise ValueError(
-            f"{type(causal_lm_of(model)).__name__} does not attend through transformers' attention "
-            "interface, so packed pairs would leak into each other: choose another model."
-        )
+    states, aux = _last_states(model, micro_batch, aux_loss)
     head = head_of(model)
     scored = linear_logprobs(
-        hidden_states[0].index_select(0, micro_batch.scored_positions),
+        states.flatten(0, 1).index_select(0, micro_batch.scored_positions),
         head.weight,
         micro_batch.target_ids,
         bias=head.bias,
@@ -68,7 +69,51 @@ def packed_logprobs(
         if figure is not None
     }
     token_logps = figures.pop("token_logps")
-    return PackedLogprobs(completion_sums(token_logps, micro_batch), token_logps, figures)
+    return PackedLogprobs(completion_sums(token_logps, micro_batch), token_logps, figures, aux)
+
+
+def _last_states(
+    model: nn.Module, micro_batch: MicroBatch, aux_loss: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(R, L, H) and the routers' loss."""
+    causal_lm = causal_lm_of(model)
+    config = causal_lm.config
+    options: dict[str, Any] = {"output_router_logits": True} if aux_loss else {}
+    packed = PackedSegments(micro_batch.segments)
+    if attends_packed(config):
+        options |= {"position_ids": micro_batch.position_ids, "packed": packed}
+    elif micro_batch.segments:
+        raise ValueError(
+            "packed rows need packed_attention(model.config) around them; under the model's own "
+            "attention they would leak into each other."
+        )
+    limit = rotary_limit(causal_lm)
+    if limit is not None and micro_batch.longest_row > limit:
+        raise ValueError(
+            f"a row of {micro_batch.longest_row} tokens is beyond the {limit} up to which "
+            f"{config.model_type}'s rotary frequencies do not depend on the other rows: use "
+            f"--max_length {limit}."
+        )
+    found = backbone_of(model)(input_ids=micro_batch.input_ids, use_cache=False, **options)
+    layers = config.get_text_config().num_hidden_layers
+    if micro_batch.segments and packed.layers_run < layers:
+        raise ValueError(
+            f"{type(causal_lm).__name__} attends through transformers' attention interface in "
+            f"{packed.layers_run} of its {layers} layers, so packed pairs would leak into each "
+            "other: use --packing off."
+        )
+    return found.last_hidden_state, _aux_loss(found, config, micro_batch) if aux_loss else None
+
+
+def _aux_loss(found: Any, config: PreTrainedConfig, micro_batch: MicroBatch) -> Tensor:
+    logits = getattr(found, "router_logits", None)
+    chosen = experts_per_token(config.get_text_config())
+    if not logits or chosen is None:
+        raise ValueError(
+            f"{config.model_type} gives no router logits, so there is no load to balance: leave "
+            "--router_aux_loss_coef out."
+        )
+    return load_balancing_loss(tuple(logits), micro_batch.real_mask.flatten(), chosen)
 
 
 def completion_sums(per_token: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdpo.batching import Group, MicroBatch, group_tokens, pack_in_order
 from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
@@ -32,7 +33,8 @@ class ScoredPairs:
 
     logps: np.ndarray  # (n, k) float64, nats
     tokens: np.ndarray  # (n, k) int64: scored tokens
-    extras: dict[str, Tensor]  # per asked output (M,): group by group, completion by completion
+    token_logps: Tensor  # (M,) float32, nats: group by group, completion by completion
+    extras: dict[str, Tensor]  # per asked output (M,), likewise
 
 
 def score_pairs(
@@ -45,7 +47,9 @@ def score_pairs(
         for name in outputs
     }
     tokens = np.array([[len(part) for part in s.token_logps] for s in scored], dtype=np.int64)
-    return ScoredPairs(np.stack([s.logps for s in scored]), tokens, figures)
+    token_logps = np.concatenate([part for s in scored for part in s.token_logps])
+    logps = np.stack([s.logps for s in scored])
+    return ScoredPairs(logps, tokens, torch.from_numpy(token_logps), figures)
 
 
 def score_groups(
@@ -54,7 +58,7 @@ def score_groups(
     *,
     micro_batch_tokens: int,
     outputs: tuple[str, ...] = (),
-    shared_prefix: bool = True,
+    mode: PassMode | None = None,
     description: str | None = None,
 ) -> Generator[ScoredGroup]:
     """Score every group once, the longest first, in full micro-batches.
@@ -67,23 +71,23 @@ def score_groups(
         groups: what to score; their `ref_logps` are not looked at.
         micro_batch_tokens: T, the most tokens of a micro-batch; a longer group raises it.
         outputs: extra per-token figures, as `linear_logprobs` names them.
-        shared_prefix: compute what a group's rows share once; off, once per completion.
+        mode: how pairs run through the model; None chooses.
         description: shown beside a progress bar; None shows none.
 
     Yields:
         Every group once, in the order in which they are scored.
     """
     causal_lm = causal_lm_of(model)
-    sizes = [group_tokens(group, shared_prefix=shared_prefix) for group in groups]
+    mode = pass_mode(model) if mode is None else mode
+    layout = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
+    sizes = [group_tokens(group, **layout) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (-sizes[i], i))
-    micro_batches = pack_in_order(
-        (groups[i] for i in order), micro_batch_tokens, shared_prefix=shared_prefix
-    )
+    micro_batches = pack_in_order((groups[i] for i in order), micro_batch_tokens, **layout)
     with (
         progress_bar(len(groups), description, "pair") as bar,
         eval_mode(model),
         torch.no_grad(),
-        packed_attention(causal_lm.config),
+        packed_attention(causal_lm.config, mode.attention),
     ):
         for micro_batch in micro_batches:
             on_device = micro_batch.to(causal_lm.device)

@@ -12,6 +12,15 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def check_printable(name: str, value: Any) -> None:
+    """Refuse a file name with a newline, a NUL or the like."""
+    if any(not character.isprintable() for character in str(value)):
+        raise ValueError(
+            f"--{name} is {str(value)!r}, which has a character that cannot be printed; give a "
+            "plain name."
+        )
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse what is none of the choices."""
     if value not in choices:
@@ -33,16 +42,18 @@ def check_number(
     above: float = -math.inf,
     at_least: float = -math.inf,
     below: float = math.inf,
+    at_most: float = math.inf,
     remedy: str,
 ) -> None:
     """Refuse what is not a finite number within the bounds (`above` and `below` are excluded)."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if number and value > above and value >= at_least and value < below:
+    # Infinite bounds bound nothing: value is finite.
+    if number and above < value < below and at_least <= value <= at_most:
         return
-    needed = [f"above {above}" if above > -math.inf else f"of at least {at_least}"]
-    needed += [f"below {below}"] if below < math.inf else []
+    bounds = (("above", above), ("of at least", at_least), ("below", below), ("at most", at_most))
+    needed = " and ".join(f"{words} {bound}" for words, bound in bounds if math.isfinite(bound))
     raise ValueError(
-        f"--{name} is {value!r}; it must be a finite number {' and '.join(needed)}. {remedy}"
+        f"--{name} is {value!r}; it must be {f'a finite number {needed}'.strip()}. {remedy}"
     )
 
 

@@ -1,10 +1,28 @@
-"""Which preference pairs are read."""
+"""Which preference pairs are read, from one set or from several."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from fastdpo.options.checks import option
+from fastdpo.options.checks import check_choice, check_number, check_whole, option
 
 DEFAULT_DATASET = "trl-lib/ultrafeedback_binarized"
+ROLES = (
+    "prompt",
+    "question",
+    "input",
+    "history",
+    "conversations",
+    "system",
+    "chosen",
+    "rejected",
+    "completions",
+    "ratings",
+    "ranks",
+    "tools",
+    "chat_template_kwargs",
+)
+"""What a column can be to a preference row; the names that --columns takes on its left."""
+RATED_PAIRS = ("best_worst", "all")
 
 
 @dataclass
@@ -15,12 +33,234 @@ class DataOptions:
 
     dataset_name: str | None = option(
         None,
-        "JSONL or Parquet file, folder, or hub id of the preference pairs.",
+        "JSONL, JSON, CSV, Parquet or Arrow file, folder, or hub id of the preference pairs.",
         aliases=["--dataset"],
     )
     dataset_config: str | None = option(None, "Configuration of the hub dataset, if any.")
-    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_train_split: str = option(
+        "train", "Split to train on; a slice such as train[:1000] takes a part of it."
+    )
     dataset_test_split: str = option("test", "Split to evaluate on, where the dataset has it.")
     eval_dataset: str | None = option(
         None, "File, folder or hub id to evaluate on instead of the test split."
     )
+    max_line_mib: int = option(
+        16, "Longest line of a JSONL file, MiB; a longer one is rarely a pair."
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which column is what, as in prompt=question chosen=good rejected=bad, where "
+            "no name is recognised. question=NAME makes a user turn, prompt=NAME ready text."
+        },
+    )
+    rated_pairs: str = option(
+        "best_worst",
+        "Several rated completions to a prompt: best_worst makes one pair of them, all makes a "
+        "pair of every two that are rated differently.",
+        choices=list(RATED_PAIRS),
+    )
+    dataset_streaming: bool = option(
+        False,
+        "Read the dataset as a stream and only as many rows as --max_steps needs.",
+        aliases=["--streaming"],
+    )
+    datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture, in the YAML file: a list with path, name, data_dir, data_files, "
+            "split, columns and fraction for each dataset."
+        },
+    )
+    test_split_size: float | None = option(
+        None, "Of a mixture: below 1 the share, from 1 on the rows that are held out."
+    )
+    mixture_seed: int | None = option(
+        None,
+        "Of a mixture: seed that draws the rows of a fraction and of the held-out part. Unset: a "
+        "fraction takes the first rows as in TRL, and the held-out part is drawn with seed 0.",
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("rated_pairs", self.rated_pairs, RATED_PAIRS)
+        check_whole("max_line_mib", self.max_line_mib, 1, "16 is usual")
+        if self.columns is not None:
+            column_roles(self.columns)
+        if self.datasets is None and (
+            self.test_split_size is not None or self.mixture_seed is not None
+        ):
+            raise ValueError(
+                "--test_split_size and --mixture_seed are of a mixture, and no datasets are given; "
+                "list them in the YAML file, or use --dataset_train_split and --dataset_test_split."
+            )
+        if self.datasets is not None and self.columns is not None:
+            raise ValueError(
+                "--columns is for one dataset; in a mixture each entry has its own `columns`."
+            )
+        _ = self.mixture
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How any of the sets is read: keyword arguments of `fastdpo.data.read_rows`."""
+        return {
+            "columns": column_roles(self.columns),
+            "rated_pairs": self.rated_pairs,
+            "max_line_mib": self.max_line_mib,
+        }
+
+    @property
+    def mixture(self) -> "DatasetMixtureConfig | None":
+        """The mixture, where `datasets` lists one."""
+        if self.datasets is None:
+            return None
+        return DatasetMixtureConfig(
+            datasets=[_dataset_config(entry) for entry in self.datasets],
+            streaming=self.dataset_streaming,
+            test_split_size=self.test_split_size,
+            mixture_seed=self.mixture_seed,
+        )
+
+
+@dataclass
+class DatasetConfig:
+    """One data set of a mixture; names and meaning as in TRL.
+
+    Attributes:
+        path: file, folder or hub id.
+        name: configuration of a hub set.
+        data_dir: folder inside the set.
+        data_files: files of the set.
+        split: which part, slices included.
+        columns: names of the columns to keep, or what they are (`{"prompt": "question"}`).
+        fraction: share of this set in the mixture; the shares of all sets are normalised to one,
+            and the mixture is as large as it can be without any row twice.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: Any = None
+    split: str = "train"
+    columns: Any = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise ValueError(
+                f"--datasets: the path of a dataset is {self.path!r}; it must be the name of a "
+                "file, a folder or a set on the hub."
+            )
+        if self.fraction is not None:
+            check_number("datasets fraction", self.fraction, at_least=0, remedy="It is a share.")
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Several data sets as one; names as in TRL.
+
+    Attributes:
+        datasets: `DatasetConfig`s, or dicts of their fields.
+        streaming: read them as streams.
+        test_split_size: below 1 the share, from 1 on the number of rows that are held out.
+        mixture_seed: draws the rows of a fraction; None takes the first ones, as TRL does.
+    """
+
+    datasets: list[DatasetConfig] = field(
+        default_factory=list, metadata={"help": "The data sets of the mixture."}
+    )
+    streaming: bool = option(False, "Read the datasets as streams.")
+    test_split_size: float | None = option(
+        None, "Below 1 the share, from 1 on the number of rows that are held out."
+    )
+    mixture_seed: int | None = option(
+        None, "Seed that draws the rows of a fraction; unset takes the first ones."
+    )
+
+    def __post_init__(self) -> None:
+        self.datasets = [_dataset_config(entry) for entry in self.datasets]
+        fractions = [entry.fraction for entry in self.datasets if entry.fraction is not None]
+        if fractions and len(fractions) < len(self.datasets):
+            raise ValueError(
+                f"--datasets: {len(fractions)} of {len(self.datasets)} have a fraction; give one "
+                "to every dataset of the mixture, or to none."
+            )
+        if fractions and not sum(fractions):
+            raise ValueError("--datasets: every fraction is 0, so no row is taken; raise one.")
+        if fractions and self.streaming:
+            raise ValueError(
+                "--datasets: a fraction needs the number of rows, which a stream does not tell; "
+                "leave dataset_streaming off, or give no fraction."
+            )
+        if self.test_split_size is not None:
+            size = self.test_split_size
+            check_number("test_split_size", size, above=0, remedy="0.05 is usual.")
+            if self.streaming:
+                raise ValueError(
+                    "--test_split_size: a stream has no end to hold rows out from; leave "
+                    "dataset_streaming off, or pass --eval_dataset."
+                )
+            if size >= 1 and size != int(size):
+                raise ValueError(
+                    f"--test_split_size is {size!r}; above 1 it is a number of rows: round it."
+                )
+
+
+@dataclass
+class ScriptArguments:
+    """The data options under the names of TRL's scripts."""
+
+    dataset_name: str | None = option(None, "File, folder or hub id of the preference pairs.")
+    dataset_config: str | None = option(None, "Configuration of the hub dataset, if any.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on.")
+    dataset_streaming: bool = option(False, "Read the dataset as a stream.")
+    ignore_bias_buffers: bool = option(False, "Of distributed runs; must stay off.")
+
+    def __post_init__(self) -> None:
+        if self.ignore_bias_buffers:
+            raise ValueError(
+                "--ignore_bias_buffers served distributed runs, and fastdpo trains in one process; "
+                "leave it out."
+            )
+
+
+def column_roles(columns: Any) -> dict[str, str]:
+    """What columns are, from `["prompt=question", ...]` or a dict: role -> column name.
+
+    Raises:
+        ValueError: a word that is no `role=name`, an unknown role, or one given twice.
+    """
+    if isinstance(columns, dict):
+        pairs = [(str(role), str(name)) for role, name in columns.items()]
+    else:
+        pairs = []
+        for word in columns or ():
+            role, equals, name = str(word).partition("=")
+            if not equals or not name:
+                raise ValueError(
+                    f"--columns has {word!r}; write role=column, as in prompt=question."
+                )
+            pairs.append((role, name))
+    roles = dict(pairs)
+    for role in roles:
+        check_choice("columns", role, ROLES)
+    if len(roles) < len(pairs) or len(set(roles.values())) < len(roles):
+        raise ValueError(f"--columns names something twice ({columns}); name each one once.")
+    return roles
+
+
+def _dataset_config(entry: Any) -> DatasetConfig:
+    if isinstance(entry, DatasetConfig):
+        return entry
+    known = [each.name for each in fields(DatasetConfig)]
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"--datasets has {entry!r}; each entry needs keys, as in path: file.jsonl "
+            f"(known: {', '.join(known)})."
+        )
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"--datasets has the key {name!r}; known are {', '.join(known)}.")
+    if "path" not in entry:
+        raise ValueError("--datasets has an entry without a path; name a file, folder or hub set.")
+    return DatasetConfig(**entry)

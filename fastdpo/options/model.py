@@ -42,6 +42,12 @@ class ModelOptions:
     qlora: bool = option(False, "Train a LoRA adapter over 4-bit (NF4) weights: the least memory.")
     lora: bool = option(False, "Train a LoRA adapter over whole weights: faster, more memory.")
     full: bool = option(False, "Train every weight: about 16 bytes of memory per parameter.")
+    use_peft: bool = option(
+        False, "TRL's name of --lora, and together with --load_in_4bit of --qlora."
+    )
+    load_in_4bit: bool = option(
+        False, "TRL's name: load 4-bit (NF4) weights, for an adapter; --qlora asks for both."
+    )
     lora_r: int = option(16, "Rank of the adapter; 16 is enough for most preference data.")
     lora_alpha: int = option(32, "Adapter scale, applied as alpha / r; twice the rank is usual.")
     lora_dropout: float = option(
@@ -51,8 +57,18 @@ class ModelOptions:
         default=None,
         metadata={"help": "Layers that get an adapter; unset: every linear layer but the head."},
     )
+    use_rslora: bool = option(
+        False,
+        "Scale the adapter by alpha / sqrt(r) in place of alpha / r; for ranks far above 16.",
+    )
+    use_dora: bool = option(
+        False,
+        "DoRA: train the length of each weight row apart from its direction. Runs PEFT's own "
+        "layers, which are slower and hold more memory.",
+    )
 
     def __post_init__(self) -> None:
+        self._choose_what_moves()
         chosen = [f"--{name}" for name in ("qlora", "lora", "full") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(
@@ -72,6 +88,23 @@ class ModelOptions:
                 "--lora_target_modules is empty; name at least one layer (q_proj v_proj), or leave "
                 "it out for every linear layer but the head."
             )
+
+    def _choose_what_moves(self) -> None:
+        """Settle qlora, lora and full where TRL's names say the same."""
+        for name in ("use_peft", "load_in_4bit", "use_rslora", "use_dora"):
+            if self.full and getattr(self, name):
+                raise ValueError(
+                    f"--full trains every weight, and --{name} is for an adapter: keep one of them."
+                )
+        if self.load_in_4bit and not (self.use_peft or self.lora or self.qlora):
+            raise ValueError(
+                "--load_in_4bit is given without an adapter, and 4-bit weights cannot be trained "
+                "themselves: add --use_peft, or pass --qlora, which means both."
+            )
+        if self.load_in_4bit:
+            self.qlora, self.lora = True, False
+        elif self.use_peft and not self.qlora:
+            self.lora = True
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:

@@ -6,6 +6,11 @@ from typing import Any
 from fastdpo.options.checks import as_dict, check_choice, check_whole, option
 
 SHARED_PREFIX_MODES = ("auto", "off")
+PACKING_MODES = ("auto", "off")
+ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
+NONFINITE_MODES = ("stop", "skip")
+ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
+EMBEDDING_PLACES = ("auto", "card", "host")
 
 
 @dataclass
@@ -19,15 +24,54 @@ class PassOptions:
         "Most tokens of a packed micro-batch, at least 128; bounds the memory, never changes the "
         "update. Unset: chosen for the device.",
     )
+    activations: str = option(
+        "auto",
+        "What each layer leaves for the backward: keep everything (fastest), recompute from its "
+        "input, or offload that input to host memory. auto: layer by layer as the card has room.",
+        choices=list(ACTIVATION_MODES),
+    )
+    mlp_tile_tokens: int | None = option(
+        None,
+        "Run MLPs and norms over at most so many tokens at once, 128 or more, to hold less of "
+        "their inside; 0 never does. Unset: chosen for the device.",
+    )
+    embeddings: str = option(
+        "auto",
+        "Where the embedding rows lie: card, or host, which frees as much as the table is large "
+        "where it is frozen and not shared with the head. auto: host where the card is full.",
+        choices=list(EMBEDDING_PLACES),
+    )
     shared_prefix: str = option(
         "auto",
         "auto computes the prompt of a pair once for both completions where that is exact; off "
         "computes it once per completion.",
         choices=list(SHARED_PREFIX_MODES),
     )
+    packing: str = option(
+        "auto",
+        "auto lays completions one after another in rows without padding where the model can do "
+        "that exactly; off gives every completion a padded row and shares nothing.",
+        choices=list(PACKING_MODES),
+    )
+    merge_prompts: bool = option(
+        False,
+        "Compute a prompt that several pairs of an update have in common once for all of them.",
+    )
+    attention: str = option(
+        "auto",
+        "What attends over packed rows. auto: varlen (flash attention in torch) where it can, flex "
+        "for capped scores and sinks, sdpa elsewhere; flash_attention_2 and 3 need their packages.",
+        choices=list(ATTENTION_BACKENDS),
+    )
     disable_dropout: bool = option(
         True,
         "Turn the model's own dropout off, which would blur policy against reference.",
+    )
+    nonfinite: str = option(
+        "stop",
+        "What follows a loss or gradient that is not finite; either way no weight changes: stop "
+        "ends the run and names the rows, skip goes on with the next update and counts.",
+        choices=list(NONFINITE_MODES),
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -39,7 +83,19 @@ class PassOptions:
             check_whole(
                 "micro_batch_tokens", self.micro_batch_tokens, 128, "leave it out to choose"
             )
+        check_choice("activations", self.activations, ACTIVATION_MODES)
+        if self.mlp_tile_tokens not in (None, 0):
+            check_whole("mlp_tile_tokens", self.mlp_tile_tokens, 128, "0 is never, 4096 is usual")
+        check_choice("embeddings", self.embeddings, EMBEDDING_PLACES)
         check_choice("shared_prefix", self.shared_prefix, SHARED_PREFIX_MODES)
+        check_choice("packing", self.packing, PACKING_MODES)
+        check_choice("attention", self.attention, ATTENTION_BACKENDS)
+        if self.merge_prompts and "off" in (self.packing, self.shared_prefix):
+            raise ValueError(
+                "--merge_prompts shares prompts, which --packing off and --shared_prefix off turn "
+                "off: leave one of them out."
+            )
+        check_choice("nonfinite", self.nonfinite, NONFINITE_MODES)
         self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
 
     @property

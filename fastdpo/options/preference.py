@@ -20,3 +20,13 @@ class PreferenceOptions(LossOptions, RowOptions, PassOptions, ReferenceOptions):
     def __post_init__(self) -> None:
         for part in PARTS:
             part.__post_init__(self)
+        if self.reference_free and self.sync_ref_model:
+            raise ValueError(
+                "--sync_ref_model moves a reference, and --reference_free has none; leave one out."
+            )
+        stores = self.ref_cache != "off" and not self.sync_ref_model and not self.reference_free
+        if self.ld_alpha is not None and self.ref_token_logps == "off" and stores:
+            raise ValueError(
+                "--ld_alpha weighs the reference's tokens too, and --ref_token_logps off does not "
+                "store them; leave one of them out, or add --ref_cache off."
+            )

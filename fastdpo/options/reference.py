@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdpo.options.checks import check_choice, check_whole, option
+from fastdpo.options.checks import check_choice, check_number, check_whole, option
 
 REF_TOKEN_LOGPS_MODES = ("on", "off")
 REF_VERSIONS_MODES = ("warn", "strict")
@@ -16,6 +16,12 @@ class ReferenceOptions:
 
     _argument_group_name = "Reference"
 
+    reference: str | None = option(
+        None,
+        "What the policy is compared with: adapter, a frozen copy of the adapter that training "
+        "starts from; base, the model with all adapters off; or the folder or hub id of a model or "
+        "adapter. Unset: adapter where training starts from one that was trained, else base.",
+    )
     ref_cache: str | None = option(
         None,
         "Folder of the stored reference log-probs, or off to compute the reference in each update. "
@@ -38,6 +44,19 @@ class ReferenceOptions:
         "Stored pairs to score again before they are believed; a run stops where they differ by "
         "more than rounding. A few show a wrong store at the cost of a second; 0 does not look.",
     )
+    sync_ref_model: bool = option(
+        False,
+        "TR-DPO: move the reference towards the policy during training. It is then computed in "
+        "each update and never stored.",
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6,
+        "With sync_ref_model: the policy's share, above 0 and at most 1, in the new reference; 0.6 "
+        "as in TRL and the paper.",
+    )
+    ref_model_sync_steps: int = option(
+        512, "With sync_ref_model: updates from one move of the reference to the next."
+    )
 
     def __post_init__(self) -> None:
         if self.ref_cache is not None:
@@ -47,6 +66,21 @@ class ReferenceOptions:
         check_choice("ref_token_logps", self.ref_token_logps, REF_TOKEN_LOGPS_MODES)
         check_choice("ref_versions", self.ref_versions, REF_VERSIONS_MODES)
         check_whole("ref_spot_check", self.ref_spot_check, 0, "4 is usual, 0 does not look")
+        check_number(
+            "ref_model_mixup_alpha",
+            self.ref_model_mixup_alpha,
+            above=0,
+            at_most=1,
+            remedy="0.6 is usual, 1 takes the policy itself.",
+        )
+        check_whole("ref_model_sync_steps", self.ref_model_sync_steps, 1, "512 is usual")
+        if not self.sync_ref_model:
+            for name, unset in (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512)):
+                if getattr(self, name) != unset:
+                    raise ValueError(
+                        f"--{name} is {getattr(self, name)}, but the reference stands still: add "
+                        "--sync_ref_model, or leave it out."
+                    )
 
 
 def reference_folder(ref_cache: str | None) -> Path | None:

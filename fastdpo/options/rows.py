@@ -17,6 +17,12 @@ class RowOptions:
     max_length: int | None = option(
         1024, "Most tokens of prompt + completion; longer ones are truncated. none: no limit."
     )
+    max_prompt_length: int | None = option(
+        None, "Most tokens of the prompt; the left of a longer one is cut first. Unset: no limit."
+    )
+    max_completion_length: int | None = option(
+        None, "Most tokens of a completion; the end of a longer one is cut. Unset: no limit."
+    )
     truncation_mode: str = option(
         "keep_completion",
         "What an over-long pair keeps: keep_completion cuts the prompt from the left, keep_start "
@@ -37,6 +43,22 @@ class RowOptions:
     def __post_init__(self) -> None:
         if self.max_length is not None:
             check_whole("max_length", self.max_length, 8, "1024 is usual, none lifts the limit")
+        if self.max_prompt_length is not None:
+            check_whole("max_prompt_length", self.max_prompt_length, 1, "512 is usual")
+            if self.max_length is not None and self.max_prompt_length >= self.max_length:
+                raise ValueError(
+                    f"--max_prompt_length is {self.max_prompt_length} and leaves no room for a "
+                    f"completion in --max_length {self.max_length}; lower the one or raise the "
+                    "other."
+                )
+        if self.max_completion_length is not None:
+            check_whole("max_completion_length", self.max_completion_length, 1, "512 is usual")
+        if self.truncation_mode == "keep_end":
+            raise ValueError(
+                "--truncation_mode is 'keep_end', which cuts each side of a pair at another place "
+                "of the prompt, so that they answer different texts; use keep_completion, which "
+                "cuts the left of the prompt once for both, or keep_start."
+            )
         check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         if self.special_tokens_in_content is not None:
             check_choice(

@@ -39,10 +39,29 @@ class RunOptions:
     save_strategy: str = option("steps", "When to write a checkpoint: no, steps, epoch, best.")
     save_steps: float = option(500, "Updates, or a share of the run, between checkpoints.")
     save_total_limit: int | None = option(None, "Most checkpoints kept; unset keeps all.")
-    resume_from_checkpoint: str | None = option(None, "Checkpoint folder to go on from.")
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint folder to go on from, or true for the newest one that is whole."
+    )
+    allow_config_change: list[str] | None = field(
+        default=None,
+        metadata={"help": "Settings in which a resumed run may differ, as its refusal names them."},
+    )
     seed: int = option(42, "Seed of the adapter's start and of the order of the pairs.")
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Trackers: none, trackio, tensorboard, wandb, all."}
+    )
+
+
+@dataclass
+class TrainOptions:
+    """What `python -m fastdpo.train` does besides training."""
+
+    _argument_group_name = "This command"
+
+    dry_run: bool = option(
+        False,
+        "Read, check and tokenise everything, print the resolved options, the memory plan and "
+        "three pairs, and stop before the first update.",
     )
 
 

@@ -62,7 +62,7 @@ def export_store(folder: Path, archive: Path) -> int:
                 with path.open("rb") as file:
                     _add(tar, path.name, listed[path.name]["bytes"], file)
 
-    files.write_atomically(archive, write)
+    files.write_atomically(archive, lambda temporary: files.let_write(temporary, write))
     return sum(path.suffix == ".safetensors" for path in paths)
 
 
@@ -113,8 +113,7 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: str) -> str:
                 f"{archive}: {member.name} has {member.size} bytes, not {wanted['bytes']}"
             )
         path = into / member.name
-        with path.open("xb") as out:
-            shutil.copyfileobj(_member(tar, member), out)
+        files.let_write(path, _copier(_member(tar, member)))
         if files.sha256_of(path) != wanted["sha256"]:
             raise ArchiveError(f"{archive} is damaged: {member.name} has another sha256")
         if not _is_whole(path):
@@ -181,9 +180,17 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     return content
 
 
+def _copier(content: BinaryIO) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with path.open("xb") as out:
+            shutil.copyfileobj(content, out)
+
+    return write
+
+
 def _mover(source: Path) -> Callable[[Path], None]:
     def write(temporary: Path) -> None:
-        source.rename(temporary)
+        files.replace(source, temporary)
 
     return write
 
@@ -192,8 +199,8 @@ def _mover(source: Path) -> Callable[[Path], None]:
 def _unpacking_folder(root: Path) -> Iterator[Path]:
     """A folder of its own beside the stores, gone afterwards."""
     folder = files.temporary_name(root / "import")
-    folder.mkdir(parents=True)
+    files.make_folder(folder)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove_quietly(folder)

@@ -36,6 +36,8 @@ def asked_for(
     return {
         "data": groups.pairs.report.source,
         "max_length": options.max_length,
+        "max_prompt_length": options.max_prompt_length,
+        "max_completion_length": options.max_completion_length,
         "truncation_mode": options.truncation_mode,
         "special_tokens_in_content": options.special_tokens_in_content,
         "tokenizer": str(tokenizer.name_or_path),

@@ -1,20 +1,18 @@
-"""The reference pass: look up what is known, compute the rest with the adapters off, keep it."""
+"""The reference pass: look up what is known, compute the rest, keep it."""
 
 import contextlib
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from fastdpo import stopping
 from fastdpo.batching import Group, group_tokens
-from fastdpo.modeling.adapters import adapters_off
+from fastdpo.modeling.families import PassMode, pass_mode
+from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.reference import asked as requests
 from fastdpo.reference.spot_check import SpotCheck, spot_check
@@ -29,12 +27,12 @@ SHARD_SECONDS = 60.0
 
 
 def reference_logps(
-    model: nn.Module,
+    reference: ReferenceModel,
     groups: Sequence[Group],
     store: ReferenceStore,
     *,
     micro_batch_tokens: int,
-    shared_prefix: bool = True,
+    mode: PassMode | None = None,
     name: str = "train",
     asked: Mapping[str, Any] | None = None,
     spot_check_pairs: int = 0,
@@ -43,11 +41,11 @@ def reference_logps(
     """Reference log-probs of all groups, each computed once in its life.
 
     Args:
-        model: the policy; its adapters are off during the pass and as before afterwards.
+        reference: the model, and how it is run as the reference; as before afterwards.
         groups: n groups of k completions each.
         store: where known log-probs are found and new ones are kept.
         micro_batch_tokens: T of the pass.
-        shared_prefix: as in training.
+        mode: how pairs run through the model, as in training; None chooses.
         name: of the data, for the progress bar and the log.
         asked: what this run asks for, by option, to explain a later miss.
         spot_check_pairs: how many of the known groups to score again and compare; 0: none.
@@ -66,13 +64,14 @@ def reference_logps(
     found = _lookup(store, keys)
     known = np.asarray(np.isfinite(found).all(axis=1))
     here = np.flatnonzero(known).tolist()
-    options = {"micro_batch_tokens": micro_batch_tokens, "shared_prefix": shared_prefix}
+    mode = pass_mode(reference.model) if mode is None else mode
+    options: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "mode": mode}
     _say_what_is_known(store, keys, known, name, asked)
     if asked is not None:
         requests.note(store, {"name": name, **asked})
     store.touch()
     checked = spot_check(
-        model,
+        reference,
         [groups[i] for i in here],
         [keys[i] for i in here],
         store,
@@ -84,7 +83,7 @@ def reference_logps(
     missing = _first_of_each(keys, np.flatnonzero(~known))
     if not missing:
         return found
-    _compute(model, groups, keys, missing, store, name=name, **options)
+    _compute(reference, groups, keys, missing, store, name=name, **options)
     found = _lookup(store, keys)
     if np.isnan(found).any():
         raise RuntimeError(
@@ -95,7 +94,7 @@ def reference_logps(
 
 
 def _compute(
-    model: nn.Module,
+    reference: ReferenceModel,
     groups: Sequence[Group],
     keys: list[list[bytes]],
     missing: list[int],
@@ -103,15 +102,16 @@ def _compute(
     *,
     name: str,
     micro_batch_tokens: int,
-    shared_prefix: bool,
+    mode: PassMode,
 ) -> None:
     """Score the missing groups and keep them, shard by shard."""
-    sizes = [group_tokens(groups[i], shared_prefix=shared_prefix) for i in missing]
+    layout = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
+    sizes = [group_tokens(groups[i], **layout) for i in missing]
     all_scored = score_groups(
-        model,
+        reference.model,
         [groups[i] for i in missing],
         micro_batch_tokens=micro_batch_tokens,
-        shared_prefix=shared_prefix,
+        mode=mode,
     )
     waiting: list[ScoredCompletion] = []
     began = closed = time.monotonic()
@@ -119,9 +119,9 @@ def _compute(
     # mode after a failing `append`.
     try:
         with (
-            adapters_off(model),
+            reference.active(),
             contextlib.closing(all_scored),
-            _interruptible_between_groups() as stop_if_asked,
+            stopping.held() as stop,
             progress_bar(sum(sizes), f"Reference log-probs of {name}", "token") as bar,
         ):
             bar.unit_scale = True
@@ -135,7 +135,7 @@ def _compute(
                 if len(waiting) >= SHARD_COMPLETIONS or now - closed >= SHARD_SECONDS:
                     shard, waiting, closed = waiting, [], now
                     store.append(shard)
-                stop_if_asked()
+                stop.raise_if_asked()
     finally:  # also after Ctrl-C, SIGTERM or out of memory
         store.append(waiting)
     took = max(time.monotonic() - began, 1e-9)
@@ -145,39 +145,6 @@ def _compute(
         took,
         f"{sum(sizes) / took:,.0f}",
     )
-
-
-@contextlib.contextmanager
-def _interruptible_between_groups() -> Iterator[Any]:
-    """Hold SIGTERM and Ctrl-C back until the caller asks, so that no write is cut in two.
-
-    A second Ctrl-C is not held back. Signals that are ignored stay ignored; in threads, which get
-    none, nothing changes.
-    """
-    came: list[int] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    def stop_if_asked() -> None:
-        if signal.SIGTERM in came:
-            raise SystemExit(128 + signal.SIGTERM)
-        if came:
-            raise KeyboardInterrupt
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handler = signal.getsignal(number)
-            if handler is not None and handler is not signal.SIG_IGN:
-                before[number] = signal.signal(number, hold)
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say_what_is_known(

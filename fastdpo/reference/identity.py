@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.modeling import loading
-from fastdpo.modeling.attention import KIND
+from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.head import causal_lm_of
-from fastdpo.reference.weights import content_of, load_noting_files
+from fastdpo.modeling.reference_model import ReferenceModel
+from fastdpo.reference.weights import content_of, load_noting_files, tensors_hash
 
 NOT_IN_THE_NUMBERS = {
     "_name_or_path",
@@ -42,29 +43,41 @@ NOT_IN_THE_NUMBERS = {
 
 
 def reference_identity(
-    model: nn.Module, compute_dtype: torch.dtype, memory: Path | None = None
+    model: nn.Module,
+    compute_dtype: torch.dtype,
+    memory: Path | None = None,
+    reference: ReferenceModel | None = None,
+    attention: str = "auto",
 ) -> dict[str, Any]:
     """Describe the reference so that two descriptions are equal exactly if their numbers are.
 
-    Adapters are left out, for the reference is the model with them off; so are the learning rate,
-    output folder, seed, rank, beta and loss, on which no reference log-prob depends.
+    An adapter counts where the reference has it on; the policy's own does not, nor do learning
+    rate, output folder, seed, rank, beta and loss, on which no reference log-prob depends.
 
     Args:
         model: a causal LM or a PeftModel on it.
         compute_dtype: what the matrix products run in; the weights' own dtype is in their hash.
         memory: JSON file of the hashes of known weight files; None hashes every byte.
+        reference: how the model is the reference; None is with its adapters off.
+        attention: what attends, as `packed_attention` is given it.
 
     Returns:
         JSON-ready: content hash of the base weights, resolved config, dtype, numerics.
     """
     causal_lm = causal_lm_of(model)
-    return {
+    identity = {
         "weights": content_of(causal_lm, base_tensors(causal_lm), memory),
         "config": _described(causal_lm.config.to_dict()),
         "dtype": str(compute_dtype),
-        "attention": KIND,
+        "attention": attention_kind(causal_lm.config, causal_lm.device, attention),
         "head_numerics": NUMERICS_VERSION,
     }
+    if reference is not None and (tensors := reference.adapter_tensors()):
+        identity["adapter"] = {
+            "weights": tensors_hash(tensors),
+            "scale": _described(reference.adapter_scale()),
+        }
+    return identity
 
 
 def load_identified(name: str, **arguments: Any) -> PreTrainedModel:

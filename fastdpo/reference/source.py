@@ -1,33 +1,36 @@
-"""Where a run's reference log-probs come from: the store, or the model itself when it is off."""
+"""Where a run's reference log-probs come from: the store, or the reference model itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from peft import PeftModel
-from torch import nn
 
-from fastdpo.batching import PairGroups
-from fastdpo.modeling.adapters import adapters_off
+from fastdpo.batching import Group, PairGroups
+from fastdpo.losses import ld_logps
+from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.head import causal_lm_of
-from fastdpo.modeling.scoring import score_pairs
+from fastdpo.modeling.reference_model import ReferenceModel
+from fastdpo.modeling.scoring import score_groups
 from fastdpo.reference.filling import reference_logps
 from fastdpo.reference.identity import reference_identity
-from fastdpo.reference.store import ReferenceStore
+from fastdpo.reference.store import ReferenceStore, group_keys
 from fastdpo.reference.versions import numeric_versions
 from fastdpo.reference.weights import MEMORY
 
 
 class ReferenceSource:
-    """The reference of one model: itself with its adapter off, or as it was before training.
+    """The log-probs of one reference.
 
     Args:
-        model: the policy.
-        folder: of all stores, or None to keep nothing.
+        reference: the model, and how it is run as the reference.
+        folder: of all stores, or None to keep nothing: for `--ref_cache off`, and for a reference
+            that moves.
         compute_dtype: what the matrix products run in.
         micro_batch_tokens: T of the passes.
-        shared_prefix: compute what a pair's rows share once.
+        mode: how pairs run through the model; None chooses.
+        ld_alpha: weight of what lies beyond a pair's shorter completion; None is 1.
         keep_token_logps: store the log-prob of every token beside their sums.
         strict_versions: compute again what other library versions or another card computed.
         spot_check_pairs: how many stored pairs to score again before they are believed.
@@ -35,20 +38,23 @@ class ReferenceSource:
 
     def __init__(
         self,
-        model: nn.Module,
+        reference: ReferenceModel,
         folder: Path | None,
         *,
         compute_dtype: torch.dtype,
         micro_batch_tokens: int,
-        shared_prefix: bool,
+        mode: PassMode | None = None,
+        ld_alpha: float | None = None,
         keep_token_logps: bool = True,
         strict_versions: bool = False,
         spot_check_pairs: int = 0,
     ) -> None:
-        self.model = model
+        self.reference = reference
         self.folder = folder
         self.compute_dtype = compute_dtype
-        self.options = {"micro_batch_tokens": micro_batch_tokens, "shared_prefix": shared_prefix}
+        self.mode = pass_mode(reference.model) if mode is None else mode
+        self.options = {"micro_batch_tokens": micro_batch_tokens, "mode": self.mode}
+        self.ld_alpha = ld_alpha
         self.store_options = {
             "keep_token_logps": keep_token_logps,
             "strict_versions": strict_versions,
@@ -58,11 +64,13 @@ class ReferenceSource:
         self._store: ReferenceStore | None = None
 
     def begin_training(self) -> None:
-        """From now on the weights move; if all of them do, the reference is gone."""
-        self.is_gone = not isinstance(self.model, PeftModel)
+        """From now on the policy moves, and with it a reference that is the policy itself."""
+        self.is_gone = not self.reference.outlives_training
 
-    def fill(self, groups: PairGroups, name: str, asked: Mapping[str, Any] | None = None) -> None:
-        """Set `groups.ref_logps`, unless it is set already.
+    def logps(
+        self, groups: PairGroups, name: str, asked: Mapping[str, Any] | None = None
+    ) -> np.ndarray:
+        """(n, 2) float64 of chosen and rejected, nats, as the loss takes them.
 
         Args:
             groups: of one data set.
@@ -73,35 +81,60 @@ class ReferenceSource:
             ValueError: the reference is gone, or the stored one is not this model's.
             OSError: the store cannot be written.
         """
-        if groups.ref_logps is not None:
-            return
         if self.is_gone:
             raise ValueError(
                 f"the reference of {name} was not computed before the first update, and all "
                 "weights have been trained since: pass the data to DPOTrainer as eval_dataset."
             )
         if self.folder is None:
-            with adapters_off(self.model):
-                scored = score_pairs(
-                    self.model, groups, description=f"Reference of {name}", **self.options
-                )
-            groups.ref_logps = scored.logps
-            return
-        groups.ref_logps = reference_logps(
-            self.model,
+            return self._computed(groups, name)
+        store = self.store(self.folder)
+        logps = reference_logps(
+            self.reference,
             groups,
-            self.store(self.folder),
+            store,
             name=name,
             asked=asked,
             spot_check_pairs=self.spot_check_pairs,
             compute_dtype=self.compute_dtype,
             **self.options,
         )
+        if self.ld_alpha is None:
+            return logps
+        keys = [key for group in groups for key in group_keys(group)]
+        return self._ld_weighted(store.token_logps(keys))
+
+    def fill(self, groups: PairGroups, name: str, asked: Mapping[str, Any] | None = None) -> None:
+        """Set `groups.ref_logps`, unless it is set already; otherwise as `logps`."""
+        if groups.ref_logps is None:
+            groups.ref_logps = self.logps(groups, name, asked)
 
     def store(self, root: Path) -> ReferenceStore:
         """This reference's store in `root`, identified once."""
         if self._store is None or self._store.root != root:
-            identity = reference_identity(self.model, self.compute_dtype, root / MEMORY)
-            versions = numeric_versions(causal_lm_of(self.model).device)
+            model = self.reference.model
+            identity = reference_identity(
+                model, self.compute_dtype, root / MEMORY, self.reference, self.mode.attention
+            )
+            versions = numeric_versions(causal_lm_of(model).device)
             self._store = ReferenceStore(root, identity, versions=versions, **self.store_options)
         return self._store
+
+    def _computed(self, groups: Sequence[Group], name: str) -> np.ndarray:
+        model = self.reference.model
+        with self.reference.active():
+            scored = sorted(
+                score_groups(model, groups, description=f"Reference of {name}", **self.options),
+                key=lambda each: each.index,
+            )
+        if self.ld_alpha is None:
+            return np.stack([each.logps for each in scored])
+        return self._ld_weighted([part for each in scored for part in each.token_logps])
+
+    def _ld_weighted(self, token_logps: Sequence[np.ndarray]) -> np.ndarray:
+        """(n, 2) float64, nats, from the token log-probs of chosen and rejected in turns."""
+        assert self.ld_alpha is not None, "asked for"
+        lengths = torch.tensor([len(each) for each in token_logps])
+        shared = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
+        per_token = torch.from_numpy(np.concatenate(token_logps))
+        return ld_logps(per_token, lengths, shared, self.ld_alpha).view(-1, 2).numpy()

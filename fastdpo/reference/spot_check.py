@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastdpo.batching import Group
-from fastdpo.modeling.adapters import adapters_off
+from fastdpo.modeling.families import PassMode
+from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.reference.store import ReferenceStore
 
@@ -31,7 +31,7 @@ class SpotCheck:
 
 
 def spot_check(
-    model: nn.Module,
+    reference: ReferenceModel,
     groups: Sequence[Group],
     keys: Sequence[Sequence[bytes]],
     store: ReferenceStore,
@@ -39,7 +39,7 @@ def spot_check(
     count: int,
     compute_dtype: torch.dtype,
     micro_batch_tokens: int,
-    shared_prefix: bool = True,
+    mode: PassMode | None = None,
 ) -> SpotCheck | None:
     """Score a few known groups and compare; nothing is written, nothing is used for training.
 
@@ -47,14 +47,14 @@ def spot_check(
     hash and so as good as random.
 
     Args:
-        model: the policy; its adapters are off meanwhile.
+        reference: the model, and how it is run as the reference.
         groups: those whose completions the store all knows.
         keys: theirs.
         store: to compare with.
         count: the most groups to score.
         compute_dtype: decides how much may differ.
         micro_batch_tokens: T of the pass.
-        shared_prefix: as in training.
+        mode: how pairs run through the model, as in training; None chooses.
 
     Returns:
         What was found, or None if there was nothing to check.
@@ -66,13 +66,13 @@ def spot_check(
         return None
     foreign = store.is_foreign([row[0] for row in keys])
     order = sorted(range(len(groups)), key=lambda i: (not foreign[i], keys[i][0]))[:count]
-    with adapters_off(model):
+    with reference.active():
         scored = list(
             score_groups(
-                model,
+                reference.model,
                 [groups[i] for i in order],
                 micro_batch_tokens=micro_batch_tokens,
-                shared_prefix=shared_prefix,
+                mode=mode,
             )
         )
     flat = [key for each in scored for key in keys[order[each.index]]]

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,7 +62,7 @@ def set_aside(shard: Path) -> Path:
     """Give a damaged shard a name that no reader looks for; another process may be first."""
     aside = shard.with_name(shard.name + QUARANTINE_SUFFIX)
     with contextlib.suppress(FileNotFoundError):
-        shard.rename(aside)
+        files.replace(shard, aside)
     return aside
 
 
@@ -199,7 +198,7 @@ class ReferenceStore:
     def touch(self) -> None:
         """Note that the store was of use now; `prune --unused_days` goes by it."""
         with contextlib.suppress(OSError):  # a read-only store is a store
-            os.utime(self.folder / MANIFEST)
+            files.touch(self.folder / MANIFEST)
 
     def _write_manifest(self) -> None:
         path = self.folder / MANIFEST

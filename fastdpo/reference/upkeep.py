@@ -1,7 +1,6 @@
 """Looking after stores: what there is, whether it is whole, and what can go."""
 
 import os
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,18 +89,16 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
             if not dry_run:
                 doomed = files.temporary_name(folder)
                 with suppress(FileNotFoundError):  # another prune was first
-                    folder.rename(doomed)
-                    shutil.rmtree(doomed)
+                    files.replace(folder, doomed)
+                    files.remove(doomed)
     for path in [*root.glob("*"), *root.glob("*/*")]:
         if path.parent in stores or not _is_leftover(path, now):
             continue
         leftovers.append(path)
         inside = list(path.rglob("*")) if path.is_dir() else [path]
         freed += sum(each.stat().st_size for each in inside if each.is_file())
-        if not dry_run and path.is_dir():
-            shutil.rmtree(path)
-        elif not dry_run:
-            path.unlink(missing_ok=True)
+        if not dry_run:
+            files.remove(path)
     return Pruned(tuple(stores), tuple(leftovers), freed)
 
 

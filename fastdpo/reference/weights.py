@@ -86,12 +86,12 @@ def content_of(
         name: tensor._version for name, tensor in tensors.items()
     }
     if memory is None or origin is None or not untouched:
-        return _content_hash(tensors)
+        return tensors_hash(tensors)
     sample = _sample_hash(tensors)
     entry = _remembered(memory).get(origin.fingerprint)
     if entry is not None and entry == _entry(entry.get("weights"), sample, entry.get("at")):
         return str(entry["weights"])
-    found = _content_hash(tensors)
+    found = tensors_hash(tensors)
     entries = {**_remembered(memory), origin.fingerprint: _entry(found, sample, time.time())}
     newest = sorted(entries.items(), key=lambda item: -float(item[1].get("at") or 0))
     with suppress(OSError):  # it only saves time
@@ -142,7 +142,7 @@ def _files_of_hub(name: str, model: PreTrainedModel) -> list[list[Any]]:
     return _files_of(Path(config).parent) if isinstance(config, str) else []
 
 
-def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Hashing runs on several threads; about 1.8 GB/s on each."""
     began = time.perf_counter()
     names = sorted(tensors)

@@ -1,7 +1,9 @@
-"""A frozen linear layer, dense or 4-bit, with its LoRA branch as one autograd node."""
+"""A frozen linear layer, dense or 4-bit, with its LoRA branch: saves its input and nothing else."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +23,13 @@ def lora_linear(
 ) -> Tensor:
     """``x @ W.T + bias + scaling * (drop(x) @ A.T) @ B.T`` of a frozen W, saving only x.
 
+    The input is saved before the product is formed, so a recomputation that stops at the last
+    saved tensor (torch.utils.checkpoint does) skips the product of a block's last linear layer.
+
     Args:
         x: (..., in) bf16, fp16, fp32 or fp64.
         weight: (out, in) of x's dtype, or a bitsandbytes `Params4bit`, dequantized on the way in
-            the forward and again in the backward. Frozen: it gets no gradient.
+            the forward and again in the backward. Frozen.
         lora_A: (r, in) fp32 (or any float dtype), or None for the layer without adapter.
         lora_B: (out, r), likewise.
         bias: (out,) frozen, or None.
@@ -36,73 +41,140 @@ def lora_linear(
         (..., out) in x's dtype; differentiable once in x, lora_A and lora_B.
 
     Raises:
-        ValueError: shapes or dtypes disagree, one of lora_A and lora_B is missing, or dropout is
-            out of range.
+        ValueError: shapes or dtypes disagree, one of lora_A and lora_B is missing, dropout is out
+            of range, or a gradient of weight or bias is asked for.
 
-    Numerics: GEMMs in x's dtype; the adapters keep their own (fp32) storage and are cast on the
-    way, their gradients are returned in it.
+    Numerics: GEMMs in x's dtype, under autocast too; the adapters keep their own (fp32) storage
+    and are cast on the way, their gradients are returned in it.
 
     Source: LoRA, arXiv:2106.09685; NF4, arXiv:2305.14314.
     """
-    _validate(x, weight, lora_A, lora_B, dropout)
+    _validate(x, weight, lora_A, lora_B, bias, dropout)
     seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
-    return _LoraLinear.apply(x, weight, lora_A, lora_B, bias, scaling, dropout, seed)
+    layer = _Layer(weight, bias, scaling, dropout, seed)
+    with torch.autocast(x.device.type, enabled=False):
+        differentiable = (t for t in (x, lora_A, lora_B) if t is not None)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
+            return layer.product(x, lora_A, lora_B)
+        gradient = _Gradient.apply(x, lora_A, lora_B, layer)
+        adapter = (None if t is None else t.detach() for t in (lora_A, lora_B))
+        return _Product.apply(gradient, x.detach(), *adapter, layer)
 
 
-class _LoraLinear(torch.autograd.Function):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """The frozen part of one call."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout: float
+    seed: int
+
+    @property
+    def out_features(self) -> int:
+        return _shape(self.weight)[0]
+
+    def drop(self, rows: Tensor) -> Tensor:
+        return dropped(rows, self.dropout, self.seed)
+
+    def product(self, x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.nn.functional.linear(flat, dense_weight(self.weight, x.dtype), self.bias)
+        if lora_A is not None and lora_B is not None:
+            down = self.drop(flat) @ lora_A.to(x.dtype).T
+            out.addmm_(down, lora_B.to(x.dtype).T, alpha=self.scaling)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class _Gradient(torch.autograd.Function):
+    """Saves, and computes every gradient; its output is a port through which dL/dout arrives."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,  # (..., in)
-        weight: Tensor,
         lora_A: Tensor | None,  # (r, in)
         lora_B: Tensor | None,  # (out, r)
-        bias: Tensor | None,
-        scaling: float,
-        dropout: float,
-        seed: int,
+        layer: _Layer,
     ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.dropout, ctx.seed = weight, scaling, dropout, seed
-        ctx.saves_x = lora_A is not None and any(ctx.needs_input_grad[2:4])
+        ctx.layer = layer
+        ctx.saves_x = lora_A is not None and any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(x if ctx.saves_x else None, lora_A, lora_B)
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.nn.functional.linear(flat, dense_weight(weight, x.dtype), bias)
-        if lora_A is not None and lora_B is not None:
-            down = dropped(flat, dropout, seed) @ lora_A.to(x.dtype).T
-            out.addmm_(down, lora_B.to(x.dtype).T, alpha=scaling)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return x.new_empty(()).expand(*x.shape[:-1], layer.out_features)  # holds one number
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         grad_out: Tensor = grad_outputs[0]
         x, lora_A, lora_B = ctx.saved_tensors
-        dtype = grad_out.dtype
-        flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
-        grad_x = grad_A = grad_B = grad_down = None
-        if lora_B is not None:
-            grad_down = flat_grad @ lora_B.to(dtype) * ctx.scaling  # (N, r)
-        if ctx.needs_input_grad[0]:
-            grad_x = flat_grad @ dense_weight(ctx.weight, dtype)
-            if grad_down is not None:
-                branch = grad_down @ lora_A.to(dtype)
-                grad_x += dropped(branch, ctx.dropout, ctx.seed)
-            grad_x = grad_x.reshape(*grad_out.shape[:-1], grad_x.shape[-1])
-        if ctx.saves_x and grad_down is not None:
-            inputs = dropped(x.reshape(-1, x.shape[-1]), ctx.dropout, ctx.seed)
-            down = inputs @ lora_A.to(dtype).T
-            grad_A = (grad_down.T @ inputs).to(lora_A.dtype)
-            grad_B = (flat_grad.T @ down * ctx.scaling).to(lora_B.dtype)
-        return grad_x, None, grad_A, grad_B, None, None, None, None
+        layer: _Layer = ctx.layer
+        with torch.autocast(grad_out.device.type, enabled=False):
+            flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
+            grad_x = grad_A = grad_B = grad_down = None
+            if lora_B is not None:
+                grad_down = flat_grad @ lora_B.to(flat_grad.dtype) * layer.scaling  # (N, r)
+            if ctx.needs_input_grad[0]:
+                grad_x = _input_gradient(layer, flat_grad, grad_down, lora_A)
+                grad_x = grad_x.view(*grad_out.shape[:-1], grad_x.shape[-1])
+            if ctx.saves_x and grad_down is not None:
+                inputs = layer.drop(x.reshape(-1, x.shape[-1]))
+                down = inputs @ lora_A.to(inputs.dtype).T
+                grad_A = (grad_down.T @ inputs).to(lora_A.dtype)
+                grad_B = (flat_grad.T @ down * layer.scaling).to(lora_B.dtype)
+        return grad_x, grad_A, grad_B, None
+
+
+class _Product(torch.autograd.Function):
+    """The value. Saves nothing; hands the gradient on to the port."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        port: Tensor,  # (..., out), of `_Gradient`
+        x: Tensor,  # (..., in), and the adapter: detached
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        layer: _Layer,
+    ) -> Tensor:
+        return layer.product(x, lora_A, lora_B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        return grad_outputs[0], None, None, None, None
+
+
+def _input_gradient(
+    layer: _Layer, flat_grad: Tensor, grad_down: Tensor | None, lora_A: Tensor | None
+) -> Tensor:
+    """(N, in) from (N, out) and the branch's (N, r)."""
+    grad_x = flat_grad @ dense_weight(layer.weight, flat_grad.dtype)
+    if grad_down is None or lora_A is None:
+        return grad_x
+    lora_A = lora_A.to(flat_grad.dtype)
+    if layer.dropout == 0.0:
+        return grad_x.addmm_(grad_down, lora_A)
+    return grad_x.add_(layer.drop(grad_down @ lora_A))
 
 
 def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The (out, in) matrix itself, or what a 4-bit weight stands for, in `dtype`."""
+    """The (out, in) matrix itself, or what a 4-bit weight stands for, in `dtype`.
+
+    Dequantized straight into it, whatever dtype the weight was quantized from. A new tensor each
+    time, dropped before the next layer's is made: torch's allocator hands out the same block again,
+    in stream order, so one matrix is all that ever lies there. Buffers kept per shape would hold
+    the sum of the shapes (0.28 GB of an 8B in place of 0.12 GB).
+    """
     quant_state = getattr(weight, "quant_state", None)
     if quant_state is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
+    direct = torch.float32 if dtype == torch.float64 else dtype
+    if quant_state.dtype != direct:
+        quant_state = copy.copy(quant_state)
+        quant_state.dtype = direct
     return dequantize_4bit(weight.data, quant_state).to(dtype)
 
 
@@ -111,21 +183,30 @@ def dropped(rows: Tensor, dropout: float, seed: int) -> Tensor:
     if dropout == 0.0:
         return rows
     generator = torch.Generator(device=rows.device).manual_seed(seed)
-    keep = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    keep = keep.uniform_(generator=generator) >= dropout
-    return rows * keep * (1.0 / (1.0 - dropout))
+    keep = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    keep.bernoulli_(1.0 - dropout, generator=generator)
+    return (rows * keep).mul_(1.0 / (1.0 - dropout))
+
+
+def _shape(weight: Tensor) -> tuple[int, ...]:
+    quant_state = getattr(weight, "quant_state", None)
+    return tuple(weight.shape if quant_state is None else quant_state.shape)
 
 
 def _validate(
-    x: Tensor, weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, dropout: float
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
 ) -> None:
-    quant_state = getattr(weight, "quant_state", None)
-    shape = tuple(weight.shape if quant_state is None else quant_state.shape)
+    shape = _shape(weight)
     if len(shape) != 2 or x.shape[-1] != shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)} does not fit weight {shape}: need (..., {shape[-1]})."
         )
-    if quant_state is None and weight.dtype != x.dtype:
+    if getattr(weight, "quant_state", None) is None and weight.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: need one dtype; cast x.")
     if (lora_A is None) != (lora_B is None):
         raise ValueError("only one of lora_A and lora_B was given: pass both, or neither.")
@@ -138,3 +219,10 @@ def _validate(
             )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}: need a number in [0, 1).")
+    if torch.is_grad_enabled():
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, and lora_linear computes none for it: freeze it "
+                    "with requires_grad_(False), or use torch.nn.functional.linear."
+                )

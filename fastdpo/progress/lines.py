@@ -1,4 +1,4 @@
-"""The progress of training on the screen: one bar, and one readable line for each log."""
+"""One bar over the updates, and one readable line for each log."""
 
 from typing import Any
 

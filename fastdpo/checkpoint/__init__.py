@@ -1,0 +1,51 @@
+"""Checkpoints that are whole or do not exist: no pickle inside, a manifest with checksums last.
+
+A checkpoint folder is filled under a temporary name, sealed with `MANIFEST.json` (size and sha256
+of every file) and renamed. Resuming takes the newest folder that verifies.
+"""
+
+from fastdpo.checkpoint.errors import CheckpointError
+from fastdpo.checkpoint.folders import (
+    MANIFEST,
+    Sealed,
+    claimed,
+    commit,
+    newest_verified,
+    rotate,
+    seal,
+    sweep,
+    verify,
+)
+from fastdpo.checkpoint.preflight import require_room, require_unused, require_writable
+from fastdpo.checkpoint.same_run import require_same_run
+from fastdpo.checkpoint.training_state import (
+    load_optimizer,
+    load_rng_state,
+    load_tensors,
+    save_optimizer,
+    save_rng_state,
+    save_tensors,
+)
+
+__all__ = [
+    "MANIFEST",
+    "CheckpointError",
+    "Sealed",
+    "seal",
+    "verify",
+    "newest_verified",
+    "commit",
+    "rotate",
+    "claimed",
+    "sweep",
+    "require_same_run",
+    "require_room",
+    "require_unused",
+    "require_writable",
+    "save_optimizer",
+    "load_optimizer",
+    "save_rng_state",
+    "load_rng_state",
+    "save_tensors",
+    "load_tensors",
+]

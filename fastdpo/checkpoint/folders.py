@@ -1,0 +1,214 @@
+"""A checkpoint's folder: sealed, named, verified, found again, and deleted when newer ones do."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastdpo import files
+from fastdpo.checkpoint.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+MAX_MANIFEST_BYTES = 2**24  # ours have about 3 KiB
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What the manifest of a whole checkpoint says beside its files.
+
+    Attributes:
+        run: what a resumed run must share with the one that was stopped.
+        plan: how that one laid out its work; a resumed run follows it.
+    """
+
+    run: dict[str, Any]
+    plan: dict[str, Any]
+
+
+def seal(folder: Path, run: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> None:
+    """Make every file of a finished checkpoint durable and write its manifest, last of all.
+
+    Args:
+        folder: a checkpoint under its temporary name.
+        run: as in `Sealed`.
+        plan: as in `Sealed`.
+
+    Raises:
+        OSError: the disk is full or failing.
+    """
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        if path == folder / MANIFEST:
+            continue
+        files.sync(path)
+        if path.is_file():
+            contents[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": files.sha256_of(path),
+            }
+    manifest = {"format": FORMAT, "run": {**run}, "plan": {**(plan or {})}, "files": contents}
+    files.write_json(folder / MANIFEST, manifest)
+
+
+def verify(folder: Path) -> Sealed:
+    """What the manifest says, of a checkpoint whose files are all as they were written.
+
+    Raises:
+        CheckpointError: names the first file that is missing or differs.
+    """
+    sealed, contents = _read_manifest(folder)
+    for name, (size, sha256) in contents.items():
+        path = folder / name
+        try:
+            if not path.is_file() or path.stat().st_size != size:
+                raise CheckpointError(f"{path} is missing or not {size} bytes long")
+            if files.sha256_of(path) != sha256:
+                raise CheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error})") from error
+    return sealed
+
+
+def newest_verified(output_dir: Path) -> Path:
+    """The checkpoint of the highest step that verifies; what is skipped is said, with the reason.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    skipped = []
+    for folder in sorted(checkpoints_in(output_dir), key=_step_of, reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            skipped.append(str(error))
+            logger.warning("Skipping a checkpoint: %s", error)
+            continue
+        return folder
+    reasons = "; ".join(skipped) or "there is no checkpoint-* folder"
+    raise CheckpointError(
+        f"nothing to resume from in {output_dir}: {reasons}. Start without resume_from_checkpoint."
+    )
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give a sealed checkpoint its name; what had that name before is deleted only then.
+
+    Raises:
+        OSError: it cannot be renamed; the older folder then has its name back.
+    """
+    aside = None
+    if os.path.lexists(final):
+        aside = files.temporary_name(final)
+        files.replace(final, aside)
+    try:
+        files.replace(temporary, final)
+    except BaseException:
+        if aside is not None:
+            files.replace(aside, final)
+        raise
+    files.sync(final.parent)
+    if aside is not None:
+        files.remove(aside)
+
+
+def rotate(output_dir: Path, keep: int | None, written: Path, protected: Path | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`, by step.
+
+    Never deleted are `written`, the one that was sealed a moment ago (those of higher steps are
+    what it has gone back behind: damaged, or passed over by the user), `protected`, and links.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    if keep is None or keep <= 0:
+        return
+    spared = {path.resolve() for path in (written, protected) if path is not None}
+    own = [folder for folder in checkpoints_in(output_dir) if not folder.is_symlink()]
+    newest_first = sorted(own, key=lambda folder: (folder != written, -_step_of(folder)))
+    for folder in newest_first[keep:]:
+        if folder.resolve() not in spared:
+            doomed = files.temporary_name(folder)
+            files.replace(folder, doomed)  # half a checkpoint must not keep its name
+            files.remove(doomed)
+
+
+@contextmanager
+def claimed(output_dir: Path) -> Iterator[None]:
+    """Hold an existing folder as the only run that writes checkpoints into it.
+
+    What killed runs have left in it is deleted first, unless the file system has no locks to tell
+    that they are dead.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    try:
+        with files.only_writer(output_dir) as alone:
+            if alone:
+                sweep(output_dir)
+            yield
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"another process is training into {output_dir}: wait for it, or give another "
+            "--output_dir."
+        ) from error
+
+
+def sweep(output_dir: Path) -> None:
+    """Delete what killed runs have left under temporary names; only for who holds the folder."""
+    for path in sorted(output_dir.iterdir()):
+        if files.is_temporary(path):
+            logger.info("Deleting %s, which an interrupted run has left", path)
+            files.remove(path)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The folders that are named like checkpoints, whole or not."""
+    if not output_dir.is_dir():
+        return []
+    return [path for path in output_dir.iterdir() if _step_of(path) >= 0 and path.is_dir()]
+
+
+def _read_manifest(folder: Path) -> tuple[Sealed, dict[str, tuple[int, str]]]:
+    """The manifest's parts, their shape checked: what a file claims is believed no sooner."""
+    path = folder / MANIFEST
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
+        manifest = json.loads(content)
+        written_in = manifest["format"]
+        sealed = Sealed(dict(manifest["run"]), dict(manifest.get("plan", {})))
+        contents = {name: (r["bytes"], r["sha256"]) for name, r in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST} ({type(error).__name__}: {error})"
+        ) from error
+    if written_in != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {written_in!r}, and this fastdpo reads {FORMAT}: "
+            "resume with the fastdpo that wrote it"
+        )
+    for name in contents:
+        if not _stays_inside(name):
+            raise CheckpointError(f"{path} names {name!r}, which is no file inside the checkpoint")
+    return sealed, contents
+
+
+def _stays_inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts and "\0" not in name
+
+
+def _step_of(folder: Path) -> int:
+    match = re.fullmatch(r"checkpoint-([0-9]{1,18})", folder.name)
+    return int(match[1]) if match else -1

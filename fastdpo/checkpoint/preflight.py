@@ -1,0 +1,69 @@
+"""Before hours of work: can the output folder take what they will produce?"""
+
+import os
+import uuid
+from pathlib import Path
+
+from fastdpo import files
+from fastdpo.checkpoint.errors import CheckpointError
+from fastdpo.checkpoint.folders import checkpoints_in
+
+PROBE_BYTES = 2**20
+
+
+def require_writable(output_dir: Path) -> None:
+    """Make the folder, and write, read back and delete a file in it.
+
+    Raises:
+        CheckpointError: that fails; says what to do.
+    """
+    content = os.urandom(PROBE_BYTES)
+    probe = output_dir / f"probe-{uuid.uuid4().hex}"
+    try:
+        files.write_bytes(probe, content)
+        read_back = probe.read_bytes()
+        files.remove(probe)
+    except OSError as error:
+        raise CheckpointError(
+            f"--output_dir {output_dir} cannot be written to ({error}): nothing that is trained "
+            "could be kept. Give another folder, or make room and set its permissions."
+        ) from error
+    if read_back != content:
+        raise CheckpointError(
+            f"--output_dir {output_dir} gives back other bytes than were written to it: its disk "
+            "is failing. Give a folder on another one."
+        )
+
+
+def require_room(output_dir: Path, needed_bytes: int) -> None:
+    """Refuse a disk that has no room for one more checkpoint.
+
+    Args:
+        output_dir: an existing folder.
+        needed_bytes: what a checkpoint takes, about.
+
+    Raises:
+        CheckpointError: there is less free; says both and what to do.
+    """
+    free = files.free_bytes(output_dir)
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"a checkpoint takes about {needed_bytes / 2**20:,.0f} MiB and {output_dir} has "
+            f"{free / 2**20:,.0f} MiB free: make room, give another --output_dir, or pass "
+            "--save_only_model true (no resuming) or --save_strategy no."
+        )
+
+
+def require_unused(output_dir: Path) -> None:
+    """Refuse to start anew where checkpoints lie: a later resume could take one of the old run.
+
+    Raises:
+        CheckpointError: names the newest and what to do.
+    """
+    found = sorted(checkpoints_in(output_dir), key=lambda path: path.stat().st_mtime)
+    if found:
+        raise CheckpointError(
+            f"{output_dir} holds {len(found)} checkpoints of an earlier run, the last written "
+            f"{found[-1].name}: go on from it with --resume_from_checkpoint true, give another "
+            "--output_dir, or delete them."
+        )

@@ -1,0 +1,71 @@
+"""What is odd about a set of pairs: copies, a length bias, many over-long rows."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from fastdpo.data.pairs import OVER_LONG_PROMPT, PairDataset
+
+BIAS_SHARE = 0.8
+OVER_LONG_SHARE = 0.05
+_BIAS_FROM_PAIRS = 50
+
+
+def examine(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
+    """Plain sentences on a prepared set, warnings among them; the lengths always.
+
+    Args:
+        pairs: at least one, with their report.
+        where: the place of a row, for examples.
+    """
+    return [
+        *_copies(pairs, where),
+        *_lengths(pairs),
+        *_over_long(pairs),
+    ]
+
+
+def _copies(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
+    """Pairs whose tokens are those of an earlier pair."""
+    prints = pairs.fingerprints()
+    counts = Counter(prints)
+    copies = len(prints) - len(counts)
+    if not copies:
+        return []
+    most, times = counts.most_common(1)[0]
+    place = where(pairs[prints.index(most)].row).removeprefix(pairs.report.source).strip()
+    return [
+        f"warning: {copies:,} pairs are copies of earlier ones (that of {place} is there "
+        f"{times:,} times) and count as often"
+    ]
+
+
+def _lengths(pairs: PairDataset) -> list[str]:
+    """Mean tokens, and a warning where the chosen completion is nearly always the longer one."""
+    lengths = pairs.lengths
+    said = ", ".join(f"{name} {tokens.mean():.0f}" for name, tokens in lengths._asdict().items())
+    longest = int((lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)).max())
+    lines = [f"mean tokens: {said}; longest prompt with completion {longest:,}"]
+    for name, longer in (
+        ("longer", lengths.chosen > lengths.rejected),
+        ("shorter", lengths.chosen < lengths.rejected),
+    ):
+        if longer.mean() > BIAS_SHARE and len(pairs) >= _BIAS_FROM_PAIRS:
+            lines.append(
+                f"warning: chosen is the {name} completion in {longer.mean():.0%} of the pairs, so "
+                f"the policy may learn to be {'long' if name == 'longer' else 'brief'}; watch "
+                "lengths/*, or try --loss_type sigmoid_norm"
+            )
+    return lines
+
+
+def _over_long(pairs: PairDataset) -> list[str]:
+    dropped = pairs.report.dropped.get(OVER_LONG_PROMPT)
+    if dropped is None or dropped.count <= OVER_LONG_SHARE * pairs.report.rows_read:
+        return []
+    share = dropped.count / pairs.report.rows_read
+    return [
+        f"warning: {share:.0%} of the rows are lost to max_length; raise it, or pass "
+        "max_prompt_length to cut their prompts instead"
+    ]

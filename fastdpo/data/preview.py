@@ -1,0 +1,89 @@
+"""A few prepared pairs for the eye: what is prompt, chosen and rejected, and what was cut."""
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastdpo.data.pairs import Pair, PairDataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_LETTERS = 800
+_COLOURS = {"prompt": "36", "chosen": "32", "rejected": "31", "cut": "7", "shared": "2"}
+# What would move the cursor, colour the screen or turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def show_pairs(
+    pairs: PairDataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    n: int = 3,
+    colour: bool | None = None,
+) -> str:
+    """Render pairs as the model sees them, control tokens included.
+
+    Args:
+        pairs: at least one.
+        tokenizer: that made them.
+        n: how many, spread evenly over the set.
+        colour: ANSI colours; None: where standard output is a terminal and NO_COLOR is unset.
+
+    Returns:
+        Lines: the prompt once, then both completions; `[cut]` where tokens were lost to a length
+        limit, `||` where the completions part. The middle of long texts is left out.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    places = np.unique(np.linspace(0, len(pairs) - 1, max(1, min(n, len(pairs)))).astype(int))
+    show = _Shown(tokenizer, colour)
+    return "\n\n".join(
+        f"pair {place + 1:,} of {len(pairs):,} (row {pairs[place].row})\n{show.pair(pairs[place])}"
+        for place in places.tolist()
+    )
+
+
+class _Shown:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", colour: bool):
+        self._tokenizer = tokenizer
+        self._colour = colour
+
+    def pair(self, pair: Pair) -> str:
+        chosen, rejected = pair.completions
+        shorter = min(len(chosen), len(rejected))
+        differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
+        shared = int(differ[0]) if len(differ) else shorter
+        lines = [self._line("prompt", pair.prompt_ids, 0, pair.cut[0])]
+        for name, ids, cut in zip(
+            ("chosen", "rejected"), pair.completions, pair.cut[1:], strict=True
+        ):
+            lines.append(self._line(name, ids, shared, cut))
+        return "\n".join(lines)
+
+    def _line(self, name: str, ids: np.ndarray, shared: int, cut: bool) -> str:
+        """The part's name and length, then its text, indented."""
+        text = self._paint(self._text(ids[shared:]), name)
+        if shared:
+            text = f"{self._paint(self._text(ids[:shared]), f'{name} shared')}||{text}"
+        if cut:
+            mark = self._paint("[cut]", "cut")
+            text = f"{mark} {text}" if name == "prompt" else f"{text} {mark}"
+        label = self._paint(f"{name}, {len(ids):,} tokens:", name)
+        return f"  {label}\n    " + text.replace("\n", "\n    ")
+
+    def _text(self, ids: np.ndarray) -> str:
+        text = self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        text = _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", str(text))
+        if len(text) <= MOST_LETTERS:
+            return text
+        half = MOST_LETTERS // 2
+        return f"{text[:half]}[... {len(text) - 2 * half:,} letters ...]{text[-half:]}"
+
+    def _paint(self, text: str, kinds: str) -> str:
+        if not self._colour:
+            return text
+        codes = ";".join(_COLOURS[kind] for kind in kinds.split())
+        return f"\033[{codes}m{text}\033[0m"

@@ -1,0 +1,102 @@
+"""Several completions to one prompt, rated or ranked: which of them make pairs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastdpo.data.errors import DataError
+
+_TEXTS = ("answer", "response", "completion", "text", "output", "generation")
+_RATINGS = ("overall_score", "score", "rating", "reward")
+_RANKS = ("rank", "ranking")
+
+
+def pairs_of_rated(
+    completions: Any, ratings: Any, ranks: Any, *, mode: str, rated_by_place: bool = False
+) -> list[tuple[Any, Any]]:
+    """The (chosen, rejected) pairs of one prompt's completions.
+
+    Args:
+        completions: a list of strings or messages, or of objects that hold a text and a rating.
+        ratings: a number for each, the higher the better; None where the objects hold it.
+        ranks: likewise, the lower the better.
+        mode: "best_worst" pairs the best with the worst, "all" every two that differ in rating.
+        rated_by_place: there are two and the first is the better one.
+
+    Returns:
+        No pair where all are rated alike. A completion whose rating is null takes no part.
+
+    Raises:
+        DataError: no list, no ratings, or ratings that are no numbers or of another count.
+    """
+    if not isinstance(completions, Sequence) or isinstance(completions, str):
+        raise DataError(f"the completions are {completions!r:.60}, a list of them is needed")
+    if rated_by_place:
+        if len(completions) != 2:
+            raise DataError(
+                f"'output' holds {len(completions)} completions without ratings, two are needed, "
+                "the better one first; add a column of ratings"
+            )
+        return [(completions[0], completions[1])]
+    scores = _scores(completions, ratings, ranks)
+    rated = [
+        (score, _content(completion))
+        for score, completion in zip(scores, completions, strict=True)
+        if score is not None
+    ]
+    if mode == "all":
+        return [(a, b) for high, a in rated for low, b in rated if high > low]
+    if not rated:
+        return []
+    best, worst = max(rated, key=lambda r: r[0]), min(rated, key=lambda r: r[0])
+    return [(best[1], worst[1])] if best[0] > worst[0] else []
+
+
+def _scores(completions: Sequence[Any], ratings: Any, ranks: Any) -> list[float | None]:
+    """A number for each completion, the higher the better."""
+    sign = 1 if ranks is None else -1
+    found = ratings if ranks is None else ranks
+    if found is None:
+        key, sign = _rating_key(completions)
+        found = [completion[key] for completion in completions]
+    if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(completions):
+        raise DataError(
+            f"the ratings are {found!r:.60}; a list of {len(completions)} numbers is needed, one "
+            "for each completion"
+        )
+    scores: list[float | None] = []
+    for place, value in enumerate(found):
+        if value is None:
+            scores.append(None)
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or math.isnan(value):
+            raise DataError(f"rating {place} is {value!r:.60}; a number or null is needed")
+        scores.append(sign * value)
+    return scores
+
+
+def _rating_key(completions: Sequence[Any]) -> tuple[str, int]:
+    """Where the completions hold their own rating, and whether the higher is the better."""
+    if completions and all(isinstance(each, Mapping) for each in completions):
+        for key in (*_RATINGS, *_RANKS):
+            if all(key in each for each in completions):
+                return key, -1 if key in _RANKS else 1
+    raise DataError(
+        "there are several completions and nothing says which is the better: add a column ratings "
+        "(or scores; ranks where 1 is the best), or make each completion an object with a text and "
+        f"one of {', '.join((*_RATINGS, *_RANKS))}"
+    )
+
+
+def _content(completion: Any) -> Any:
+    """The string or messages of a completion."""
+    if not isinstance(completion, Mapping) or "content" in completion or "value" in completion:
+        return completion
+    for key in _TEXTS:
+        if key in completion:
+            return completion[key]
+    raise DataError(
+        f"a completion has the keys {', '.join(map(repr, completion))}, and its text is expected "
+        f"under one of {', '.join((*_TEXTS, 'content'))}; rename one"
+    )

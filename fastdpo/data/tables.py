@@ -1,0 +1,155 @@
+"""Tables of columns: CSV with true line numbers, Parquet and Arrow files, saved folders."""
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from fastdpo.data.errors import DataError, UnknownSplitError
+from fastdpo.data.json_lines import read_bytes
+
+TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".arrow")
+_NO_TEXT = re.compile(r"\b(Image|Audio|Video|Pdf)\(")
+
+
+def read_csv(path: Path) -> tuple[list[dict[str, str]], list[int]]:
+    """Read a file of comma (.tsv: tab) separated values with a header; every value is text.
+
+    Args:
+        path: an existing file, UTF-8, quoted as RFC 4180 has it.
+
+    Returns:
+        The rows, and for each the line that it ends on, counted from 1.
+
+    Raises:
+        DataError: not UTF-8, no unique header, a row with more or fewer fields than the header, or
+            a quote that is never closed; the text names file:line.
+    """
+    content = read_bytes(path)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(10, 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: byte {error.start + 1} of the file (0x{content[error.start]:02x}) is "
+            "not UTF-8; save the file as UTF-8"
+        ) from error
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
+        strict=True,
+    )
+    previous = csv.field_size_limit(2**31 - 1)
+    rows, numbers = [], []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}:1: the header names a column twice ({header}); rename one")
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{path}:{reader.line_num}: the row has {len(fields)} fields and the header "
+                    f"{len(header)} ({', '.join(header)}); quote fields that hold a comma, a quote "
+                    "or a line break"
+                )
+            rows.append(dict(zip(header, fields, strict=True)))
+            numbers.append(reader.line_num)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{reader.line_num}: no valid CSV ({error}); quote fields that hold a comma, a "
+            "quote or a line break, and double the quotes inside them"
+        ) from error
+    finally:
+        csv.field_size_limit(previous)
+    return rows, numbers
+
+
+def read_table(path: Path) -> Any:
+    """A Parquet or Arrow file as a `datasets.Dataset`, without a copy in the user's cache folder.
+
+    Raises:
+        DataError: the file is broken or of another kind.
+    """
+    import pyarrow
+    from datasets import Dataset
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            return Dataset(parquet.read_table(path))
+        return Dataset.from_file(str(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} can't be read as {path.suffix.lower()}: {error}; write it again, or pass the "
+            "rows as a .jsonl file"
+        ) from error
+
+
+def is_saved_folder(path: Path) -> bool:
+    """Whether `datasets` wrote the folder with save_to_disk."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def read_saved(path: Path, split: str) -> Any:
+    """One split of a folder that save_to_disk wrote; slices as in `take_split`.
+
+    Raises:
+        DataError: the folder is broken.
+        UnknownSplitError: there is no such split.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    loaded = load_from_disk(str(path))
+    parts: dict[str, Any] = {"train": loaded}
+    if isinstance(loaded, DatasetDict):
+        parts = {str(name): part for name, part in loaded.items()}
+    name = re.split(r"[\[+]", split)[0]
+    if name not in parts:
+        raise UnknownSplitError(
+            f"split {split!r} was asked of {path}, which has {list(parts)}; pass one of those"
+        )
+    return parts[name].select(take_split(split, name, len(parts[name]), str(path)))
+
+
+def take_split(split: str, name: str, rows: int, source: str) -> range | list[int]:
+    """Which rows a split such as "train[:90%]" or "train[:10]+train[-10:]" takes.
+
+    Args:
+        split: as `datasets` reads it.
+        name: of the only split that there is.
+        rows: in it.
+        source: for messages.
+
+    Returns:
+        The row numbers.
+
+    Raises:
+        UnknownSplitError: another split is asked for.
+    """
+    if split == name:
+        return range(rows)
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: rows})
+    except (ValueError, AssertionError) as error:
+        raise UnknownSplitError(
+            f"split {split!r} was asked of {source}, which is one file and so has one split, "
+            f"{name!r} ({error}); pass {name!r} or a slice of it such as {name}[:90%], or the "
+            "path of the file that holds the other rows"
+        ) from error
+    return [row for part in parts for row in range(part.from_, part.to)]
+
+
+def check_only_text(table: Any, source: str) -> None:
+    """Refuse a table with columns of images, audio or video before any is decoded."""
+    for name, feature in (getattr(table, "features", None) or {}).items():
+        if found := _NO_TEXT.search(repr(feature)):
+            raise DataError(
+                f"{source}: column {name!r} is of type {found.group(1)}, and only text can be "
+                "trained on; remove the column if the text stands alone"
+            )

@@ -1,0 +1,82 @@
+"""Making turns of a conversation from columns of text, and cutting transcripts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastdpo.data.errors import DataError
+from fastdpo.data.formats import Messages, PreferenceRow
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def question_of(row: Mapping[str, Any], question: str, more: str | None) -> str:
+    """The text of a user's turn: the question, and further input on lines of its own."""
+    value = row.get(question)
+    further = row.get(more) if more is not None else None
+    for column, text in ((question, value), (more, further)):
+        if not isinstance(text, str) and not (column == more and text is None):
+            raise DataError(f"column {column!r} is {text!r:.40}, a string is needed")
+    return f"{value}\n{further}" if further else str(value)
+
+
+def history_turns(history: Any) -> Messages:
+    """The turns before the question, from a list of [question, answer]."""
+    turns = []
+    for exchange in history or []:
+        texts = list(exchange) if isinstance(exchange, list | tuple) else []
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"the history holds {exchange!r:.40}, a list of [question, answer] is needed"
+            )
+        turns.append({"role": "user", "content": texts[0]})
+        turns.append({"role": "assistant", "content": texts[1]})
+    return turns
+
+
+def with_system(row: PreferenceRow, system: Any) -> PreferenceRow:
+    """A system text put in front of the conversation; strings beside it become turns.
+
+    An empty or null text adds no turn, nor does any where the conversation has one.
+    """
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"the system turn is {system!r:.40}, a string or null is needed")
+    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+        chosen = [{"role": "assistant", "content": chosen}]
+        rejected = [{"role": "assistant", "content": rejected}]
+    if system and not any(message["role"] == "system" for message in prompt):
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return PreferenceRow(prompt, chosen, rejected, row.tools, row.chat_template_kwargs)
+
+
+def is_answer(value: Any) -> bool:
+    """Whether a completion holds the answer alone, not the conversation before it."""
+    if not isinstance(value, list | tuple):
+        return True
+    first = value[0] if value and isinstance(value[0], Mapping) else {}
+    return first.get("role", first.get("from")) in ("assistant", "gpt")
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether a string is a dialogue of Human and Assistant, as in HH-RLHF."""
+    return isinstance(value, str) and value.startswith(HUMAN) and ASSISTANT in value
+
+
+def split_transcripts(chosen: Any, rejected: Any) -> tuple[str, str, str]:
+    """(prompt, chosen, rejected) of two transcripts.
+
+    The prompt ends where the last answer begins whose beginning they share, so that every word of
+    both answers is scored (the longest common text would end inside them).
+    """
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        start = chosen.rfind(ASSISTANT)
+        while start >= 0:
+            end = start + len(ASSISTANT)
+            if chosen[:end] == rejected[:end]:
+                return chosen[:end], chosen[end:], rejected[end:]
+            start = chosen.rfind(ASSISTANT, 0, start)
+    raise DataError(
+        f"chosen and rejected are no transcripts that share a turn up to {ASSISTANT.strip()!r}, as "
+        "those of the first row are; correct the row or remove it"
+    )

@@ -1,0 +1,159 @@
+"""How a run is laid out on its device: chosen once before training, applied, kept to resume by."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from fastdpo.batching import Group, default_micro_batch_tokens, group_tokens, trunk_length
+from fastdpo.config import DPOConfig
+from fastdpo.memory import Plan, plan_for_run
+from fastdpo.modeling.activations import KEEP, RECOMPUTE, apply_policy, decoder_layers
+from fastdpo.modeling.attention import attention_kind
+from fastdpo.modeling.embeddings import embeddings_to_host
+from fastdpo.modeling.families import PassMode
+from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.mlp import tile_mlps
+from fastdpo.modeling.norms import tile_norms
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides the bits of an update besides its pairs and weights.
+
+    Attributes:
+        micro_batch_tokens: T, the most tokens of a micro-batch.
+        most_group_tokens: longer groups run one completion at a time; None splits none.
+        layer_policy: of each decoder layer: keep, recompute or offload.
+        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
+        norm_tile_tokens: likewise of the norms.
+        embeddings_on_host: whether embedding rows come from host memory.
+        attention: what attends.
+    """
+
+    micro_batch_tokens: int
+    layer_policy: tuple[str, ...]
+    mlp_tile_tokens: int | None = None
+    norm_tile_tokens: int | None = None
+    embeddings_on_host: bool = False
+    most_group_tokens: int | None = None
+    attention: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {**asdict(self), "layer_policy": list(self.layer_policy)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `as_json` wrote."""
+        known: dict[str, Any] = {name: values[name] for name in cls.__dataclass_fields__}
+        known["layer_policy"] = tuple(known["layer_policy"])
+        return cls(**known)
+
+    def apply(self, policy: PreTrainedModel | PeftModel) -> None:
+        """Make the model run so; of a model that runs otherwise nothing stays."""
+        if self.layer_policy:
+            apply_policy(policy, self.layer_policy)
+        tile_mlps(policy, self.mlp_tile_tokens)
+        tile_norms(policy, self.norm_tile_tokens)
+        if self.embeddings_on_host:
+            embeddings_to_host(policy)
+
+
+def plan_memory(
+    policy: PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    groups: Sequence[Group] | None,
+    mode: PassMode,
+    pairs_per_update: int,
+) -> Plan | None:
+    """Predict the peak and choose how to fill the card; None where there is no card or no pair."""
+    device = causal_lm_of(policy).device
+    if device.type != "cuda" or not groups:
+        return None
+    completions = [(group, ids) for group in groups for ids in group.completions]
+    found = plan_for_run(
+        policy,
+        args,
+        sizes_of(groups, mode),
+        pairs_per_update=pairs_per_update,
+        scored_tokens=sum(len(ids) for _, ids in completions),
+        longest_row_tokens=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
+        repeated_tokens=sum(map(trunk_length, groups)) if mode.shared_prefix else 0,
+    )
+    if found is not None:
+        logger.info("%s", found.describe())
+    if found is not None and not found.fits:
+        logger.warning(
+            "By the plan this run does not fit. It is tried all the same: where memory runs out, "
+            "micro-batches shrink."
+        )
+    return found
+
+
+def sizes_of(groups: Sequence[Group], mode: PassMode) -> list[int]:
+    """Tokens that each group takes in a micro-batch."""
+    rows = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
+    return [group_tokens(group, **rows) for group in groups]
+
+
+def choose_layout(
+    policy: PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    groups: Sequence[Group] | None,
+    mode: PassMode,
+    plan: Plan | None,
+) -> Layout:
+    """What the options ask for; where they ask for nothing, the plan or the device's usual."""
+    causal_lm = causal_lm_of(policy)
+    planned = plan.micro_batch_tokens if plan else default_micro_batch_tokens(causal_lm.device)
+    tile = args.mlp_tile_tokens
+    if tile is None and plan is not None:
+        tile = plan.mlp_tile_tokens
+    on_host = args.embeddings == "host"
+    if args.embeddings == "auto" and plan is not None:
+        on_host = plan.embeddings_on_host
+    # A plan whose rows are shorter than the longest pair has counted on its completions apart.
+    apart = plan is not None and groups and planned < max(sizes_of(groups, mode))
+    return Layout(
+        micro_batch_tokens=args.micro_batch_tokens or planned,
+        layer_policy=_layer_policy(policy, args, plan),
+        mlp_tile_tokens=tile or None,
+        norm_tile_tokens=None if plan is None or tile == 0 else plan.norm_tile_tokens,
+        embeddings_on_host=on_host,
+        most_group_tokens=planned if apart else None,
+        attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
+    )
+
+
+def fullest_update(groups: Sequence[Group], mode: PassMode, layout: Layout) -> list[Group]:
+    """The longest groups, as many as fill a micro-batch: what takes the most memory."""
+    chosen: list[Group] = []
+    filled = 0
+    for size, index in sorted(((s, i) for i, s in enumerate(sizes_of(groups, mode))), reverse=True):
+        if chosen and filled + size > layout.micro_batch_tokens:
+            break
+        chosen.append(groups[index])
+        filled += size
+    return chosen
+
+
+def _layer_policy(
+    policy: PreTrainedModel | PeftModel, args: DPOConfig, plan: Plan | None
+) -> tuple[str, ...]:
+    choice = args.activations
+    if choice == "auto" and args.activation_checkpointing is False:
+        choice = KEEP
+    if choice == KEEP:
+        try:
+            return (KEEP,) * len(decoder_layers(policy))
+        except ValueError:  # layers that cannot be recomputed are kept anyway
+            return ()
+    if choice == "auto" and plan is not None:
+        return plan.layer_policy
+    return (RECOMPUTE if choice == "auto" else choice,) * len(decoder_layers(policy))

@@ -1,0 +1,256 @@
+"""Bytes that the tokens of a micro-batch take: what a layer saves, and what its backward adds.
+
+Counted along the autograd graph as transformers and `lora_linear` build it: a norm saves its input
+in fp32 and one number a row, `lora_linear` its input (which layers that read the same tensor
+share), attention its queries, keys, values, output and one number a head, SiLU and product the
+three tensors that they read. `tests/test_memory.py` counts the same on real models, to the byte.
+"""
+
+from dataclasses import dataclass
+
+from fastdpo.memory.architecture import Architecture
+from fastdpo.memory.terms import Training, dequantized_bytes
+
+KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
+"""What a layer leaves for its backward: everything, its input, or its input in host memory."""
+
+OFFLOADED_ON_CARD = 2
+"""Inputs of offloaded layers that lie on the card at a time: one in use, one on its way."""
+
+NORM_TEMPORARIES = 5
+"""Tensors of (T, H) in fp32 that the backward of a norm holds besides what was saved."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one micro-batch.
+
+    Attributes:
+        tokens: T.
+        scored_tokens: N.
+        repeated_tokens: trunk tokens that lie among the keys once more, for the completions after
+            the first.
+        further_tokens: tokens of the completions after the first.
+        mask_entries: queries times keys of those completions, of masks that "sdpa" saves.
+    """
+
+    tokens: int
+    scored_tokens: int
+    repeated_tokens: int = 0
+    further_tokens: int = 0
+    mask_entries: int = 0
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one decoder layer takes for a row.
+
+    Attributes:
+        input: its input, which is all that a recomputed one saves.
+        attention: saved from its input to the residual sum in the middle.
+        middle_norm: saved by the norm before the MLP, less its output.
+        mlp: saved by the MLP, the output of that norm included.
+        backward: what its backward adds to all that at the moment when it needs most.
+        dequantized: the dense copy of a weight within `backward`.
+        first_spared: what the very first layer saves less, where its input needs no gradient.
+        holds_input: whether `attention` counts the input itself.
+    """
+
+    input: int
+    attention: int
+    middle_norm: int
+    mlp: int
+    backward: int
+    dequantized: int
+    first_spared: int
+    holds_input: bool
+
+    @property
+    def kept(self) -> int:
+        """What a kept layer saves."""
+        return self.attention + self.middle_norm + self.mlp
+
+
+def layer_bytes(
+    architecture: Architecture,
+    training: Training,
+    row: Row,
+    *,
+    mlp_tile_tokens: int | None = None,
+    norm_tile_tokens: int | None = None,
+) -> LayerBytes:
+    """What one decoder layer takes for a row.
+
+    Args:
+        architecture: of the model.
+        training: what is trained.
+        row: the tokens.
+        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
+        norm_tile_tokens: likewise of the norms.
+    """
+    d, tokens = training.entry_bytes, row.tokens
+    stream = d if training.trains_adapter else 4
+    hidden = architecture.hidden * tokens
+    # Under autocast every linear layer casts and saves its own copy of what it reads.
+    readers, mlp_readers = (1, 1) if training.trains_adapter else (3, 2)
+    norms = _Norms(training, tokens, norm_tile_tokens)
+    norm = norms.saved(architecture.hidden)
+    outer = architecture.norms - 2  # those after attention and MLP, which no linear layer reads
+    attention = norm + readers * d * hidden + _attention(architecture, training, row)
+    attention += (outer - outer // 2) * norm
+    if architecture.query_key_norms:
+        queries, keys = architecture.query_width, architecture.key_width
+        attention += norms.saved(queries, architecture.head_size)
+        attention += norms.saved(keys, architecture.head_size)
+    tile = tokens if mlp_tile_tokens is None else min(mlp_tile_tokens, tokens)
+    per_token = d * architecture.intermediate
+    mlp = (
+        mlp_readers * d * hidden
+        + outer // 2 * norm
+        + (4 * per_token * tile if tile == tokens else 0)
+    )
+    saved = attention + norm + mlp
+    scratch = max(
+        (dequantized_bytes(linear, training) for linear in architecture.linears), default=0
+    )
+    # The gradients of the product, and of its two factors or the dense weight.
+    inside = per_token * tile + max(per_token * tile, scratch)
+    if tile < tokens:  # the tile is run forward again, and the input's gradient is there for all
+        inside += 4 * per_token * tile + d * hidden
+    gradient = stream * hidden
+    moments = {
+        "mlp": saved + gradient + inside,
+        "middle norm": attention + norm + gradient + norms.backward(architecture.hidden),
+        "attention": attention + gradient + _attention_backward(architecture, training, row),
+    }
+    if outer:
+        moments["last norm"] = saved + gradient + norms.backward(architecture.hidden)
+    if architecture.query_key_norms:
+        moments["query norm"] = attention + gradient + norms.backward(architecture.query_width)
+    return LayerBytes(
+        input=stream * hidden,
+        attention=attention,
+        middle_norm=norm,
+        mlp=mlp,
+        backward=max(moments.values()) - saved,
+        dequantized=scratch,
+        first_spared=norm if training.trains_adapter else 0,
+        holds_input=norms.keep_input,
+    )
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """How norms run: over the whole row in fp32, or tile by tile."""
+
+    training: Training
+    tokens: int
+    tile_tokens: int | None
+
+    @property
+    def tiled(self) -> bool:
+        return self.tile_tokens is not None and self.tile_tokens < self.tokens
+
+    @property
+    def stream_bytes(self) -> int:
+        return self.training.entry_bytes if self.training.trains_adapter else 4
+
+    @property
+    def keep_input(self) -> bool:
+        """Whether what is saved is the input itself, no copy of it."""
+        return self.tiled or self.stream_bytes == 4
+
+    def saved(self, width: int, size: int | None = None) -> int:
+        """The input in fp32 and a number for each vector of `size`; tiled, the input as it is.
+
+        A trained weight wants what it multiplies too.
+        """
+        entries = width * self.tokens
+        if self.tiled:
+            return self.stream_bytes * entries
+        normed = 0 if self.training.trains_adapter else 4 * entries
+        return 4 * entries + 4 * (entries // (size or width)) + normed
+
+    def backward(self, width: int) -> int:
+        """Besides what was saved: fp32 tensors, of the row or of a tile and the row's gradient."""
+        if not self.tiled:
+            return NORM_TEMPORARIES * 4 * width * self.tokens
+        assert self.tile_tokens is not None, "tiled"
+        of_tile = (NORM_TEMPORARIES + 2) * 4 * width * self.tile_tokens
+        return self.stream_bytes * width * self.tokens + of_tile
+
+
+def _attention(architecture: Architecture, training: Training, row: Row) -> int:
+    """Saved between the first norm and the residual sum, what the linear layers read left out."""
+    d = training.entry_bytes
+    queries, keys = architecture.query_width, architecture.key_width
+    saved = 2 * d * queries * row.tokens  # queries, and the output, which o_proj reads
+    saved += 4 * architecture.query_heads * row.tokens  # the softmax's sums
+    if training.attention == "varlen":
+        saved += 2 * d * keys * (row.tokens + row.repeated_tokens)
+    else:
+        saved += 2 * d * keys * row.tokens + d * queries * row.tokens  # o_proj reads a copy
+    if training.attention == "sdpa":
+        saved += 2 * d * keys * (row.repeated_tokens + row.further_tokens) + d * row.mask_entries
+    return saved
+
+
+def _attention_backward(architecture: Architecture, training: Training, row: Row) -> int:
+    """Gradients of output, queries, keys and values, and what the flash kernel holds meanwhile.
+
+    That is the sum of the queries' gradient in fp32 and, where heads share keys and values, their
+    gradients for every query head.
+    """
+    d, queries, keys = training.entry_bytes, architecture.query_width, architecture.key_width
+    gathered = row.tokens + row.repeated_tokens
+    gradients = 2 * d * queries * row.tokens + 2 * d * keys * gathered
+    if training.attention != "varlen":
+        return gradients
+    shared = 2 * d * queries * gathered if queries != keys else 0
+    return gradients + 4 * queries * row.tokens + shared
+
+
+def head_bytes(
+    architecture: Architecture, training: Training, row: Row, norm_tile_tokens: int | None = None
+) -> int:
+    """What last norm and head take, forward or backward, whichever is more.
+
+    Forward: the norm's input and output, the scored states, U in their place, and the kernel's
+    buffers. A trained head sums its gradient in fp32 and casts it twice, (V, H) each.
+    """
+    d, hidden = training.entry_bytes, architecture.hidden
+    norms = _Norms(training, row.tokens, norm_tile_tokens)
+    norm, scored = norms.saved(hidden), hidden * row.scored_tokens
+    forward = norm + d * hidden * row.tokens + 2 * d * scored
+    forward += _head_buffers(architecture, training, row)
+    backward = norm + (d + 8) * scored
+    last_norm = norm + norms.backward(hidden)
+    if not training.trains_adapter:
+        backward += 6 * architecture.vocabulary * hidden
+    return max(forward, backward, last_norm)
+
+
+def _head_buffers(architecture: Architecture, training: Training, row: Row) -> int:
+    """What `linear_logprobs` may take, or the less that all rows want.
+
+    That is the exponentials in d, and two fp32 numbers a tile of some 128 columns.
+    """
+    wanted = row.scored_tokens * architecture.vocabulary * (training.entry_bytes + 1 / 16)
+    return min(training.head_buffer_bytes, int(wanted))
+
+
+def table_bytes(architecture: Architecture, training: Training, row: Row) -> int:
+    """Rotary tables, token ids, positions, scored positions and targets; masks of "sdpa"."""
+    rotary = 2 * training.entry_bytes * architecture.head_size * row.tokens
+    masks = row.mask_entries if training.attention == "sdpa" else 0
+    return rotary + masks + 8 * (2 * row.tokens + 4 * row.scored_tokens)
+
+
+def scoring_bytes(architecture: Architecture, training: Training, row: Row) -> int:
+    """A pass without gradients, the reference's: the widest moment is inside an MLP."""
+    d = training.entry_bytes
+    widest = (2 * architecture.hidden + 3 * architecture.intermediate) * row.tokens * d
+    scratch = max(
+        (dequantized_bytes(linear, training) for linear in architecture.linears), default=0
+    )
+    return widest + scratch + _head_buffers(architecture, training, row)

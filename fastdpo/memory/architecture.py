@@ -1,0 +1,274 @@
+"""What a model's config says about its size: layers, linear layers, heads, vocabulary, no weights.
+
+The model is built on the meta device, where tensors have shapes and no bytes, and counted; so any
+family that transformers knows is counted right, and a loaded model is read in the same way.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from fastdpo.options import MODEL_ALIASES, resolve_model
+
+CONFIGS = "model_configs"
+"""Folder in the package: config.json values of every aliased model, for planning offline."""
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A kind of linear layer of the decoder and how often it occurs in the whole model."""
+
+    name: str  # the last part of its name, as target_modules gives it
+    inputs: int
+    outputs: int
+    bias: bool
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Entries of one weight matrix."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What memory depends on.
+
+    Attributes:
+        name: as the user gave it.
+        model_type: the family, as transformers names it.
+        layers: decoder layers.
+        hidden: H.
+        intermediate: width of the gated MLP (of the experts that see one token, if there are any).
+        query_width: query heads times their size.
+        key_width: key heads times their size; values likewise.
+        query_heads: for the softmax statistics of attention.
+        head_size: of one head, and of the rotary tables.
+        vocabulary: V.
+        tied: whether embeddings and head are one matrix.
+        linears: linear layers below the head, by kind.
+        embedding_parameters: of the token embeddings.
+        other_parameters: all that is neither: norms, biases, experts held as one tensor.
+        norms: norms over H in one layer, of which two feed linear layers.
+        query_key_norms: whether queries and keys pass a norm of their own.
+        caps_scores: whether attention caps its scores, which flash kernels do not.
+        plain_embeddings: whether the embeddings are a look-up and nothing more.
+        is_plain: attention and one gated MLP, for which the activation formulas are written.
+    """
+
+    name: str
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    query_width: int
+    key_width: int
+    query_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    linears: tuple[LinearShape, ...]
+    embedding_parameters: int
+    other_parameters: int
+    norms: int
+    query_key_norms: bool
+    caps_scores: bool
+    plain_embeddings: bool
+    is_plain: bool
+
+    @property
+    def linear_parameters(self) -> int:
+        """Entries of all weight matrices below the head."""
+        return sum(linear.weights * linear.count for linear in self.linears)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Entries of those of the MLPs."""
+        return sum(
+            linear.weights * linear.count
+            for linear in self.linears
+            if self.intermediate in (linear.inputs, linear.outputs)
+        )
+
+    @property
+    def head_parameters(self) -> int:
+        """Entries of the head where it is a matrix of its own."""
+        return 0 if self.tied else self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, a tied matrix once."""
+        return (
+            self.linear_parameters
+            + self.embedding_parameters
+            + self.head_parameters
+            + self.other_parameters
+        )
+
+    def targets(self, target_modules: tuple[str, ...] | None) -> tuple[LinearShape, ...]:
+        """The linear layers that get an adapter; None: all of them.
+
+        Raises:
+            ValueError: a name that no linear layer has.
+        """
+        if target_modules is None:
+            return self.linears
+        known = sorted({linear.name for linear in self.linears})
+        for name in target_modules:
+            if name not in known:
+                raise ValueError(
+                    f"{self.name} has no linear layer {name!r} to adapt: choose from "
+                    f"{', '.join(known)}."
+                )
+        return tuple(linear for linear in self.linears if linear.name in target_modules)
+
+
+def architecture_named(
+    name: str, *, revision: str = "main", trust_remote_code: bool = False
+) -> Architecture:
+    """The architecture of a folder, an alias or a hub id, from its config alone.
+
+    Args:
+        name: as `--model` takes it; the aliases need no network.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that the repository brings.
+
+    Raises:
+        ValueError: there is no such config, or it is of no causal LM.
+    """
+    repository, _ = resolve_model(name)
+    bundled = resources.files("fastdpo") / CONFIGS / f"{repository.replace('/', '--')}.json"
+    try:
+        if bundled.is_file() and not Path(repository).is_dir():
+            config = AutoConfig.for_model(**json.loads(bundled.read_text(encoding="utf-8")))
+        else:
+            config = AutoConfig.from_pretrained(
+                repository, revision=revision, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"there is no config of the model {name!r}: {reason} Pass a folder with config.json, "
+            f"one of the aliases {', '.join(MODEL_ALIASES)}, or make the hub reachable."
+        ) from error
+    return architecture_of_config(config, name, trust_remote_code=trust_remote_code)
+
+
+def architecture_of_config(
+    config: PreTrainedConfig, name: str, *, trust_remote_code: bool = False
+) -> Architecture:
+    """Build the config's model on the meta device and count it.
+
+    Raises:
+        ValueError: the config is of no causal LM with a stack of decoder layers.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model, not a causal LM: choose one that "
+            "AutoModelForCausalLM loads."
+        ) from error
+    return architecture_of(model, name)
+
+
+def architecture_of(model: nn.Module, name: str) -> Architecture:
+    """Count a causal LM, on the meta device or loaded, dense or 4-bit, without adapters or with.
+
+    Raises:
+        ValueError: it has no stack of decoder layers.
+    """
+    causal_lm = causal_lm_of(model)
+    decoder, config = causal_lm.get_decoder(), causal_lm.config.get_text_config()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ValueError(
+            f"{type(causal_lm).__name__} does not show its decoder layers (get_decoder().layers): "
+            "its memory cannot be planned. Pass --micro_batch_tokens yourself."
+        )
+    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    tied = head is None or head.weight is embeddings.weight or bool(config.tie_word_embeddings)
+    linears = _linears(decoder)
+    counted = {id(embeddings.weight)} | ({id(head.weight)} if head is not None else set())
+    other = sum(
+        parameter.numel()
+        for path, parameter in causal_lm.named_parameters()
+        if id(parameter) not in counted and "lora_" not in path and not _is_linear(causal_lm, path)
+    )
+    layer = max(layers, key=lambda each: sum(linear.weights for linear in _linears(each)))
+    shapes = {linear.name: linear for linear in _linears(layer)}
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    norms = [_width(module) for module in layer.modules() if _is_norm(module)]
+    plain = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Architecture(
+        name=name,
+        model_type=config.model_type,
+        layers=len(layers),
+        hidden=config.hidden_size,
+        intermediate=_intermediate(config, shapes),
+        query_width=heads * head_size,
+        key_width=key_heads * head_size,
+        query_heads=heads,
+        head_size=head_size,
+        vocabulary=embeddings.weight.shape[0],
+        tied=tied,
+        linears=linears,
+        embedding_parameters=embeddings.weight.numel(),
+        other_parameters=other,
+        norms=sum(width == config.hidden_size for width in norms),
+        query_key_norms=any(width != config.hidden_size for width in norms),
+        caps_scores=getattr(config, "attn_logit_softcapping", None) is not None,
+        plain_embeddings=type(embeddings).__name__ in ("Embedding", "HostEmbedding"),
+        is_plain=set(shapes) == plain and other < sum(each.weights for each in shapes.values()),
+    )
+
+
+def causal_lm_of(model: nn.Module) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    inside: Any = getattr(model, "get_base_model", None)
+    return model if inside is None else inside()
+
+
+def _linears(module: nn.Module) -> tuple[LinearShape, ...]:
+    found: Counter[tuple[str, int, int, bool]] = Counter()
+    for path, part in module.named_modules():
+        if isinstance(part, nn.Linear) and "lora_" not in path:  # a 4-bit one is a Linear too
+            name = path.removesuffix(".base_layer").rpartition(".")[2]
+            found[name, part.in_features, part.out_features, part.bias is not None] += 1
+    return tuple(LinearShape(*kind, count) for kind, count in found.items())
+
+
+def _is_linear(model: nn.Module, path: str) -> bool:
+    """Whether a parameter is the weight matrix of a linear layer (its bias is not)."""
+    owner, _, name = path.rpartition(".")
+    return name == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") and isinstance(
+        getattr(module, "weight", None), nn.Parameter
+    )
+
+
+def _width(norm: Any) -> int:
+    return norm.weight.numel()
+
+
+def _intermediate(config: Any, shapes: dict[str, LinearShape]) -> int:
+    """Values of the MLP's widest inner tensor per token."""
+    if "down_proj" in shapes and not getattr(config, "num_experts_per_tok", None):
+        return shapes["down_proj"].inputs
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return width * (getattr(config, "num_experts_per_tok", None) or 1)

@@ -1,0 +1,138 @@
+"""A plan: how long the micro-batches are, what each layer leaves for its backward, what it takes.
+
+It is chosen before the run and kept in its checkpoints, so that a resumed run repeats it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from fastdpo.memory.activations import OFFLOAD
+from fastdpo.memory.terms import binary_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do with the memory that there is.
+
+    Attributes:
+        micro_batch_tokens: T, the most tokens of a micro-batch.
+        layer_policy: of each decoder layer, first to last: keep, recompute or offload.
+        embeddings_on_host: whether the embedding rows are served from pinned host memory.
+        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
+        norm_tile_tokens: likewise of the norms.
+        optimizer: `--optim` that the figures are for.
+        terms: bytes at the highest moment, by term.
+        moments: bytes at every moment that may be the highest, by name.
+        pinned_host_bytes: of layer inputs and embeddings.
+        allocated_bytes: predicted peak of torch.cuda.max_memory_allocated().
+        peak_bytes: that with the allocator's gaps and CUDA's context: what the card must have.
+        card_bytes: what it has.
+        tokens_per_second: estimated from the card's data sheet, or None without one.
+        notes: what the reader should know: assumptions, and what would make it fit.
+        routes: kernel routes of the run, by name; set by the trainer.
+    """
+
+    micro_batch_tokens: int
+    layer_policy: tuple[str, ...]
+    embeddings_on_host: bool
+    mlp_tile_tokens: int | None
+    norm_tile_tokens: int | None
+    optimizer: str
+    terms: Mapping[str, int]
+    moments: Mapping[str, int]
+    pinned_host_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    card_bytes: int
+    host_bytes: int
+    tokens_per_second: float | None = None
+    notes: tuple[str, ...] = ()
+    routes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether card and host have what it takes."""
+        return self.peak_bytes <= self.card_bytes and self.pinned_host_bytes <= self.host_bytes
+
+    @property
+    def policy_counts(self) -> dict[str, int]:
+        """How many layers do what."""
+        return dict(Counter(self.layer_policy))
+
+    def describe(self) -> str:
+        """A few lines for the log."""
+        layers = ", ".join(f"{count} {what}" for what, count in self.policy_counts.items())
+        lines = [
+            f"Memory plan: {binary_size(self.peak_bytes)} of {binary_size(self.card_bytes)}, "
+            f"micro-batches of up to {self.micro_batch_tokens:,} tokens; layers: {layers}."
+        ]
+        largest = sorted(self.terms.items(), key=lambda term: -term[1])[:4]
+        lines.append(
+            "Largest terms: "
+            + ", ".join(f"{name} {binary_size(size)}" for name, size in largest)
+            + "."
+        )
+        extras = []
+        if self.embeddings_on_host:
+            extras.append("embedding rows come from host memory")
+        tiles = {"norms": self.norm_tile_tokens, "MLPs": self.mlp_tile_tokens}
+        extras += [
+            f"{what} run in tiles of {tokens:,} tokens" for what, tokens in tiles.items() if tokens
+        ]
+        if self.pinned_host_bytes:
+            extras.append(f"{binary_size(self.pinned_host_bytes)} of pinned host memory")
+        if extras:
+            lines.append(f"To save memory: {'; '.join(extras)}.")
+        if not self.fits:
+            lines.append("It does not fit.")
+        return "\n".join([*lines, *self.notes])
+
+    def as_json(self) -> dict[str, Any]:
+        """For the checkpoint and the command's --json."""
+        return asdict(self) | {
+            "layer_policy": list(self.layer_policy),
+            "terms": dict(self.terms),
+            "moments": dict(self.moments),
+            "notes": list(self.notes),
+            "routes": dict(self.routes),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The plan that `as_json` wrote.
+
+        Raises:
+            ValueError: a field is missing or unknown, so it is of another version.
+        """
+        names = {entry.name for entry in fields(cls)}
+        if odd := sorted(names ^ set(values)):
+            raise ValueError(
+                f"this is no memory plan of this version: {', '.join(odd)} missing or unknown. "
+                "Plan anew."
+            )
+        known: dict[str, Any] = dict(values)
+        for name in ("layer_policy", "notes"):
+            known[name] = tuple(known[name])
+        return cls(**known)
+
+
+def compare(predicted: Plan, measured_bytes: int) -> str:
+    """One sentence on the predicted and the measured peak of allocated memory."""
+    off = predicted.allocated_bytes / measured_bytes - 1 if measured_bytes else 0.0
+    return (
+        f"Peak memory: {binary_size(measured_bytes)} measured, "
+        f"{binary_size(predicted.allocated_bytes)} predicted ({off:+.1%})."
+    )
+
+
+def host_bytes_of(policy: tuple[str, ...], input_bytes: int) -> int:
+    """Pinned memory of the offloaded layers' inputs."""
+    return policy.count(OFFLOAD) * pinned_bytes(input_bytes)
+
+
+def pinned_bytes(size: int, page: int = 2**24) -> int:
+    """Taken in pages, the rest rounded up to a power of two, as torch does with each piece."""
+    rest = size % page
+    return size - rest + (1 << (rest - 1).bit_length() if rest else 0)

@@ -1,0 +1,131 @@
+"""The plan of a run: from the model that is loaded, its options and the lengths of its pairs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastdpo.memory.architecture import architecture_of, causal_lm_of
+from fastdpo.memory.cards import Card, this_card
+from fastdpo.memory.choosing import Workload, plan
+from fastdpo.memory.planned import Plan
+from fastdpo.memory.terms import GIB, Training
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
+
+HOST_SHARE = 0.6
+"""Of the host memory that is free, how much may be pinned: it cannot be paged out."""
+
+
+def plan_for_run(
+    model: nn.Module,
+    config: "DPOConfig",
+    group_tokens: Sequence[int],
+    *,
+    pairs_per_update: int,
+    scored_tokens: int,
+    repeated_tokens: int = 0,
+    longest_row_tokens: int | None = None,
+    attention: str | None = None,
+    card: Card | None = None,
+    host_bytes: int | None = None,
+) -> Plan | None:
+    """Plan a run before its first update.
+
+    Args:
+        model: a causal LM or a PeftModel, loaded, with the adapter that it will train.
+        config: of the run; `micro_batch_tokens`, `optim` and activation checkpointing are read.
+        group_tokens: of every training pair, what its rows share counted once.
+        pairs_per_update: B.
+        scored_tokens: of all pairs.
+        repeated_tokens: trunk tokens of all pairs that lie among the keys a second time.
+        longest_row_tokens: of the longest single row, prompt and completion. Where the longest
+            pair does not fit, the plan is for rows of at most this, and its T says which pairs are
+            to be split into their completions.
+        attention: what attends, as in `Training`; None: flash kernels where they run.
+        card: to plan for; None: the CUDA device, with what is free on it now.
+        host_bytes: most pinned memory; None: a share of what the host has free.
+
+    Returns:
+        The plan, which may not fit, or None on a CPU: there is no card to fill.
+
+    Raises:
+        ValueError: the model has no stack of decoder layers.
+    """
+    if card is None:
+        if next(model.parameters()).device.type != "cuda":
+            return None
+        card = this_card()
+    architecture = architecture_of(model, _name_of(model))
+    training = training_of(model, config.optim, attention)
+    total = sum(group_tokens)
+    workload = Workload.of(
+        group_tokens,
+        pairs_per_update,
+        scored_share=scored_tokens / total,
+        repeated_share=repeated_tokens / total,
+    )
+
+    def planned(longest_tokens: int) -> Plan:
+        return plan(
+            architecture,
+            training,
+            card,
+            replace(workload, longest_group_tokens=longest_tokens),
+            host_bytes=free_host_bytes() if host_bytes is None else host_bytes,
+            micro_batch_tokens=config.micro_batch_tokens,
+            recompute=config.activation_checkpointing is not False,
+        )
+
+    made = planned(workload.longest_group_tokens)
+    if made.fits or longest_row_tokens is None:
+        return made
+    split = planned(longest_row_tokens)
+    if not split.fits:
+        return made
+    note = (
+        f"Pairs of more than {split.micro_batch_tokens:,} tokens do not fit as a whole: their "
+        "completions run one by one, which costs one more forward."
+    )
+    return replace(split, notes=(note, *split.notes))
+
+
+def training_of(model: nn.Module, optimizer: str, attention: str | None = None) -> Training:
+    """What is trained in a loaded model."""
+    adapted: dict[str, Any] = {
+        path.rpartition(".")[2]: part
+        for path, part in model.named_modules()
+        if getattr(part, "lora_A", None)
+    }
+    four_bit = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+    half = causal_lm_of(model).dtype in (torch.bfloat16, torch.float16)
+    ranks = [a.weight.shape[0] for part in adapted.values() for a in part.lora_A.values()]
+    tuning = ("qlora" if four_bit else "lora") if adapted else "full"
+    if attention is None:
+        attention = "varlen" if half or tuning == "full" else "sdpa"
+    return Training(
+        tuning=tuning,
+        entry_bytes=2 if half or tuning == "full" else 4,
+        lora_r=max(ranks, default=0),
+        target_modules=tuple(sorted(adapted)) or None,
+        optimizer=str(getattr(optimizer, "value", optimizer)),
+        attention=attention,
+    )
+
+
+def free_host_bytes() -> int:
+    """What may be pinned of the host memory that is free, by /proc/meminfo; 8 GiB without one."""
+    found = Path("/proc/meminfo")
+    if not found.exists():
+        return 8 * GIB
+    line = next(x for x in found.read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(int(line.split()[1]) * 1024 * HOST_SHARE)
+
+
+def _name_of(model: nn.Module) -> str:
+    base = causal_lm_of(model)
+    return str(getattr(base, "name_or_path", "") or type(base).__name__)

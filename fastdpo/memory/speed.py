@@ -1,0 +1,71 @@
+"""How long a micro-batch takes, by arithmetic: an estimate to choose by, not a measurement."""
+
+from collections.abc import Sequence
+
+from fastdpo.memory.activations import KEEP, OFFLOAD, Row
+from fastdpo.memory.architecture import Architecture
+from fastdpo.memory.cards import EFFICIENCY, HOST_GB_PER_S, Card
+from fastdpo.memory.terms import Training
+
+NF4_BYTES_READ = 0.516
+"""Of a 4-bit weight, an entry; its dense copy is written and read besides."""
+
+
+def update_flops(
+    architecture: Architecture,
+    training: Training,
+    row: Row,
+    *,
+    kept_layers: int,
+    tiled: bool,
+    group_tokens: int,
+) -> float:
+    """Matrix products that must be done for one micro-batch.
+
+    Per token 2 FLOPs a weight in the forward and as many for the gradient of the input, again for
+    that of a trained weight, and again where a layer is recomputed (of a kept layer with a tiled
+    MLP, the MLP). Attention: a query sees half of its group on average; backward is 2.5 forwards.
+    The head: 4 N H V, 6 where it is trained.
+    """
+    passes = 2 if training.trains_adapter else 3
+    kept = kept_layers / architecture.layers
+    again = (1 - kept) * architecture.linear_parameters
+    again += kept * architecture.mlp_parameters if tiled else 0
+    weights = 2 * row.tokens * (passes * architecture.linear_parameters + again)
+    seen = min(group_tokens, row.tokens) / 2
+    attention = 4 * architecture.query_width * seen * row.tokens * architecture.layers
+    head = 2 * architecture.hidden * architecture.vocabulary * row.scored_tokens
+    return weights + attention * (3.5 + 1 - kept) + head * passes
+
+
+def update_seconds(
+    architecture: Architecture,
+    training: Training,
+    row: Row,
+    card: Card,
+    *,
+    policy: Sequence[str],
+    input_bytes: int,
+    group_tokens: int,
+    mlp_tile_tokens: int | None,
+) -> float:
+    """Seconds of forward and backward of one micro-batch.
+
+    Products at `EFFICIENCY` of the card's dense rate, dequantization at its memory's (tile by tile
+    where MLPs are tiled), and offloading where the host's link is slower than all that.
+    """
+    kept = list(policy).count(KEEP)
+    tiled = mlp_tile_tokens is not None and mlp_tile_tokens < row.tokens
+    flops = update_flops(
+        architecture, training, row, kept_layers=kept, tiled=tiled, group_tokens=group_tokens
+    )
+    seconds = flops / (card.tflops * 1e12 * EFFICIENCY)
+    if training.tuning == "qlora":
+        mlp = architecture.mlp_parameters
+        others = architecture.linear_parameters - mlp
+        fewer = kept / architecture.layers  # a kept layer's weights are wanted twice, not thrice
+        tiles = -(-row.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
+        read = others * (3 - fewer) + mlp * tiles * (3 if tiled else 3 - fewer)
+        seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (card.gb_per_s * 1e9)
+    transfer = 2 * list(policy).count(OFFLOAD) * input_bytes / (HOST_GB_PER_S * 1e9)
+    return max(seconds, transfer)

@@ -1,0 +1,138 @@
+"""Bytes by term, each a formula of shapes: what lies on the card for the whole run, and weights.
+
+T tokens of a micro-batch, N of them scored, H hidden, I the MLP's width, V vocabulary, d bytes of
+an entry of the frozen weights and of the activations (2 in bfloat16).
+"""
+
+from dataclasses import dataclass, replace
+
+from fastdpo.memory.architecture import Architecture, LinearShape
+
+GIB, MIB = 2**30, 2**20
+
+CONTEXT_BYTES = int(0.6 * GIB)
+"""What CUDA itself takes of a card before the first tensor: context and kernels."""
+
+WORKSPACE_BYTES = 32 * MIB
+"""Workspace that torch hands to cuBLAS, from its own allocator (8 MiB before Hopper)."""
+
+SLACK_SHARE = 0.02
+"""Share of the allocated bytes that the allocator holds in gaps besides."""
+
+NF4_BLOCK, NESTED_BLOCK = 64, 256
+"""Entries that share one scale, and scales that share one: bitsandbytes' double quantization."""
+
+EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
+"""Of the 8-bit optimizer state: entries of one scale; smaller tensors keep fp32 state."""
+
+TUNINGS = ("qlora", "lora", "full")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and how.
+
+    Attributes:
+        tuning: one of `TUNINGS`.
+        entry_bytes: d, of what is not 4-bit; full fine-tuning keeps fp32 weights and computes in
+            this.
+        lora_r: rank of the adapters.
+        target_modules: names of the adapted linear layers; None: all but the head.
+        optimizer: `--optim`, as transformers names it.
+        attention: what attends: "varlen" (flash kernels over a gathered row), "flex", or "sdpa"
+            (segment by segment).
+        head_buffer_bytes: bound of the buffers of `linear_logprobs`.
+    """
+
+    tuning: str = "qlora"
+    entry_bytes: int = 2
+    lora_r: int = 16
+    target_modules: tuple[str, ...] | None = None
+    optimizer: str = "adamw_torch_fused"
+    attention: str = "varlen"
+    head_buffer_bytes: int = 128 * MIB
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the base is frozen."""
+        return self.tuning != "full"
+
+
+def training_for(architecture: Architecture, training: Training) -> Training:
+    """The same training with the attention that the model gets: capped scores want flex."""
+    if architecture.caps_scores and training.attention == "varlen":
+        return replace(training, attention="flex")
+    return training
+
+
+def nf4_bytes(entries: int) -> int:
+    """A 4-bit weight as bitsandbytes lays it out, with double quantization.
+
+    Half a byte an entry; a uint8 scale per 64 entries; an fp32 scale per 256 of those; the tables
+    of 16 and 256 fp32 values and one fp32 offset.
+    """
+    scales = -(-entries // NF4_BLOCK)
+    nested = -(-scales // NESTED_BLOCK)
+    return -(-entries // 2) + scales + 4 * nested + 4 * (16 + 256 + 1)
+
+
+def dequantized_bytes(linear: LinearShape, training: Training) -> int:
+    """The dense copy of one 4-bit weight while it is used: d an entry, and its fp32 scales."""
+    if training.tuning != "qlora":
+        return 0
+    return linear.weights * training.entry_bytes + 4 * -(-linear.weights // NF4_BLOCK)
+
+
+def adapter_parameters(architecture: Architecture, training: Training) -> int:
+    """Entries of all A (r, in) and B (out, r)."""
+    if not training.trains_adapter:
+        return 0
+    return sum(
+        training.lora_r * (linear.inputs + linear.outputs) * linear.count
+        for linear in architecture.targets(training.target_modules)
+    )
+
+
+def optimizer_bytes(parameters: int, optimizer: str) -> int:
+    """State on the card for this many fp32 parameters, in tensors of 4096 entries or more.
+
+    AdamW: two fp32 moments; in 8 bits two bytes and two fp32 scales per 256 entries; paged: in
+    host memory whenever the card wants its own, so nothing is counted. What is not known by name
+    is counted as AdamW.
+    """
+    if optimizer.startswith("paged_"):
+        return 0
+    if "8bit" in optimizer or "bnb_8bit" in optimizer:
+        return 2 * parameters + 2 * 4 * -(-parameters // EIGHT_BIT_BLOCK)
+    moments = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion_32bit": 1, "lion": 1}
+    return 4 * parameters * moments.get(optimizer, 2)
+
+
+def resident_bytes(
+    architecture: Architecture, training: Training, *, embeddings_on_host: bool
+) -> dict[str, int]:
+    """What lies on the card from the first update to the last, by term."""
+    full = not training.trains_adapter
+    entry = 4 if full else training.entry_bytes
+    if training.tuning == "qlora":
+        linears = sum(nf4_bytes(each.weights) * each.count for each in architecture.linears)
+    else:
+        linears = entry * architecture.linear_parameters
+    trained = architecture.parameters if full else adapter_parameters(architecture, training)
+    return {
+        "linear layers": linears,
+        "embeddings": 0 if embeddings_on_host else entry * architecture.embedding_parameters,
+        "head": entry * architecture.head_parameters,
+        "norms and other weights": entry * architecture.other_parameters,
+        "adapters": 0 if full else 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer state": optimizer_bytes(trained, training.optimizer),
+        "cuBLAS workspace": WORKSPACE_BYTES,
+    }
+
+
+def binary_size(size_bytes: float) -> str:
+    """Bytes as "3.25 GiB" or "12.0 MiB"."""
+    if abs(size_bytes) >= 2**30:
+        return f"{size_bytes / 2**30:.2f} GiB"
+    return f"{size_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,144 @@
+"""`python -m fastdpo.merge`: an adapter into its base, as one plain model."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdpo.command_line import command, parse
+from fastdpo.options import (
+    ONTO_MODES,
+    ComparisonOptions,
+    DataOptions,
+    MergingOptions,
+    ModelOptions,
+    RowOptions,
+    refuse_training_options,
+    resolve_model,
+)
+from fastdpo.report import say
+
+if TYPE_CHECKING:
+    from fastdpo.batching import Group
+    from fastdpo.merging import Adapter, Base, MergePlan
+    from fastdpo.merging.fidelity import Fidelity
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, merge, compare log-probs and say what to do with the result."""
+    parsed = parse(
+        "merge",
+        [ModelOptions, MergingOptions, DataOptions, RowOptions],
+        argv,
+        training=False,
+        description="Merge an adapter into its base, tensor by tensor in bounded memory. With "
+        "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
+    )
+    refuse_training_options(parsed.given)
+    run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(RowOptions))
+
+
+def run(model: ModelOptions, options: MergingOptions, data: DataOptions, rows: RowOptions) -> None:
+    """Merge, write the folder and report.
+
+    Raises:
+        ValueError: the adapter, its base or the data cannot be had or do not fit together, or
+            something else lies in the folder.
+    """
+    from fastdpo.merging import claim_folder, finish_folder, write_folder
+
+    adapter, base = _read(model, options)
+    plan, *others = _plans(base, adapter, model, options)
+    folder = Path(options.output_dir)
+    groups = _groups(model, options, data, rows, base.name)
+    claim_folder(folder, base, adapter, overwrite=options.overwrite)
+    merged = write_folder(plan, folder)
+    if groups:
+        fidelity = _measure(model, options, plan, others, groups)
+        finish_folder(merged, fidelity.as_json())
+        say(fidelity.describe(options.onto))
+    else:
+        say("Log-probs were not compared: pass --dataset to see how far the merge moves them.")
+    say(f"\nThe merged model lies in {folder} ({merged.bytes / 2**20:,.0f} MiB).")
+    if plan.unties:
+        say("Its embedding and head were one tensor in the base and are two now.")
+    say(f'transformers: AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")')
+    say(f"vLLM:         vllm serve {folder}")
+    say(f"llama.cpp:    python convert_hf_to_gguf.py {folder}")
+
+
+def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Base"]:
+    from fastdpo.merging import find_base, read_adapter
+
+    adapter = read_adapter(Path(options.adapter or ""))
+    name = model.model_name_or_path or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"the adapter in {adapter.folder} does not name its base: pass it as --model."
+        )
+    name, sentence = resolve_model(name)
+    if sentence:
+        say(sentence)
+    base = find_base(name, revision=model.model_revision, trust_remote_code=model.trust_remote_code)
+    return adapter, base
+
+
+def _plans(
+    base: "Base", adapter: "Adapter", model: ModelOptions, options: MergingOptions
+) -> list["MergePlan"]:
+    """The merge that was asked for, then, for a 4-bit base, the other choice to compare with."""
+    from fastdpo.merging import plan_merge
+    from fastdpo.modeling.loading import resolve_dtype
+
+    kinds = sorted(ONTO_MODES, key=lambda kind: kind != options.onto)
+    kinds = kinds if _in_4bit(model, options) else kinds[:1]
+    dtype = resolve_dtype(model.dtype)
+    return [plan_merge(base, adapter, onto=kind, dtype=dtype) for kind in kinds]
+
+
+def _groups(
+    model: ModelOptions, options: MergingOptions, data: DataOptions, rows: RowOptions, base: str
+) -> list["Group"]:
+    """The pairs to compare log-probs on; none without a data set."""
+    from fastdpo.batching import PairGroups
+    from fastdpo.comparison import read_pairs, tokenizer_of
+
+    if not options.report_pairs or not (data.eval_dataset or data.dataset_name):
+        return []
+    compared = ComparisonOptions(adapter=options.adapter)
+    tokenizer = tokenizer_of(replace(model, model_name_or_path=base), compared)
+    groups = PairGroups(read_pairs(data, rows, tokenizer)[1])
+    return [groups[i] for i in range(min(options.report_pairs, len(groups)))]
+
+
+def _measure(
+    model: ModelOptions,
+    options: MergingOptions,
+    plan: "MergePlan",
+    others: Sequence["MergePlan"],
+    groups: Sequence["Group"],
+) -> "Fidelity":
+    """The adapter on its base, then each merged model in its place: one in memory at a time."""
+    from fastdpo.comparison import load_policy, load_weights
+    from fastdpo.merging.fidelity import compare, logps_of, put_in_place
+
+    in_4bit = _in_4bit(model, options)
+    trained = replace(model, model_name_or_path=plan.base.name, qlora=in_4bit)
+    policy = load_policy(trained, ComparisonOptions(adapter=options.adapter))
+    before = logps_of(policy, groups, "Scoring with the adapter")
+    del policy
+    loaded = load_weights(replace(model, qlora=False), options.output_dir)
+    after = {plan.onto: logps_of(loaded, groups, f"Scoring merged onto {plan.onto}")}
+    for other in others:
+        put_in_place(loaded, other, plan)
+        after[other.onto] = logps_of(loaded, groups, f"Scoring merged onto {other.onto}")
+    return compare(before, after, in_4bit=in_4bit)
+
+
+def _in_4bit(model: ModelOptions, options: MergingOptions) -> bool:
+    return model.qlora or options.onto == "dequantized"
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

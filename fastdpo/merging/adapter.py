@@ -1,0 +1,180 @@
+"""What an adapter's folder changes of its base: low-rank updates, and tensors trained whole."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from fastdpo.merging.tensor_files import DTYPES, StoredTensor, tensors_of
+
+_PREFIX = "base_model.model."
+_LOW_RANK = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)"
+    r"(?:\.weight)?"
+)
+_KNOWN = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    }
+)
+"""Keys of adapter_config.json that change nothing here, or that are taken into account."""
+
+_STARTS = (True, False, "gaussian", "eva")
+"""Initialisations that leave the base as it was; the others move a part of it into the adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The update of one module.
+
+    Attributes:
+        a: (r, in), or (r, rows) of an embedding.
+        b: (out, r), or (width, r) of an embedding.
+        scaling: alpha / r, or alpha / sqrt(r).
+        bias: (out,) of b, if it has one.
+        magnitude: (out,) of DoRA, if the module has it.
+        embedding: whether it looks up its rows, so that the update is (b a) transposed.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scaling: float
+    bias: StoredTensor | None = None
+    magnitude: StoredTensor | None = None
+    embedding: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds.
+
+    Attributes:
+        folder: where it lies.
+        config: its adapter_config.json.
+        low_rank: module -> its update.
+        whole: tensor of the base -> the one that takes its place.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    low_rank: Mapping[str, LowRank]
+    whole: Mapping[str, StoredTensor]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read a folder as PEFT writes it; the tensors stay on disk.
+
+    Raises:
+        ValueError: there is no adapter, or one of a kind that can't be merged rightly, by name.
+    """
+    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config_file.is_file() or not weights.is_file():
+        missing = weights.name if config_file.is_file() else config_file.name
+        raise ValueError(
+            f"{folder} holds no adapter ({missing} is missing): need a folder with "
+            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
+            "with --lora or --qlora."
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_file} is not JSON: {error}") from None
+    _refuse_other_kinds(config, config_file)
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    whole = {}
+    for key, tensor in tensors_of(weights).items():
+        name = key.removeprefix(_PREFIX)
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{weights}: {name} is of dtype {tensor.dtype}; {', '.join(DTYPES)} can be merged."
+            )
+        if found := _LOW_RANK.fullmatch(name):
+            parts.setdefault(found["module"], {})[found["part"]] = tensor
+        elif "lora_" in name or "token_adapter" in name:
+            raise ValueError(
+                f"{weights}: how {name} is merged is not known here. Merge it with PEFT's "
+                "merge_and_unload, or keep the adapter as it is."
+            )
+        else:
+            whole[name.replace(".base_layer.", ".")] = tensor
+    low_rank = {module: _update(config, module, each, weights) for module, each in parts.items()}
+    return Adapter(folder, config, low_rank, whole)
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], file: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{file}: the adapter is of the type {config.get('peft_type')}; only LORA is merged. "
+            "Merge it with PEFT's merge_and_unload."
+        )
+    if (start := config.get("init_lora_weights", True)) not in _STARTS:
+        raise ValueError(
+            f"{file}: init_lora_weights is {start!r}, which moves a part of the base into "
+            "the adapter, so it does not fit the base as it is stored; save it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) first."
+        )
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise ValueError(f"{file}: bias is {config['bias']!r}; none, all and lora_only are known.")
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(LoraConfig)}
+    for name, value in config.items():
+        if name not in _KNOWN and value and value != defaults.get(name) and value != {}:
+            raise ValueError(
+                f"{file}: {name} is {value!r}; how that is merged is not known here. Merge it with "
+                "PEFT's merge_and_unload, or keep the adapter as it is."
+            )
+
+
+def _update(
+    config: Mapping[str, Any], module: str, parts: Mapping[str, StoredTensor], file: Path
+) -> LowRank:
+    embedding = "lora_embedding_A" in parts
+    names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    if missing := [name for name in names if name not in parts]:
+        raise ValueError(f"{file}: {module} has no {missing[0]}: copy or save the adapter again.")
+    a, b = (parts[name] for name in names)
+    return LowRank(
+        a,
+        b,
+        _scaling(config, module, a.shape[0]),
+        bias=parts.get("lora_B.bias"),
+        magnitude=parts.get("lora_magnitude_vector"),
+        embedding=embedding,
+    )
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

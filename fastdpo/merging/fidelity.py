@@ -1,0 +1,117 @@
+"""How far a merge moves log-probs: the adapter on its base against the merged weights."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastdpo.batching import Group, default_micro_batch_tokens
+from fastdpo.merging.plan import MergePlan
+from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.scoring import score_groups
+from fastdpo.report import table
+
+
+@dataclass(frozen=True, eq=False)
+class Logps:
+    """Log-probs of n pairs; nats."""
+
+    completions: np.ndarray  # (n, 2) float64
+    tokens: np.ndarray  # (M,) float32: pair by pair, chosen and rejected
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far log-probs moved; absolute differences in nats."""
+
+    token_mean: float
+    token_worst: float
+    completion_mean: float
+    completion_worst: float
+    margin_mean: float  # of chosen - rejected logps
+    margin_worst: float
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What a merge does to log-probs.
+
+    Attributes:
+        in_4bit: whether the adapter was measured on a 4-bit base.
+        adapter: chosen and rejected logps of each pair with the adapter on its base.
+        merged: kind of base weights -> the same of the merged model.
+        shifts: kind of base weights -> how far that is from the adapter.
+    """
+
+    in_4bit: bool
+    adapter: list[list[float]]
+    merged: dict[str, list[list[float]]]
+    shifts: dict[str, Shift]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def describe(self, written: str) -> str:
+        """The shifts side by side; `written` is the kind that lies in the folder."""
+        base = "its 4-bit base" if self.in_4bit else "its base"
+        kinds = sorted(self.shifts, key=lambda kind: kind != written)
+        columns = [f"onto {kind}" + (" (written)" if kind == written else "") for kind in kinds]
+        rows = [
+            (name.replace("_", " "), *(f"{asdict(self.shifts[kind])[name]:.2e}" for kind in kinds))
+            for name in asdict(self.shifts[written])
+        ]
+        head = (
+            f"Log-probs of {len(self.adapter)} pairs, adapter on {base} against merged, "
+            "absolute differences in nats:"
+        )
+        text = f"{head}\n{table(('', *columns), rows)}"
+        nearest = min(kinds, key=lambda kind: self.shifts[kind].token_mean)
+        if 2 * self.shifts[nearest].token_mean < self.shifts[written].token_mean:
+            text += f"\nNearer to what was trained: --onto {nearest} --overwrite"
+        return text
+
+
+def logps_of(model: nn.Module, groups: Sequence[Group], description: str) -> Logps:
+    """Log-probs of the pairs under a model as it stands."""
+    tokens = default_micro_batch_tokens(causal_lm_of(model).device)
+    scored = sorted(
+        score_groups(model, groups, micro_batch_tokens=tokens, description=description),
+        key=lambda group: group.index,
+    )
+    each = [part for group in scored for part in group.token_logps]
+    return Logps(np.stack([group.logps for group in scored]), np.concatenate(each))
+
+
+def put_in_place(model: nn.Module, plan: MergePlan, written: MergePlan) -> None:
+    """Give a loaded result of `written` the weights of another plan for the same merge."""
+    with torch.no_grad():
+        for stored, name in {**written.names_in_memory, **plan.names_in_memory}.items():
+            model.get_parameter(name).copy_(plan.tensor(stored))
+
+
+def compare(adapter: Logps, merged: dict[str, Logps], *, in_4bit: bool) -> Fidelity:
+    """The report from log-probs of the same pairs."""
+    return Fidelity(
+        in_4bit,
+        adapter.completions.tolist(),
+        {kind: logps.completions.tolist() for kind, logps in merged.items()},
+        {kind: _shift(adapter, logps) for kind, logps in merged.items()},
+    )
+
+
+def _shift(before: Logps, after: Logps) -> Shift:
+    tokens = np.abs(after.tokens.astype(np.float64) - before.tokens)
+    moved = after.completions - before.completions
+    margins = np.abs(moved[:, 0] - moved[:, 1])
+    return Shift(
+        float(tokens.mean()),
+        float(tokens.max()),
+        float(np.abs(moved).mean()),
+        float(np.abs(moved).max()),
+        float(margins.mean()),
+        float(margins.max()),
+    )

@@ -1,0 +1,189 @@
+"""The model card: what was trained, on what, how, and what it came to."""
+
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastdpo.config import DPOConfig
+from fastdpo.options import PreferenceOptions
+from fastdpo.version import __version__
+
+TAGS = ("fastdpo", "dpo", "preference-optimization")
+_LIBRARIES = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
+_SECRETS = ("--hub_token", "--hub-token")
+_RUN = (
+    "max_length",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+"""Options that are shown whatever their value is."""
+
+_PLACES = ("ref_cache", "reference", "model_init_kwargs")
+"""Options that say where something lies; the card may be read by anyone."""
+
+_CITATION = """\
+@inproceedings{rafailov2023direct,
+    title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+    author    = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning
+                 and Stefano Ermon and Chelsea Finn},
+    booktitle = {Advances in Neural Information Processing Systems 36},
+    year      = {2023},
+    url       = {https://arxiv.org/abs/2305.18290}
+}"""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a card tells of a model.
+
+    Attributes:
+        name: of the trained model.
+        base_model: folder or hub id that training started from; empty if it has none.
+        is_adapter: whether an adapter was trained, or all weights.
+        reference: the sentence that says what the policy was compared with.
+        args: the options, as the user gave them.
+        pairs: to train on.
+        updates: done.
+        dataset: folder, file or hub id of the pairs, if known.
+        evaluation: figures of the last evaluation by their logged names; empty without one.
+        command: the arguments that started the run, if it was a command.
+        tags: more tags for the hub.
+        versions: of libraries, by name.
+    """
+
+    name: str
+    base_model: str
+    is_adapter: bool
+    reference: str
+    args: DPOConfig
+    pairs: int
+    updates: int
+    dataset: str | None = None
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    command: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def library_versions() -> dict[str, str]:
+    """Of Python, fastdpo and what a result depends on."""
+    return {"fastdpo": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in _LIBRARIES
+    }
+
+
+def model_card(model: TrainedModel) -> str:
+    """The README.md of a trained model: YAML front matter for the hub, then Markdown.
+
+    Local folders appear by their last name alone, and never as a base_model or dataset of the hub;
+    tokens in the command are left out.
+    """
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(model), sort_keys=False)}---",
+        f"# {model.name}",
+        _introduction(model),
+        "## Training\n\n" + _table(("Option", "Value"), _options(model.args).items()),
+    ]
+    if model.evaluation:
+        parts.append(
+            f"## Evaluation\n\nHeld-out pairs, after {model.updates} updates:\n\n"
+            + _table(("Figure", "Value"), _figures(model.evaluation))
+        )
+    if model.command:
+        parts.append(f"## Command\n\n```\n{shlex.join(_without_secrets(model.command))}\n```")
+    if model.versions:
+        parts.append("## Versions\n\n" + _table(("Library", "Version"), model.versions.items()))
+    parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(model: TrainedModel) -> dict[str, Any]:
+    matter: dict[str, Any] = {"library_name": "peft" if model.is_adapter else "transformers"}
+    if not _is_local(model.base_model):
+        matter["base_model"] = model.base_model
+    if model.dataset and not _is_local(model.dataset):
+        matter["datasets"] = [model.dataset]
+    matter["pipeline_tag"] = "text-generation"
+    matter["tags"] = list(dict.fromkeys([*TAGS, *model.tags]))
+    return matter
+
+
+def _introduction(model: TrainedModel) -> str:
+    what = "An adapter for" if model.is_adapter else "All weights of"
+    data = f" of {_shown(model.dataset)}" if model.dataset else ""
+    return (
+        f"{what} {_shown(model.base_model)}, aligned with {model.pairs:,} preference pairs{data} "
+        f"in {model.updates:,} updates by Direct Preference Optimization "
+        f"([arXiv:2305.18290](https://arxiv.org/abs/2305.18290)), with fastdpo {__version__}.\n\n"
+        f"{model.reference}"
+    )
+
+
+def _options(args: DPOConfig) -> dict[str, Any]:
+    """The loss, the run, and what of the other options of DPO is not as it comes."""
+    shown: dict[str, Any] = {"loss_type": args.loss_type, "beta": args.beta}
+    for entry in fields(PreferenceOptions):
+        value = getattr(args, entry.name)
+        if entry.name not in (*shown, *_PLACES) and value != _default(entry):
+            shown[entry.name] = value
+    shown["pairs per update"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    return shown | {name: getattr(args, name) for name in (length, *_RUN)}
+
+
+def _figures(evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Without times and counters, in the order in which they were logged."""
+    left_out = ("runtime", "per_second", "epoch", "step")
+    return [
+        (name.removeprefix("eval_"), f"{value:.4g}")
+        for name, value in evaluation.items()
+        if isinstance(value, int | float) and not name.endswith(left_out)
+    ]
+
+
+def _without_secrets(command: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    words = iter(command)
+    for word in words:
+        if word in _SECRETS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{name}=" for name in _SECRETS)):
+            kept.append(word)
+    return kept
+
+
+def _table(head: tuple[str, str], rows: Any) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+
+
+def _cell(value: Any) -> str:
+    values = value if isinstance(value, list | tuple) else [value]
+    text = " ".join(str(each.value if isinstance(each, Enum) else each) for each in values)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _default(entry: Field) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def _is_local(name: str) -> bool:
+    return Path(name).exists() or Path(name).is_absolute() or name.count("/") > 1
+
+
+def _shown(name: str) -> str:
+    if not name:
+        return "a model that has no name"
+    return f"`{Path(name).name if _is_local(name) else name}`"

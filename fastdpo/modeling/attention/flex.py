@@ -1,0 +1,125 @@
+"""FlexAttention over the whole row: capped scores, sinks and windows in one compiled kernel.
+
+The mask is a function of token indices, never a (T, T) tensor: per block of 128 queries and keys
+it is known whether all, some or none are allowed, and only the second kind asks the function.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from fastdpo.batching import Segment
+from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
+
+BLOCK_TOKENS = 128
+Allowed = Callable[[Any, Any, Any, Any], Tensor]
+"""(batch, head, query index, key index) to whether the query sees the key."""
+
+
+def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.device) -> Allowed:
+    """Whether a query sees a key: a token of its trunk or of its own branch, not after it."""
+    group, branch, position = (
+        torch.from_numpy(row).to(device, non_blocking=True) for row in _coordinates(segments)
+    )
+
+    def allowed(_batch: Any, _head: Any, query: Any, key: Any) -> Tensor:
+        shared = (branch[key] == 0) | (branch[key] == branch[query])
+        seen = (group[query] == group[key]) & shared & (query >= key)
+        if window is None:
+            return seen
+        return seen & (position[query] - position[key] < window)
+
+    return allowed
+
+
+def _coordinates(segments: tuple[Segment, ...]) -> np.ndarray:
+    """(3, T) int32: group, branch (0 for the trunk) and position of every token of a row."""
+    columns = []
+    for group, segment in enumerate(segments):
+        for branch, tokens in enumerate((segment.trunk_tokens, *segment.branch_tokens)):
+            first = segment.trunk_tokens if branch else 0
+            places = np.arange(first, first + tokens)
+            columns.append(np.stack([np.full(tokens, group), np.full(tokens, branch), places]))
+    return np.concatenate(columns, axis=1).astype(np.int32)
+
+
+def block_mask_of(
+    segments: tuple[Segment, ...], window: int | None, device: torch.device
+) -> BlockMask:
+    """Which blocks are seen fully, in part or not, a block of queries at a time.
+
+    So building it takes BLOCK_TOKENS * T booleans at once, not T * T.
+    """
+    allowed = allowed_by(segments, window, device)
+    tokens = sum(segment.tokens for segment in segments)
+    blocks = -(-tokens // BLOCK_TOKENS)
+    keys = torch.arange(blocks * BLOCK_TOKENS, device=device)
+    partial, full = [], []
+    for start in range(0, tokens, BLOCK_TOKENS):
+        queries = torch.arange(start, min(start + BLOCK_TOKENS, tokens), device=device)[:, None]
+        inside = allowed(0, 0, queries, keys.clamp(max=tokens - 1)[None]) & (keys < tokens)
+        seen = inside.view(len(queries), blocks, BLOCK_TOKENS)
+        every = seen.all(dim=2).all(dim=0) & (len(queries) == BLOCK_TOKENS)
+        partial.append(seen.any(dim=2).any(dim=0) & ~every)
+        full.append(every)
+    counts_and_indices = [_ordered(torch.stack(rows)) for rows in (partial, full)]
+    (some, some_at), (every, every_at) = counts_and_indices
+    return BlockMask.from_kv_blocks(
+        some, some_at, every, every_at, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=allowed,
+        seq_lengths=(tokens, tokens),
+    )  # fmt: skip
+
+
+def _ordered(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """(blocks, blocks) bool to how many are seen a row and which, the seen ones first."""
+    indices = torch.argsort(seen.int(), dim=1, descending=True, stable=True).to(torch.int32)
+    return seen.sum(dim=1, dtype=torch.int32)[None, None], indices[None, None]
+
+
+@cache
+def capped_by(softcap: float) -> Callable[..., Tensor]:
+    """Scores to softcap * tanh(score / softcap): one function a value, to be compiled once."""
+
+    def capped(score: Tensor, *_: Any) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+@cache
+def _kernel(compiled: bool) -> Callable[..., Any]:
+    # Without fullgraph, too many shapes would silently fall back to all scores in memory.
+    return torch.compile(flex_attention, fullgraph=True) if compiled else flex_attention
+
+
+def attend_flex(
+    query: Tensor,  # (1, Hq, T, D)
+    key: Tensor,  # (1, Hkv, T, D)
+    value: Tensor,  # (1, Hkv, T, D)
+    packed: PackedSegments,
+    terms: AttentionTerms,
+) -> Tensor:
+    """The whole row by one call, (1, Hq, T, D); on the CPU uncompiled and without gradient."""
+    mask = packed.once(
+        ("flex", terms.window), lambda: block_mask_of(packed.segments, terms.window, query.device)
+    )
+    options: dict[str, Any] = {} if terms.sinks is None else {"return_aux": AuxRequest(lse=True)}
+    found = _kernel(query.is_cuda)(
+        query, key, value,
+        score_mod=None if terms.softcap is None else capped_by(terms.softcap),
+        block_mask=mask,
+        scale=terms.scale(query.shape[-1]),
+        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
+    )  # fmt: skip
+    if terms.sinks is None:
+        return found
+    out, further = found
+    # One more key of score s and value 0: all weights shrink by exp(lse) / (exp(lse) + exp(s)).
+    share = torch.sigmoid(further.lse - terms.sinks.float()[None, :, None])
+    return (out.float() * share[..., None]).to(out.dtype)

@@ -1,0 +1,81 @@
+"""Attention segment by segment: on every device, in every dtype, with all terms.
+
+The other backends are tested against it. A row sees only its own shape, so on the CPU its bits
+depend on neither place nor neighbours.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
+
+
+def attend_segments(
+    query: Tensor,  # (R, Hq, T, D)
+    key: Tensor,  # (R, Hkv, T, D)
+    value: Tensor,  # (R, Hkv, T, Dv)
+    packed: PackedSegments,
+    terms: AttentionTerms,
+) -> Tensor:
+    """Each trunk with its first branch, then every further branch over trunk and itself.
+
+    Returns:
+        (R, Hq, T, Dv); R is 1 unless the rows are padded ones.
+    """
+    if not packed.segments:
+        return _attend(query, key, value, packed, terms)
+    lengths = packed.split_tokens
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    blocks: list[Tensor] = []
+    for segment in packed.segments:
+        at, trunk = len(blocks), segment.trunk_tokens
+        blocks.append(_attend(queries[at], keys[at], values[at], packed, terms))
+        for branch in range(at + 1, at + max(1, len(segment.branch_tokens))):
+            if queries[branch].shape[2] == 0:
+                blocks.append(values[branch].new_zeros(*queries[branch].shape[:3], value.shape[3]))
+                continue
+            k = torch.cat([keys[at][:, :, :trunk], keys[branch]], dim=2)
+            v = torch.cat([values[at][:, :, :trunk], values[branch]], dim=2)
+            blocks.append(_attend(queries[branch], k, v, packed, terms))
+    return torch.cat(blocks, dim=2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedSegments, terms: AttentionTerms
+) -> Tensor:
+    """Causal attention of the last q of k positions."""
+    asked, keys = q.shape[2], k.shape[2]
+    window = terms.window if terms.window and keys > terms.window else None
+    if terms.softcap is not None or terms.sinks is not None:
+        return _by_hand(q, k, v, packed.mask(asked, keys, window, q.device), terms)
+    causal = asked == keys and window is None
+    mask = None if causal else packed.mask(asked, keys, window, q.device)
+    if q.is_cuda and not causal:
+        # A mask together with grouped heads falls to the kernel that writes all scores to memory.
+        repeats = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        mask = causal_lower_right(asked, keys) if window is None else mask
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, terms.dropout, is_causal=causal, scale=terms.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+def _by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, terms: AttentionTerms) -> Tensor:
+    """Attention with capped scores (Gemma 2) or sinks (gpt-oss), which SDPA cannot express."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scale = terms.scale(q.shape[-1])
+    if terms.softcap is None:
+        scores = q @ k.transpose(2, 3) * scale
+    else:
+        capped = torch.tanh(q @ k.transpose(2, 3) * (scale / terms.softcap))
+        scores = capped * terms.softcap
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if terms.sinks is not None:
+        sinks = terms.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : k.shape[2]]
+    return F.dropout(weights.to(v.dtype), terms.dropout) @ v

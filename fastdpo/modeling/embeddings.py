@@ -1,0 +1,72 @@
+"""Embedding rows served from host memory: a frozen table that the card needs a few rows of."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.modeling.head import causal_lm_of
+
+logger = logging.getLogger(__name__)
+
+
+class HostEmbedding(nn.Embedding):
+    """A frozen embedding whose table lies in host memory, pinned where there is CUDA.
+
+    Rows are gathered there and sent to the ids' device, so the numbers are those of the table on
+    the card. The table is no parameter any more (it says nothing about where the model computes,
+    and `.to(device)` must not move it back), but keeps its name and place in the state dict.
+    """
+
+    weight: Tensor  # (V, H), on the CPU  # pyrefly: ignore
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) ids to (..., H) on their device."""
+        ids = input.cpu()
+        rows = torch.empty(
+            ids.numel(), self.embedding_dim, dtype=self.weight.dtype, pin_memory=input.is_cuda
+        )
+        torch.index_select(self.weight, 0, ids.view(-1), out=rows)
+        sent = rows.to(input.device, non_blocking=True)
+        return sent.view(*input.shape, self.embedding_dim)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+
+def embeddings_to_host(model: nn.Module) -> int:
+    """Serve the input embeddings from host memory, in place; doing it twice does no harm.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+
+    Returns:
+        Bytes that the card no longer holds; 0 where the model cannot do it, with a warning: the
+        head shares the table (then it must lie on the card), it is trained, or it is no plain
+        `nn.Embedding`.
+    """
+    causal_lm = causal_lm_of(model)
+    table: Any = causal_lm.get_input_embeddings()
+    if type(table) is HostEmbedding:
+        return 0
+    if reason := _why_not(table, causal_lm.get_output_embeddings()):
+        logger.warning("The embedding rows stay on the card: %s.", reason)
+        return 0
+    weight = table.weight.detach()
+    del table.weight
+    table.__class__ = HostEmbedding
+    rows = weight.cpu()
+    table.weight = rows.pin_memory() if torch.cuda.is_available() else rows
+    return weight.nbytes
+
+
+def _why_not(table: nn.Module, head: nn.Module | None) -> str | None:
+    if type(table) is not nn.Embedding or table.max_norm is not None:
+        return f"they are a {type(table).__name__} with a forward of its own"
+    if head is not None and getattr(head, "weight", None) is table.weight:
+        return "the head shares the table, and needs it there"
+    if table.weight.requires_grad:
+        return "they are trained"
+    return None

@@ -1,0 +1,195 @@
+"""Which model the reference log-probs come from, and how the policy's weights become it.
+
+Three kinds: the policy with its adapter off (or, if all weights are trained, as it was before the
+first update), a frozen copy of the adapter that training starts from, or another model. Under
+TR-DPO the copy follows the policy.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from fastdpo.modeling.adapters import adapters_off, fuse, peft_base_of
+from fastdpo.modeling.head import causal_lm_of, head_of
+from fastdpo.modeling.loading import disable_dropout
+
+FROZEN_ADAPTER = "reference"
+"""The name of the frozen copy inside the PeftModel; only the policy's own adapter is saved."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceModel:
+    """What gives the reference log-probs.
+
+    Attributes:
+        model: that runs; the policy itself, or another model.
+        active: a context inside which `model` is the reference; all as before afterwards.
+        sentence: what it is, for people.
+        adapter: name of the adapter of `model` that is on, if any.
+        outlives_training: whether it is still there after the first update.
+    """
+
+    model: nn.Module
+    active: Callable[[], AbstractContextManager[None]]
+    sentence: str
+    adapter: str | None = None
+    outlives_training: bool = True
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter that is on, by name; the log-probs depend on it as on the weights."""
+        if self.adapter is None:
+            return {}
+        return get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+
+    def adapter_scale(self) -> dict[str, Any]:
+        """What its config makes of those tensors."""
+        assert self.adapter is not None, "there is one"
+        config = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
+        named = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        return {name: getattr(config, name, None) for name in named}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a reference that follows the policy consists of, by name."""
+        return self.adapter_tensors() or dict(self.model.named_parameters())
+
+    def follow(self, policy: nn.Module, mixup_alpha: float) -> None:
+        """TR-DPO: become alpha x policy + (1 - alpha) x this reference, arXiv:2404.09656.
+
+        Args:
+            policy: the one that this is a copy of.
+            mixup_alpha: 1 is the policy as it is now, 0 changes nothing.
+        """
+        theirs = dict(policy.named_parameters())
+        if isinstance(policy, PeftModel):
+            (active,) = policy.active_adapters
+            theirs = get_peft_model_state_dict(policy, adapter_name=active)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.lerp_(theirs[name].to(tensor.dtype), mixup_alpha)
+
+
+def base_as_reference(policy: nn.Module) -> ReferenceModel:
+    """The policy with its adapters off, or a policy without any before its first update."""
+    if isinstance(policy, PeftModel):
+        sentence = "The reference is the same model with its adapter off."
+        return ReferenceModel(policy, lambda: adapters_off(policy), sentence)
+    sentence = "The reference is the model as it is now, before the first update."
+    return ReferenceModel(policy, nullcontext, sentence, outlives_training=False)
+
+
+def start_as_reference(policy: nn.Module) -> ReferenceModel:
+    """A frozen copy of the adapter that training starts from; the base if that adds nothing."""
+    if not isinstance(policy, PeftModel) or adds_nothing(policy):
+        return base_as_reference(policy)
+    return copy_as_reference(policy)
+
+
+def copy_as_reference(policy: nn.Module) -> ReferenceModel:
+    """A frozen copy of what is trained: of the adapter if there is one, else of all weights."""
+    if not isinstance(policy, PeftModel):
+        frozen = copy.deepcopy(policy).requires_grad_(False)
+        return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
+    (active,), trainable = policy.active_adapters, _trainable(policy)
+    config = copy.deepcopy(policy.peft_config[active])
+    policy.add_adapter(FROZEN_ADAPTER, config)
+    disable_dropout(policy)
+    fuse(policy)
+    reference = ReferenceModel(
+        policy,
+        lambda: _adapter_on(policy, FROZEN_ADAPTER),
+        "The reference is a frozen copy of the adapter that training starts from.",
+        adapter=FROZEN_ADAPTER,
+    )
+    _restore(policy, active, trainable)
+    reference.follow(policy, 1.0)
+    return reference
+
+
+def adapter_as_reference(policy: PeftModel, folder: str) -> ReferenceModel:
+    """The adapter of a folder, on the weights that the policy's adapter lies on too.
+
+    Raises:
+        ValueError: it was trained on another base, or its weights do not fit.
+    """
+    (active,), trainable = policy.active_adapters, _trainable(policy)
+    own, theirs = causal_lm_of(policy).name_or_path, peft_base_of(folder)
+    if own and theirs != own:
+        raise ValueError(
+            f"the adapter in {folder} was trained on {theirs} and the policy lies on {own}: pass "
+            "an adapter of the same base, or a whole model."
+        )
+    policy.load_adapter(folder, adapter_name=FROZEN_ADAPTER)
+    disable_dropout(policy)
+    fuse(policy)
+    _restore(policy, active, trainable)
+    return ReferenceModel(
+        policy,
+        lambda: _adapter_on(policy, FROZEN_ADAPTER),
+        f"The reference is the adapter in {folder}.",
+        adapter=FROZEN_ADAPTER,
+    )
+
+
+def other_as_reference(model: nn.Module, policy: nn.Module) -> ReferenceModel:
+    """Another model as it is, its adapters on if it has any.
+
+    Raises:
+        ValueError: its vocabulary is another one, or it is the policy itself.
+    """
+    if causal_lm_of(model) is causal_lm_of(policy):
+        raise ValueError(
+            "ref_model is the model that is trained and would move with it. Leave ref_model out: "
+            "the reference is then the model with its adapter off, or its log-probs from before "
+            "the first update."
+        )
+    sizes = [head_of(each).weight.shape[0] for each in (model, policy)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the reference has a vocabulary of {sizes[0]:,} tokens and the policy one of "
+            f"{sizes[1]:,}: their log-probs cannot be compared. Pass a reference of the same "
+            "family and size of vocabulary."
+        )
+    model.requires_grad_(False)
+    fuse(model)
+    disable_dropout(model)
+    name = causal_lm_of(model).name_or_path or type(causal_lm_of(model)).__name__
+    adapter = model.active_adapter if isinstance(model, PeftModel) else None
+    return ReferenceModel(model, nullcontext, f"The reference is {name}.", adapter=adapter)
+
+
+def adds_nothing(policy: PeftModel) -> bool:
+    """Whether the adapter is new: every one of its up-projections is 0."""
+    (active,) = policy.active_adapters
+    tensors = get_peft_model_state_dict(policy, adapter_name=active)
+    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    return bool(ups) and not any(tensor.any() for tensor in ups)
+
+
+@contextmanager
+def _adapter_on(policy: PeftModel, name: str) -> Iterator[None]:
+    """One adapter on in place of the active one; which is on and what is trained stay as before.
+
+    PEFT's `set_adapter` turns `requires_grad` on for what it activates and off for the rest.
+    """
+    (before,), trainable = policy.active_adapters, _trainable(policy)
+    policy.set_adapter(name)
+    try:
+        yield
+    finally:
+        _restore(policy, before, trainable)
+
+
+def _trainable(policy: nn.Module) -> set[str]:
+    return {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def _restore(policy: PeftModel, active: str, trainable: set[str]) -> None:
+    policy.set_adapter(active)
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name in trainable)

@@ -1,0 +1,157 @@
+"""Modules that work on each token alone, run tile by tile along the row.
+
+What is inside such a module is then never there for all tokens. Its forward saves its input only;
+its backward runs a tile forward and backward again before it takes the next. The input is saved
+before anything is computed, so in a layer that is recomputed the module is not run a third time.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastdpo.randomness import RandomState
+
+
+def run_in_tiles(modules: Iterable[Any], tile_tokens: int | None) -> int:
+    """Run the modules over at most so many tokens at once, in place; may be called again.
+
+    Args:
+        modules: each token's output depends on that token's input alone. Those whose forward takes
+            more than the hidden states stay as they are.
+        tile_tokens: most tokens of a tile; None runs them over the whole row again.
+
+    Returns:
+        How many were taken.
+    """
+    count = 0
+    for module in modules:
+        if not isinstance(module, _TiledForward):
+            if len(inspect.signature(type(module).forward).parameters) != 2:
+                continue
+            module.__class__ = _tiled(type(module))
+        module.tile_tokens = tile_tokens
+        count += 1
+    return count
+
+
+class _TiledForward:
+    tile_tokens: int | None
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        run = super().forward  # pyrefly: ignore
+        if (
+            self.tile_tokens is None
+            or hidden_states.shape[_axis(hidden_states)] <= self.tile_tokens
+        ):
+            return run(hidden_states)
+        tiles = _Tiles(run, hidden_states.device.type, self.tile_tokens)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        differentiable = any(t.requires_grad for t in (hidden_states, *parameters))
+        if not (torch.is_grad_enabled() and differentiable):
+            return tiles.value(hidden_states)
+        port = _Gradient.apply(tiles, hidden_states, *parameters)
+        return _Value.apply(port, tiles, hidden_states.detach())
+
+
+@functools.cache
+def _tiled(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Tiled{kind.__name__}", (_TiledForward, kind), {})
+
+
+class _Tiles:
+    """One call: what is run, over tiles of which size, under the autocast and random state of now.
+
+    Autocast keeps no cast weights here: one made without gradient would be reused with it.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Tensor], device: str, tile_tokens: int) -> None:
+        self.run, self.tile_tokens = run, tile_tokens
+        self.random = RandomState.now()
+        self._autocast = functools.partial(
+            torch.autocast,
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        )
+
+    def value(self, hidden_states: Tensor) -> Tensor:
+        """(T, H), (1, T, H) or (1, T, heads, H) to the same shape, no gradient."""
+        out = None
+        with torch.no_grad(), self._autocast():
+            for tokens in self._slices(hidden_states):
+                tile = self.run(hidden_states[tokens])
+                if out is None:
+                    out = tile.new_empty(hidden_states.shape)
+                out[tokens] = tile
+        assert out is not None, "a row of more tokens than a tile has some"
+        return out
+
+    def gradients(
+        self, hidden_states: Tensor, parameters: tuple[Tensor, ...], grad_out: Tensor
+    ) -> list[Tensor | None]:
+        """Of hidden states and parameters, None where not asked for; random numbers as before."""
+        totals: list[Tensor | None] = [None] * len(parameters)
+        needs_input = hidden_states.requires_grad
+        grad_hidden = torch.empty_like(hidden_states) if needs_input else None
+        after = RandomState.now()
+        self.random.restore()
+        for tokens in self._slices(hidden_states):
+            leaf = hidden_states[tokens].detach().requires_grad_(needs_input)
+            with torch.enable_grad(), self._autocast():
+                tile = self.run(leaf)
+            leaves = ([leaf] if needs_input else []) + list(parameters)
+            found = list(torch.autograd.grad(tile, leaves, grad_out[tokens], allow_unused=True))
+            if grad_hidden is not None:
+                grad_hidden[tokens] = found.pop(0)
+            for index, part in enumerate(found):
+                before = totals[index]
+                totals[index] = part if before is None else before.add_(part)
+        after.restore()
+        return [grad_hidden, *totals]
+
+    def _slices(self, hidden_states: Tensor) -> list[tuple[slice, ...]]:
+        axis = _axis(hidden_states)
+        starts = range(0, hidden_states.shape[axis], self.tile_tokens)
+        before = (slice(None),) * axis
+        return [(*before, slice(start, start + self.tile_tokens)) for start in starts]
+
+
+def _axis(hidden_states: Tensor) -> int:
+    """Which axis the tokens of a row lie along: the second where there is a batch."""
+    return 1 if hidden_states.ndim > 2 else 0
+
+
+class _Gradient(torch.autograd.Function):
+    """Saves, and computes every gradient; its output is a port through which dL/dout arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, tiles: _Tiles, hidden_states: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.tiles, ctx.parameters = tiles, parameters
+        ctx.save_for_backward(hidden_states)
+        return hidden_states.new_empty(()).expand(hidden_states.shape)  # holds one number
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        (hidden_states,) = ctx.saved_tensors
+        hidden_states = hidden_states.detach().requires_grad_(ctx.needs_input_grad[1])
+        return None, *ctx.tiles.gradients(hidden_states, ctx.parameters, grad_outputs[0])
+
+
+class _Value(torch.autograd.Function):
+    """The value. Saves nothing; hands the gradient on to the port."""
+
+    @staticmethod
+    def forward(ctx: Any, port: Tensor, tiles: _Tiles, hidden_states: Tensor) -> Tensor:
+        return tiles.value(hidden_states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
+        return grad_outputs[0], None, None

@@ -1,0 +1,62 @@
+"""Which trained model stands beside which reference."""
+
+from dataclasses import dataclass, fields
+
+from fastdpo.options.checks import check_number, option
+from fastdpo.options.data import DataOptions
+from fastdpo.options.model import ModelOptions
+
+
+@dataclass
+class ComparisonOptions:
+    """Which trained model stands beside which reference."""
+
+    _argument_group_name = "Policy and reference"
+
+    adapter: str | None = option(
+        None, "Folder of the trained adapter; the reference is the model without it."
+    )
+    reference: str | None = option(
+        None, "The model that a fully trained --model started from, to compare with."
+    )
+    beta: float = option(0.1, "Reward per nat of log-ratio, as in training.")
+
+    def __post_init__(self) -> None:
+        check_number("beta", self.beta, above=0, remedy="Pass the beta of the training run.")
+        if self.adapter is not None and self.reference is not None:
+            raise ValueError(
+                "--adapter and --reference exclude each other: with an adapter the reference is "
+                "the model without it; --reference is for a --model whose weights were all trained."
+            )
+
+
+LOADING = {
+    ModelOptions: {"model_name_or_path", "model_revision", "dtype", "trust_remote_code", "qlora"},
+    DataOptions: {
+        "dataset_name",
+        "dataset_config",
+        "dataset_test_split",
+        "eval_dataset",
+        "columns",
+        "rated_pairs",
+        "max_line_mib",
+    },
+}
+"""What a command that trains nothing takes of the groups that it shares with training."""
+
+
+def refuse_training_options(given: frozenset[str]) -> None:
+    """Refuse what a command that trains nothing would ignore.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    useless = {
+        entry.name for kind, used in LOADING.items() for entry in fields(kind)
+        if entry.name in given - used
+    }  # fmt: skip
+    if useless:
+        raise ValueError(
+            f"--{min(useless)} changes nothing here: leave it out. The adapter's folder says how "
+            "it was made; --qlora loads the base in 4 bits as in training."
+        )

@@ -1,0 +1,99 @@
+"""Reading a YAML file of options, which may come from anywhere: no tags, no bombs, no second value.
+
+Only what `yaml.safe_load` builds is accepted, keys of the file occur once, and what anchors and
+aliases repeat is counted before anything is written out in full.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_FILE_BYTES = 2**16
+MAX_NESTING = 32
+MAX_VALUES = 100_000
+"""Scalars, lists and mappings of a file, each alias counted as all that it stands for."""
+
+
+def read_options_file(path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML file holds; an empty file is an empty one.
+
+    Raises:
+        ValueError: the file is not YAML, no mapping, too large, or says something twice; the text
+            names the file and, where there is one, the line.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"{path}: has more than {MAX_FILE_BYTES} bytes; a file of options is a page long"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8"
+        ) from None
+    try:
+        _check_nesting(text, path)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            return {}
+        _check(root, path)
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    except (ValueError, OverflowError, TypeError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(f"{path}:") else f"{path}: {text}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: holds a {type(content).__name__}, not options; write lines as beta: 0.1"
+        )
+    return content
+
+
+def _check_nesting(text: str, path: Path) -> None:
+    """Before anything is built of it: PyYAML's time grows with the square of the depth."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTING:
+            line = event.start_mark.line + 1
+            raise ValueError(f"{path}:{line}: is nested too deeply; options need three levels")
+
+
+def _check(root: yaml.Node, path: Path) -> None:
+    """Refuse keys that occur twice, and aliases that hold themselves or blow up."""
+    sizes: dict[int, int] = {}
+    opened: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        where = f"{path}:{node.start_mark.line + 1}"
+        if id(node) in opened:
+            raise ValueError(f"{where}: an alias stands for something that it is a part of")
+        if id(node) not in sizes:
+            opened.add(id(node))
+            parts: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                _refuse_twice(node, where)
+                parts = [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                parts = list(node.value)
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            opened.discard(id(node))
+        if sizes[id(node)] > MAX_VALUES:
+            raise ValueError(
+                f"{where}: stands for more than {MAX_VALUES:,} values, aliases counted; write "
+                "options out"
+            )
+        return sizes[id(node)]
+
+    size(root)
+
+
+def _refuse_twice(node: yaml.MappingNode, where: str) -> None:
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{where}: {key} is set twice; keep one")

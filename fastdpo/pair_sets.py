@@ -1,0 +1,90 @@
+"""The data sets of a run as groups of token ids, and the loaders that hand them out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo.batching import PairGroups
+from fastdpo.config import DPOConfig
+from fastdpo.data.order import UpdateSampler
+from fastdpo.preparing import prepare_groups
+
+
+class PairSets:
+    """The training set and the evaluation sets of one run.
+
+    Args:
+        args: of the run.
+        tokenizer: of the policy.
+        vocabulary_size: rows of its head.
+        train_dataset: rows as TRL takes them, a `PairDataset`, or None.
+        eval_dataset: likewise, or a dict of them by name.
+
+    Attributes:
+        train: the training pairs, or None.
+        eval: the evaluation pairs, or those of each set by name, or None.
+    """
+
+    def __init__(
+        self,
+        args: DPOConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary_size: int,
+        train_dataset: Any,
+        eval_dataset: Any,
+    ) -> None:
+        self.args, self.tokenizer, self.vocabulary_size = args, tokenizer, vocabulary_size
+        needed = self.pairs_per_update * args.max_steps if args.max_steps > 0 else None
+        self.train = self.prepared(train_dataset, "train", limit=needed)
+        self.eval: PairGroups | dict[str, PairGroups] | None
+        if isinstance(eval_dataset, Mapping):
+            parts = {name: self.prepared(part, name) for name, part in eval_dataset.items()}
+            self.eval = {name: groups for name, groups in parts.items() if groups is not None}
+        else:
+            self.eval = self.prepared(eval_dataset, "eval")
+
+    @property
+    def pairs_per_update(self) -> int:
+        """B, as the user's options make it."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    @property
+    def eval_by_name(self) -> dict[str, PairGroups]:
+        """The evaluation sets; a single one is called eval."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        return {} if self.eval is None else {"eval": self.eval}
+
+    def prepared(self, dataset: Any, name: str, limit: int | None = None) -> PairGroups | None:
+        """Rows to groups; what is prepared already, or None, stays as it is."""
+        return prepare_groups(
+            dataset, name, self.args, self.tokenizer, self.vocabulary_size, limit=limit
+        )
+
+    def train_loader(self) -> DataLoader:
+        """Batches of B groups, one batch an update."""
+        if self.train is None:
+            raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
+        args = self.args
+        sampler = UpdateSampler(
+            len(self.train),
+            self.pairs_per_update,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+            drop_last=args.dataloader_drop_last,
+        )
+        return DataLoader(
+            self.train, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
+        )
+
+    def eval_loader(self, dataset: Any = None) -> DataLoader:
+        """All groups of one evaluation set: rows, groups, or the name of one of this run's."""
+        if isinstance(dataset, str):
+            dataset = self.eval_by_name[dataset]
+        groups = self.prepared(self.eval if dataset is None else dataset, "eval")
+        if groups is None:
+            raise ValueError("there is no eval_dataset: pass one to DPOTrainer or evaluate().")
+        return DataLoader(groups, batch_size=self.pairs_per_update, collate_fn=list)

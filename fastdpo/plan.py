@@ -1,0 +1,171 @@
+"""`python -m fastdpo.plan`: what a run takes of a card, before anything is downloaded."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastdpo.command_line import EXIT_DOES_NOT_FIT, command, parse
+from fastdpo.options import ModelOptions, PlanningOptions, resolve_model
+from fastdpo.report import say, table
+
+if TYPE_CHECKING:
+    from fastdpo.memory import Architecture, Card, Plan, Training
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, plan, print the terms, the choice and the longest pairs.
+
+    Raises:
+        SystemExit: 3 where the pairs asked for do not fit, after saying what would make them fit.
+        ValueError: the model or the card cannot be had.
+    """
+    parsed = parse(
+        "plan",
+        [ModelOptions, PlanningOptions],
+        argv,
+        training=False,
+        description="Predict the memory of a training run from the model's config alone.",
+    )
+    model, options = parsed.model, parsed.group(PlanningOptions)
+    from fastdpo.memory import Workload, architecture_named, plan
+
+    if model.model_name_or_path is None:
+        raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
+    card = _card(options.gpu)
+    architecture = architecture_named(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    training, host_bytes = _training(model, options), _host_bytes(options)
+    longest = 2 * options.max_length
+    planned = plan(
+        architecture,
+        training,
+        card,
+        Workload(longest, longest * options.pairs_per_update // 2),
+        host_bytes=host_bytes,
+        micro_batch_tokens=options.micro_batch_tokens,
+        change_optimizer=options.optim == "auto",
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(planned.as_json(), indent=2) + "\n")
+    else:
+        _print(planned, architecture, training, card, options)
+        if options.longest_pairs:
+            say(f"\n{longest_pairs(architecture, training, host_bytes, options)}")
+    if not planned.fits:
+        raise SystemExit(EXIT_DOES_NOT_FIT)
+
+
+def _card(text: str) -> "Card":
+    from fastdpo.memory import card_of, this_card
+
+    return this_card() if text.strip().lower() == "auto" else card_of(text)
+
+
+def _host_bytes(options: PlanningOptions) -> int:
+    from fastdpo.memory import free_host_bytes
+
+    if options.host_memory_gib is None:
+        return free_host_bytes()
+    return int(options.host_memory_gib * 2**30)
+
+
+def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
+    """As `python -m fastdpo.train` would do it on that card: without a flag, LoRA."""
+    from fastdpo.memory import Training
+
+    names = model.lora_target_modules
+    exact = model.dtype == "float32"
+    return Training(
+        tuning="qlora" if model.qlora else "full" if model.full else "lora",
+        entry_bytes=4 if exact and not model.full else 2,
+        lora_r=model.lora_r,
+        target_modules=None if names is None else tuple(names),
+        optimizer="adamw_torch_fused" if options.optim == "auto" else options.optim,
+        attention="flex" if exact else "varlen",
+    )
+
+
+def _print(
+    planned: "Plan",
+    architecture: "Architecture",
+    training: "Training",
+    card: "Card",
+    options: PlanningOptions,
+) -> None:
+    from fastdpo.memory.terms import binary_size
+
+    _, sentence = resolve_model(architecture.name)
+    if sentence:
+        say(sentence)
+    kind = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[training.tuning]
+    rank = f" r={training.lora_r}" if training.trains_adapter else ""
+    say(
+        f"{architecture.name}: {architecture.parameters / 1e9:.2f}B parameters, {kind}{rank}, "
+        f"pairs up to 2 x {options.max_length:,} tokens; card: {card.name}.\n"
+    )
+    rows = [[name, binary_size(size)] for name, size in planned.terms.items() if size]
+    say(
+        table(
+            ["highest moment, by term", "bytes"], [*rows, ["all", binary_size(planned.peak_bytes)]]
+        )
+    )
+    say()
+    moments = sorted(planned.moments.items(), key=lambda moment: -moment[1])
+    say(table(["moment", "allocated"], [[name, binary_size(size)] for name, size in moments]))
+    say(f"\n{planned.describe()}")
+    if planned.tokens_per_second is not None:
+        say(
+            f"Speed: about {planned.tokens_per_second:,.0f} tokens/s, an estimate: the products "
+            f"that must be done at 60 percent of {card.tflops:g} TFLOP/s (data sheet), and "
+            "dequantization at the card's memory bandwidth. A token of a prompt counts once."
+        )
+
+
+def longest_pairs(
+    architecture: "Architecture",
+    training: "Training",
+    host_bytes: int,
+    options: PlanningOptions,
+) -> str:
+    """The longest pair 2 x L of each size of card, as a table."""
+    from fastdpo.memory import card_of, longest_pair
+    from fastdpo.memory.cards import SIZES_GIB
+    from fastdpo.memory.terms import binary_size
+
+    rows = []
+    for size in SIZES_GIB:
+        found = longest_pair(
+            architecture,
+            training,
+            card_of(str(size)),
+            host_bytes=host_bytes,
+            change_optimizer=options.optim == "auto",
+        )
+        if found is None:
+            rows.append([f"{size} GB", "does not fit", "", "", ""])
+            continue
+        means = [f"{count} {what}" for what, count in found.policy_counts.items()]
+        means += ["embeddings on host"] if found.embeddings_on_host else []
+        means += ["tiled norms"] if found.norm_tile_tokens is not None else []
+        means += ["tiled MLPs"] if found.mlp_tile_tokens is not None else []
+        means += [found.optimizer] if found.optimizer != training.optimizer else []
+        rows.append(
+            [
+                f"{size} GB",
+                f"2 x {found.micro_batch_tokens // 2:,}",
+                binary_size(found.peak_bytes),
+                binary_size(found.pinned_host_bytes),
+                ", ".join(means),
+            ]
+        )
+    limit = f"at most {binary_size(host_bytes)} of pinned host memory"
+    header = ["card", "longest pair", "card used", "pinned host", "with"]
+    return f"The longest pair that fits, its rows sharing nothing; {limit}:\n{table(header, rows)}"
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

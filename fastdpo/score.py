@@ -1,0 +1,87 @@
+"""`python -m fastdpo.score`: every row of a data set with the figures of policy and reference."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastdpo.command_line import command, parse
+from fastdpo.options import (
+    ComparisonOptions,
+    DataOptions,
+    ModelOptions,
+    RowOptions,
+    ScoringOptions,
+    refuse_training_options,
+)
+from fastdpo.report import say
+
+if TYPE_CHECKING:
+    from fastdpo.scored_rows import ScoredRows
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, score, write the rows and say where they lie."""
+    parsed = parse(
+        "score",
+        [ModelOptions, DataOptions, RowOptions, ComparisonOptions, ScoringOptions],
+        argv,
+        training=False,
+        description="Write a data set's rows with log-probs, rewards and margin of a trained "
+        "model beside its reference; row i of the result is row i of the data.",
+    )
+    refuse_training_options(parsed.given)
+    options = parsed.group(ScoringOptions)
+    scored = run(
+        parsed.model,
+        parsed.data,
+        parsed.group(RowOptions),
+        parsed.group(ComparisonOptions),
+        options,
+    )
+    from fastdpo.scored_rows import write_scores
+
+    write_scores(scored, Path(options.output_file), prefix=options.column_prefix)
+    say(scored.describe())
+    say(f"\nwritten to {options.output_file}")
+    say("The pairs that the policy gets most wrong are those with the smallest margin.")
+
+
+def run(
+    model: ModelOptions,
+    data: DataOptions,
+    rows: RowOptions,
+    compared: ComparisonOptions,
+    options: ScoringOptions,
+) -> "ScoredRows":
+    """Load what the options name and score every pair with both models.
+
+    Raises:
+        ValueError: an option is missing, the model or data cannot be had, or the rows have no
+            room for the figures.
+    """
+    from fastdpo.batching import PairGroups, default_micro_batch_tokens
+    from fastdpo.comparison import read_pairs, tokenizer_of, with_both
+    from fastdpo.modeling.head import causal_lm_of
+    from fastdpo.modeling.scoring import score_pairs
+    from fastdpo.scored_rows import ScoredRows, check_rows
+
+    tokenizer = tokenizer_of(model, compared)
+    read, pairs = read_pairs(data, rows, tokenizer)
+    check_rows(read, pairs, Path(options.output_file), prefix=options.column_prefix)
+    groups = PairGroups(pairs)
+    policy, reference = with_both(
+        model,
+        compared,
+        lambda scorer, side: score_pairs(
+            scorer,
+            groups,
+            micro_batch_tokens=default_micro_batch_tokens(causal_lm_of(scorer).device),
+            description=f"Scoring with the {side}",
+        ),
+    )
+    return ScoredRows(read, pairs, policy, reference, compared.beta, rows, tokenizer)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,239 @@
+"""The rows of a data set with what policy and reference give them, as JSON lines or Parquet."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastdpo import files
+from fastdpo.comparison import pairs_of
+from fastdpo.data import DataError, PairDataset, Rows
+from fastdpo.data.pairs import (
+    EMPTY_COMPLETION,
+    EMPTY_PROMPT,
+    IDENTICAL,
+    IDENTICAL_AFTER_TRUNCATION,
+    OVER_LONG_PROMPT,
+    RATED_ALIKE,
+)
+from fastdpo.metrics import preference_accuracy
+from fastdpo.modeling.scoring import ScoredPairs
+from fastdpo.options import RowOptions
+from fastdpo.report import table
+
+ROWS_AT_ONCE = 1024
+_REASONS = (
+    EMPTY_PROMPT,
+    EMPTY_COMPLETION,
+    IDENTICAL_AFTER_TRUNCATION,  # begins like the next one
+    IDENTICAL,
+    OVER_LONG_PROMPT,
+    RATED_ALIKE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The columns that a row gains; all None where the row was dropped, but for `dropped`.
+
+    Attributes:
+        chosen_logps, rejected_logps: log-prob of the completion under the policy, nats.
+        ref_chosen_logps, ref_rejected_logps: the same under the reference.
+        chosen_rewards, rejected_rewards: beta x (policy - reference).
+        margin: chosen - rejected log-ratio, nats; beta x margin is the difference of the rewards.
+        prompt_tokens, chosen_tokens, rejected_tokens: after truncation.
+        truncated_prompt, truncated_chosen, truncated_rejected: whether it was cut to fit.
+        dropped: why the row has no figures.
+    """
+
+    chosen_logps: float | None = None
+    rejected_logps: float | None = None
+    ref_chosen_logps: float | None = None
+    ref_rejected_logps: float | None = None
+    chosen_rewards: float | None = None
+    rejected_rewards: float | None = None
+    margin: float | None = None
+    prompt_tokens: int | None = None
+    chosen_tokens: int | None = None
+    rejected_tokens: int | None = None
+    truncated_prompt: bool | None = None
+    truncated_chosen: bool | None = None
+    truncated_rejected: bool | None = None
+    dropped: str | None = None
+
+
+COLUMNS = tuple(entry.name for entry in fields(Score))
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Every row of a data set, in order, with its score.
+
+    Args:
+        rows: as they were read.
+        pairs: those of them that became pairs.
+        policy: log-probs of the pairs.
+        reference: the same under the reference.
+        beta: reward per nat.
+        options: how the rows became pairs.
+        tokenizer: the one that made the pairs.
+    """
+
+    rows: Rows
+    pairs: PairDataset
+    policy: ScoredPairs
+    reference: ScoredPairs
+    beta: float
+    options: RowOptions
+    tokenizer: PreTrainedTokenizerBase
+
+    def scores(self) -> Iterator[Score]:
+        """One for each row."""
+        at = {pair.row: place for place, pair in enumerate(self.pairs)}
+        for row in range(len(self.rows)):
+            yield self._score(at[row]) if row in at else Score(dropped=self._reason(row))
+
+    def describe(self) -> str:
+        """A few figures for the screen."""
+        logratios = self.policy.logps - self.reference.logps
+        margins = torch.from_numpy(logratios[:, 0] - logratios[:, 1])
+        rows = [
+            ("rows", f"{len(self.rows):,}"),
+            ("pairs with figures", f"{len(self.pairs):,}"),
+            ("preference accuracy", f"{preference_accuracy(margins):.4f}"),
+            ("mean margin, nats", f"{float(margins.mean()):.4f}"),
+        ]
+        return table(("scored", ""), rows)
+
+    def _score(self, place: int) -> Score:
+        pair = self.pairs[place]
+        logps, ref_logps = self.policy.logps[place], self.reference.logps[place]
+        if not (np.isfinite(logps).all() and np.isfinite(ref_logps).all()):
+            raise ValueError(
+                f"{self.rows.where(pair.row)}: the log-probs are {[*logps, *ref_logps]}; they must "
+                "be finite. Look at the model's weights, or load it with --dtype float32."
+            )
+        logratios = logps - ref_logps
+        return Score(
+            *map(float, (*logps, *ref_logps, *(self.beta * logratios))),
+            margin=float(logratios[0] - logratios[1]),
+            prompt_tokens=len(pair.prompt_ids),
+            chosen_tokens=len(pair.chosen_ids),
+            rejected_tokens=len(pair.rejected_ids),
+            truncated_prompt=pair.cut[0],
+            truncated_chosen=pair.cut[1],
+            truncated_rejected=pair.cut[2],
+            dropped=None,
+        )
+
+    def _reason(self, row: int) -> str:
+        """A dropped row is prepared once more, alone and strictly: its refusal says why."""
+        try:
+            strict = replace(self.options, strict_data=True)
+            pairs_of(self.rows.take([row]), strict, self.tokenizer)
+        except DataError as error:
+            complaint = str(error).removeprefix(f"{self.rows.where(row)}: ")
+            return next(reason for reason in _REASONS if complaint.startswith(reason))
+        raise AssertionError(f"row {row} was dropped, and alone it was not")
+
+
+def check_rows(rows: Rows, pairs: PairDataset, path: Path, *, prefix: str = "") -> None:
+    """Find out before the scoring whether `write_scores` can write these rows.
+
+    Raises:
+        ValueError: a row gives several pairs, the rows have a column of a score's name already, or
+            they do not fit into one table.
+    """
+    if len({pair.row for pair in pairs}) < len(pairs):
+        raise ValueError(
+            f"{rows.source} gives several pairs a row, and a row has room for the figures of one: "
+            "leave --rated_pairs all out, or write the pairs into a file of their own."
+        )
+    names = [prefix + name for name in COLUMNS]
+    for index, row in enumerate(rows.rows):
+        if taken := [name for name in names if name in row]:
+            raise ValueError(
+                f"{rows.where(index)} has the column {taken[0]!r} already: name the new ones "
+                "otherwise with --column_prefix, as in --column_prefix second_"
+            )
+    if path.suffix.lower() == ".parquet":
+        _schema(rows.rows, names, path)
+
+
+def write_scores(scored: ScoredRows, path: Path, *, prefix: str = "") -> None:
+    """Every row with its score, in order, in a file that is whole or not there.
+
+    Args:
+        scored: rows and scores; `check_rows` has passed them.
+        path: ends in .jsonl or .parquet.
+        prefix: put before the names of the new columns.
+
+    Raises:
+        ValueError: a log-prob is not finite.
+    """
+    names = [prefix + name for name in COLUMNS]
+
+    def together() -> Iterator[dict[str, Any]]:
+        for row, score in zip(scored.rows.rows, scored.scores(), strict=True):
+            yield dict(row) | dict(zip(names, asdict(score).values(), strict=True))
+
+    if path.suffix.lower() == ".jsonl":
+        files.write_atomically(path, lambda temporary: _write_json_lines(temporary, together()))
+        return
+    schema = _schema(scored.rows.rows, names, path)
+    files.write_atomically(path, lambda temporary: _write_parquet(temporary, together(), schema))
+
+
+def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    with parquet.ParquetWriter(path, schema) as writer:
+        for batch in _batches(rows):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+
+
+def _schema(rows: Iterable[Mapping[str, Any]], names: Sequence[str], path: Path) -> Any:
+    """The columns of all rows, whose types need not show in the first ones, and of the scores."""
+    import pyarrow
+
+    try:
+        found = pyarrow.unify_schemas(
+            [_schema_of_batch(batch) for batch in _batches(rows)], promote_options="permissive"
+        )
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"the rows do not fit into the one table of {path}: {error}; write a .jsonl file"
+        ) from error
+    types = {float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
+    own = [
+        (name, types.get(get_args(entry.type)[0], pyarrow.string()))
+        for name, entry in zip(names, fields(Score), strict=True)
+    ]
+    return pyarrow.schema([*found, *(pyarrow.field(*column) for column in own)])
+
+
+def _schema_of_batch(batch: list[Mapping[str, Any]]) -> Any:
+    import pyarrow
+
+    names = dict.fromkeys(chain.from_iterable(batch))
+    arrays = {name: pyarrow.array([row.get(name) for row in batch]) for name in names}
+    return pyarrow.table(arrays).schema
+
+
+def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, ROWS_AT_ONCE)):
+        yield batch

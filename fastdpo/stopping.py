@@ -1,0 +1,103 @@
+"""SIGTERM and Ctrl-C, held back until the work in hand is in a state worth keeping.
+
+The first signal is noted, and the work asks for it where it can be cut; the second one stops at
+once. Whoever is inside shares the request of whoever is outside: a reference pass within a training
+run ends between two groups, and the run then saves.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NOTICE = (
+    b"\nStopping as soon as the work in hand is safe on the disk; the same signal again stops at "
+    b"once.\n"
+)
+
+
+class Stop:
+    """Whether to stop.
+
+    Attributes:
+        signal: the number of the first signal that came, or None.
+        signals: how many came.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.signals = 0
+        self._waits = True
+
+    def raise_if_asked(self) -> None:
+        """Leave, where a signal has come.
+
+        Raises:
+            SystemExit: 143, after SIGTERM.
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        if self.signal is not None:
+            _leave(self.signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, nothing is worth waiting for: the first signal raises wherever it comes."""
+        with self._waiting(False):
+            self.raise_if_asked()
+            yield
+
+    @contextmanager
+    def _waiting(self, waits: bool) -> Iterator[None]:
+        before, self._waits = self._waits, waits
+        try:
+            yield
+        finally:
+            self._waits = before
+
+    def _arrive(self, number: int, _frame: FrameType | None) -> None:
+        self.signals += 1
+        if self.signals > 1 or not self._waits:
+            self.signal = self.signal or number
+            _leave(number)
+        self.signal = number
+        os.write(2, _NOTICE)  # print and logging are not safe inside a handler
+
+
+_active: Stop | None = None
+
+
+@contextmanager
+def held() -> Iterator[Stop]:
+    """Hold SIGTERM and Ctrl-C back until the caller asks, so that no work is cut in two.
+
+    Signals that are ignored stay ignored; in threads, which get none, nothing changes.
+    """
+    global _active
+    if threading.current_thread() is not threading.main_thread():
+        yield Stop()
+    elif _active is not None:
+        with _active._waiting(True):
+            yield _active
+    else:
+        stop, before = Stop(), {}
+        try:
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                if handler is not None and handler is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, stop._arrive)
+            _active = stop
+            yield stop
+        finally:
+            _active = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _leave(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)

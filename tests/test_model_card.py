@@ -1,0 +1,113 @@
+"""model_card.py: facts in, Markdown with YAML front matter out; nothing private in it."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from fastdpo import DPOConfig
+from fastdpo.model_card import TAGS, TrainedModel, library_versions, model_card
+from fastdpo.version import __version__
+
+
+@pytest.fixture
+def model(tmp_path):
+    args = DPOConfig(
+        str(tmp_path / "out"), use_cpu=True, beta=0.2, loss_type=["sigmoid", "sft"], max_steps=40,
+        per_device_train_batch_size=4, gradient_accumulation_steps=8, learning_rate=5e-6,
+        ref_cache=str(tmp_path / "private"), hub_token="hf_private", lr_scheduler_type="cosine",
+    )  # fmt: skip
+    return TrainedModel(
+        name="zephyr-dpo",
+        base_model="org/zephyr",
+        is_adapter=True,
+        reference="The reference is the model with its adapter off.",
+        args=args,
+        pairs=61_135,
+        updates=40,
+        dataset="org/feedback",
+        evaluation={"eval_loss": 0.61234567, "eval_rewards/accuracies": 0.75, "eval_runtime": 9.0,
+                    "eval_pairs_per_second": 3.0, "epoch": 1.0},
+        command=["python", "-m", "fastdpo.train", "--hub_token", "hf_private", "--beta", "0.2",
+                 "--hub-token=hf_private", "--run_name", "a b"],
+        tags=("zephyr", "dpo"),
+        versions=library_versions(),
+    )  # fmt: skip
+
+
+def front_matter(card):
+    start, matter, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(matter)
+
+
+def test_a_card_tells_what_was_trained_on_what_and_how(model):
+    card = model_card(model)
+    assert front_matter(card) == {
+        "library_name": "peft", "base_model": "org/zephyr", "datasets": ["org/feedback"],
+        "pipeline_tag": "text-generation", "tags": [*TAGS, "zephyr"],
+    }  # fmt: skip
+    for text in (
+        "# zephyr-dpo",
+        "An adapter for `org/zephyr`, aligned with 61,135 preference pairs of `org/feedback` in ",
+        "The reference is the model with its adapter off.",
+        "| loss_type | sigmoid sft |",
+        "| beta | 0.2 |",
+        "| pairs per update | 32 |",
+        "| max_steps | 40 |",
+        "| learning_rate | 5e-06 |",
+        "| lr_scheduler_type | cosine |",
+        "| loss | 0.6123 |",
+        "| rewards/accuracies | 0.75 |",
+        "python -m fastdpo.train --beta 0.2 --run_name 'a b'\n",
+        f"| fastdpo | {__version__} |",
+        "arXiv:2305.18290",
+        "@inproceedings{rafailov2023direct",
+    ):
+        assert text in card, text
+    assert "num_train_epochs" not in card
+    assert "runtime" not in card
+    assert "per_second" not in card
+
+
+def test_what_is_private_stays_out(model, tmp_path):
+    folder = tmp_path / "secret" / "base"
+    folder.mkdir(parents=True)
+    local = dataclasses.replace(
+        model, base_model=str(folder), dataset=str(tmp_path / "pairs.jsonl"), tags=()
+    )
+    for card in (model_card(model), model_card(local)):
+        assert "hf_private" not in card
+        assert str(tmp_path) not in card
+    assert front_matter(model_card(local)).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "An adapter for `base`" in card
+    assert "of `pairs.jsonl` in" in card
+
+
+def test_what_is_not_known_is_left_out(model):
+    bare = model_card(
+        dataclasses.replace(
+            model, is_adapter=False, dataset=None, evaluation={}, command=(), versions={}
+        )
+    )
+    assert front_matter(bare)["library_name"] == "transformers"
+    assert "All weights of `org/zephyr`, aligned with 61,135 preference pairs in 40" in bare
+    unnamed = model_card(dataclasses.replace(model, base_model=""))
+    assert "An adapter for a model that has no name, aligned" in unnamed
+    assert "base_model" not in front_matter(unnamed)
+    for heading in ("## Evaluation", "## Command", "## Versions"):
+        assert heading not in bare
+        assert heading in model_card(model)
+
+
+def test_options_that_are_as_they_come_are_not_listed(model):
+    plain = dataclasses.replace(model, args=DPOConfig(use_cpu=True))
+    card = model_card(plain)
+    for name in ("ref_cache", "reference |", "label_smoothing", "micro_batch_tokens"):
+        assert name not in card
+    assert "| num_train_epochs | 3.0 |" in card
+    assert "| max_length | 1024 |" in card
+    other = DPOConfig(use_cpu=True, label_smoothing=0.1, micro_batch_tokens=256)
+    card = model_card(dataclasses.replace(plain, args=other))
+    assert "| label_smoothing | 0.1 |" in card
+    assert "| micro_batch_tokens | 256 |" in card
