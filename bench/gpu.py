@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.harness import MEASURED, RESULTS, ROOT, Row, read
 
 LIMIT_S = 540.0
+GRACE_S = 5.0
+"""What a step has at its limit to say how far it came."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def plan(rows: Path) -> list[Step]:
         return Step(f"bench.{question}", command, limit_s)
 
     return [
-        Step("gpu tests", (python, "-m", "pytest", "-m", "gpu", "tests", "-q"), 115),
+        Step("gpu tests", (python, "-m", "pytest", "-m", "gpu", *gpu_tests()), 115),
         bench("roofline", 25),
         bench("step", 120),
         bench("layers", 60),
@@ -58,6 +61,26 @@ def plan(rows: Path) -> list[Step]:
         bench("quality", 30),
         Step("report", (*bench("report", 0).command, "--no_plots"), 15),
     ]
+
+
+def gpu_tests() -> list[str]:
+    """Files with a test for CUDA: of others a host may lack what they import, which stops all."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text()]
+
+
+def only(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
+    """The steps that are named, and the report, sharing the whole limit in the same proportion.
+
+    Raises:
+        ValueError: a name that no step has.
+    """
+    known = {step.name.removeprefix("bench.").replace(" ", "_"): step for step in steps}
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"no step {', '.join(unknown)}: there are {', '.join(known)}.")
+    chosen = [step for name, step in known.items() if name in {*names, "report"}]
+    stretch = LIMIT_S / sum(step.limit_s for step in chosen)
+    return [replace(step, limit_s=step.limit_s * stretch) for step in chosen]
 
 
 def carry_out(steps: Sequence[Step], folder: Path, *, limit_s: float = LIMIT_S) -> list[Outcome]:
@@ -88,10 +111,18 @@ def _run(step: Step, log_path: Path, limit_s: float) -> str:
         try:
             code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             return f"timed out at {limit_s:.0f} s"
     return "passed" if code == 0 else f"failed ({code})"
+
+
+def _end(process: subprocess.Popen) -> None:
+    """As Ctrl-C does, on which pytest says what has failed so far; then for good."""
+    for number, grace_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+        with suppress(ProcessLookupError):  # all of the group have ended
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=grace_s)
 
 
 def short_table(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> str:
@@ -137,11 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the plan, or with --dry list it and test the machinery on the CPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="list the plan, run the self-test")
-    dry = parser.parse_args(arguments).dry
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="such as step memory gpu_tests")
+    options = parser.parse_args(arguments)
     folder = Path(os.environ.get("BENCH_OUT") or RESULTS.parent).resolve()
     rows = folder / "rows.jsonl"
-    steps = plan(rows)
-    if dry:
+    steps = only(plan(rows), options.only) if options.only else plan(rows)
+    if options.dry:
         for step in steps:
             print(f"{step.limit_s:4.0f} s  {step.name:16} {' '.join(step.command)}")
         print(f"{LIMIT_S:4.0f} s  in all; rows, log and RESULTS.md in {folder}")

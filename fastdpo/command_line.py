@@ -7,11 +7,13 @@ file, then the command line. TrainingArguments costs seconds to import, so it is
 
 import argparse
 import dataclasses
+import errno
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,14 @@ EXIT_BAD_OPTION = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.ENOSPC: "make room there, or name a folder on another disk",
+    errno.EDQUOT: "make room there, or name a folder on another disk",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EACCES: "name a folder that can be read and written to",
+    errno.EISDIR: "name a file",
+}
 _NOT_GIVEN = object()  # no string: argparse converts string defaults
 
 
@@ -88,6 +98,7 @@ def parse(
     *,
     training: bool,
     description: str = "",
+    hidden: Collection[str] = (),
 ) -> Parsed:
     """Parse the arguments of `python -m fastdpo.<command>`.
 
@@ -97,6 +108,7 @@ def parse(
         argv: the arguments after the program's name.
         training: whether the command takes a DPOConfig with the presets below the user's values.
         description: one sentence above the help.
+        hidden: options that are left out of the help, since the command refuses them.
 
     Returns:
         An instance of every group, of DPOConfig if `training`, and the names the user set.
@@ -112,13 +124,14 @@ def parse(
     brief = {"--help", "-h"} & set(argv) and not everything
     try:
         parser = _Parser(command, groups, training, description, inherited=not brief)
+        parser.hide(hidden)
         if brief or everything:
             sys.stdout.write(parser.format_help())
             raise SystemExit(0)
         given = parser.read(argv)
         return Parsed(_build(groups, training, given), frozenset(given))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {' '.join(_plainly(error).split())}\n")
         raise SystemExit(EXIT_BAD_OPTION) from None
 
 
@@ -137,11 +150,13 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     logger.setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
     try:
-        main(sys.argv[1:])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of one library to another
+            main(sys.argv[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("FASTDPO_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_plainly(error)}\n")
         return EXIT_BAD_OPTION
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -158,6 +173,14 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     finally:
         logger.removeHandler(handler)
     return 0
+
+
+def _plainly(error: Exception) -> str:
+    """What went wrong; of a file which one, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return str(error)
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{error.filename}: {error.strerror}" + (f"; {remedy}" if remedy else "")
 
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:
@@ -242,6 +265,12 @@ class _Parser(HfArgumentParser):
                 action.nargs, action.const = "?", True  # a flag whose default is decided later
             elif action.type in (int, float) and _accepts(self.hints[action.dest], NoneType):
                 action.type = _or_none(action.type)
+
+    def hide(self, names: Collection[str]) -> None:
+        """Leave options out of the help."""
+        for action in self._actions:
+            if action.dest in names:
+                action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong; `parse` prints it."""

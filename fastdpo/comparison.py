@@ -1,5 +1,6 @@
 """A trained model and its reference over the same pairs."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
 from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, RowOptions, resolve_model
 from fastdpo.options.data import column_roles
 from fastdpo.report import say
+from fastdpo.resumable import BASE_IN_4BIT, TRAINING_ARGUMENTS
 
 T = TypeVar("T")
 
@@ -48,8 +50,24 @@ def with_both(
 def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedModel | PeftModel:
     """The trained model: a base with its adapter, or a model whose weights were all trained."""
     name = policy_name(model, options)
+    if options.adapter is not None:
+        _say_if_over_other_weights(Path(options.adapter), model.qlora)
     policy = load_weights(model, name)
     return policy if options.adapter is None else load_adapter(policy, options.adapter)
+
+
+def _say_if_over_other_weights(adapter: Path, qlora: bool) -> None:
+    """An adapter belongs to the very weights that it was trained over: 4-bit ones are others."""
+    try:
+        trained = json.loads((adapter / TRAINING_ARGUMENTS).read_text()).get(BASE_IN_4BIT, qlora)
+    except (OSError, ValueError, AttributeError):
+        return
+    if trained != qlora:
+        over, remedy = ("4-bit", "add") if trained else ("whole", "leave out")
+        say(
+            f"The adapter was trained over {over} weights and is now used over others, which "
+            f"changes every log-prob: {remedy} --qlora for those of its training."
+        )
 
 
 def load_weights(model: ModelOptions, name: str) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastdpo import files
 from fastdpo.command_line import command, parse
 from fastdpo.options import (
+    TRAINING_OPTIONS,
     ComparisonOptions,
     DataOptions,
     EvaluationOptions,
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
         argv,
         training=False,
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
+        hidden=TRAINING_OPTIONS,
     )
     refuse_training_options(parsed.given)
     options = parsed.group(EvaluationOptions)

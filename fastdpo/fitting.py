@@ -6,12 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastdpo.batching import Group, default_micro_batch_tokens, group_tokens, trunk_length
 from fastdpo.config import DPOConfig
 from fastdpo.memory import Plan, plan_for_run
-from fastdpo.modeling.activations import KEEP, RECOMPUTE, apply_policy, decoder_layers
+from fastdpo.modeling.activations import (
+    KEEP,
+    RECOMPUTE,
+    apply_policy,
+    decoder_layers,
+    has_hooked_layers,
+)
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.families import PassMode
@@ -59,10 +66,23 @@ class Layout:
         """Make the model run so; of a model that runs otherwise nothing stays."""
         if self.layer_policy:
             apply_policy(policy, self.layer_policy)
-        tile_mlps(policy, self.mlp_tile_tokens)
-        tile_norms(policy, self.norm_tile_tokens)
+        if self.layer_policy or self._tiles:
+            self._tile(policy)
         if self.embeddings_on_host:
             embeddings_to_host(policy)
+
+    def apply_to_reference(self, model: nn.Module) -> None:
+        """The part that a pass without gradients has too, for a reference that is a model apart."""
+        if self._tiles and has_hooked_layers(model):
+            self._tile(model)
+
+    @property
+    def _tiles(self) -> bool:
+        return bool(self.mlp_tile_tokens or self.norm_tile_tokens)
+
+    def _tile(self, model: nn.Module) -> None:
+        tile_mlps(model, self.mlp_tile_tokens)
+        tile_norms(model, self.norm_tile_tokens)
 
 
 def plan_memory(
@@ -150,10 +170,8 @@ def _layer_policy(
     if choice == "auto" and args.activation_checkpointing is False:
         choice = KEEP
     if choice == KEEP:
-        try:
-            return (KEEP,) * len(decoder_layers(policy))
-        except ValueError:  # layers that cannot be recomputed are kept anyway
-            return ()
+        # Layers that cannot be recomputed are kept anyway.
+        return (KEEP,) * len(decoder_layers(policy)) if has_hooked_layers(policy) else ()
     if choice == "auto" and plan is not None:
         return plan.layer_policy
     return (RECOMPUTE if choice == "auto" else choice,) * len(decoder_layers(policy))

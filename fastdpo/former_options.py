@@ -6,7 +6,9 @@ Each one gets one sentence of advice. Only the standard library is imported.
 import difflib
 from collections.abc import Iterable
 
-_ONE_REFERENCE = "the reference is the model with its adapter off; leave it out."
+_NAMED_REFERENCE = (
+    "use reference with adapter, base, or the folder or hub id of a model or adapter."
+)
 _NO_PADDING = "nothing is padded; leave it out."
 
 REMOVED_OPTIONS = {
@@ -17,10 +19,10 @@ REMOVED_OPTIONS = {
         "use loss_type sigmoid sft with loss_weights 1.0 and the value that you gave.",
     ),
     "generate_during_eval": "generate after training from the saved adapter, or in a callback.",
-    **dict.fromkeys(
-        ("model_adapter_name", "ref_adapter_name", "force_use_ref_model"), _ONE_REFERENCE
-    ),
-    "ref_model_init_kwargs": "the reference shares the policy's weights; use model_init_kwargs.",
+    "model_adapter_name": "the one adapter that is loaded is trained; leave it out.",
+    "ref_adapter_name": _NAMED_REFERENCE,
+    "force_use_ref_model": _NAMED_REFERENCE,
+    "ref_model_init_kwargs": "a reference is loaded as the policy is; use model_init_kwargs.",
     "base_model_attribute_name": "the backbone is found by itself; leave it out.",
     **dict.fromkeys(("label_pad_token_id", "padding_value"), _NO_PADDING),
     "is_encoder_decoder": "only decoder models can be trained.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastdpo.command_line import command, parse
 from fastdpo.options import (
     ONTO_MODES,
+    TRAINING_OPTIONS,
     ComparisonOptions,
     DataOptions,
     MergingOptions,
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Merge an adapter into its base, tensor by tensor in bounded memory. With "
         "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
+        hidden=TRAINING_OPTIONS,
     )
     refuse_training_options(parsed.given)
     run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(RowOptions))
@@ -46,6 +48,7 @@ def run(model: ModelOptions, options: MergingOptions, data: DataOptions, rows: R
         ValueError: the adapter, its base or the data cannot be had or do not fit together, or
             something else lies in the folder.
     """
+    from fastdpo.memory.terms import binary_size
     from fastdpo.merging import claim_folder, finish_folder, write_folder
 
     adapter, base = _read(model, options)
@@ -60,7 +63,7 @@ def run(model: ModelOptions, options: MergingOptions, data: DataOptions, rows: R
         say(fidelity.describe(options.onto))
     else:
         say("Log-probs were not compared: pass --dataset to see how far the merge moves them.")
-    say(f"\nThe merged model lies in {folder} ({merged.bytes / 2**20:,.0f} MiB).")
+    say(f"\nThe merged model lies in {folder} ({binary_size(merged.bytes)}).")
     if plan.unties:
         say("Its embedding and head were one tensor in the base and are two now.")
     say(f'transformers: AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")')

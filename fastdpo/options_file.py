@@ -23,6 +23,8 @@ def read_options_file(path: Path) -> dict[Any, Any]:
             names the file and, where there is one, the line.
         OSError: it cannot be read.
     """
+    if not path.exists():
+        raise ValueError(f"--config {path}: there is no such file; check the path")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(
             f"{path}: has more than {MAX_FILE_BYTES} bytes; a file of options is a page long"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastdpo.command_line import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, PlanningOptions, resolve_model
+from fastdpo.options.checks import check_choice
 from fastdpo.report import say, table
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
     """As `python -m fastdpo.train` would do it on that card: without a flag, LoRA."""
     from fastdpo.memory import Training
 
+    if options.optim != "auto":
+        from transformers.training_args import OptimizerNames
+
+        check_choice("optim", options.optim, ["auto", *(known.value for known in OptimizerNames)])
     names = model.lora_target_modules
     exact = model.dtype == "float32"
     return Training(
@@ -104,7 +109,7 @@ def _print(
     kind = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[training.tuning]
     rank = f" r={training.lora_r}" if training.trains_adapter else ""
     say(
-        f"{architecture.name}: {architecture.parameters / 1e9:.2f}B parameters, {kind}{rank}, "
+        f"{architecture.name}: {_count(architecture.parameters)} parameters, {kind}{rank}, "
         f"pairs up to 2 x {options.max_length:,} tokens; card: {card.name}.\n"
     )
     rows = [[name, binary_size(size)] for name, size in planned.terms.items() if size]
@@ -118,11 +123,16 @@ def _print(
     say(table(["moment", "allocated"], [[name, binary_size(size)] for name, size in moments]))
     say(f"\n{planned.describe()}")
     if planned.tokens_per_second is not None:
+        rate = float(f"{planned.tokens_per_second:.2g}")
         say(
-            f"Speed: about {planned.tokens_per_second:,.0f} tokens/s, an estimate: the products "
+            f"Speed: about {rate:,.0f} tokens/s, an estimate: the products "
             f"that must be done at 60 percent of {card.tflops:g} TFLOP/s (data sheet), and "
             "dequantization at the card's memory bandwidth. A token of a prompt counts once."
         )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e7 else f"{parameters:,}"
 
 
 def longest_pairs(
@@ -138,13 +148,13 @@ def longest_pairs(
 
     rows = []
     for size in SIZES_GIB:
+        card = card_of(str(size))
         found = longest_pair(
-            architecture,
-            training,
-            card_of(str(size)),
-            host_bytes=host_bytes,
-            change_optimizer=options.optim == "auto",
+            architecture, training, card, host_bytes=host_bytes, change_optimizer=False
         )
+        too_short = found is None or found.micro_batch_tokens < 2 * options.max_length
+        if too_short and options.optim == "auto":
+            found = longest_pair(architecture, training, card, host_bytes=host_bytes)
         if found is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue

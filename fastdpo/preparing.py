@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -112,7 +112,9 @@ def prepare_reference(
                 "sync_ref_model moves a copy of the policy; another reference does not fit to it: "
                 "leave out ref_model and --reference, or sync_ref_model."
             )
-        reference = copy_as_reference(policy)
+        reference = replace(
+            copy_as_reference(policy), sentence="The reference is a copy that follows the policy."
+        )
     elif asked in (None, "adapter"):
         reference = start_as_reference(policy)
         if asked == "adapter" and reference.adapter is None:

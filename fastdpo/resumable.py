@@ -29,6 +29,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from fastdpo import checkpoint as checkpoints
 from fastdpo import files, stopping
 from fastdpo.config import DPOConfig
+from fastdpo.modeling.head import causal_lm_of
 from fastdpo.options import reference_folder
 from fastdpo.reference import reference_identity
 from fastdpo.reference.weights import MEMORY
@@ -36,6 +37,8 @@ from fastdpo.reference.weights import MEMORY
 logger = logging.getLogger(__name__)
 
 TRAINING_ARGUMENTS = "training_args.json"
+BASE_IN_4BIT = "base_in_4bit"
+"""In it, beside the options: whether the weights below the adapter were 4-bit ones."""
 TOKENIZER_BYTES = 2**25
 """What lies in a checkpoint beside tensors, at most."""
 
@@ -130,6 +133,14 @@ class ResumableTrainer(Trainer):
                 output = super().train(resume, trial, ignore_keys_for_eval)
             finally:
                 self.remove_callback(boundary)
+                if self._stop.signal is not None and self._saved_update == self.state.global_step:
+                    logger.info(
+                        "Stopped after update %s of %s, and checkpoint-%s holds all of it; the "
+                        "same command with --resume_from_checkpoint true goes on",
+                        self.state.global_step,
+                        self.state.max_steps,
+                        self._saved_update,
+                    )
             self._stop.raise_if_asked()
             return output
 
@@ -145,6 +156,11 @@ class ResumableTrainer(Trainer):
             folder = checkpoints.newest_verified(Path(str(self.args.output_dir)))
         else:
             folder = Path(asked)
+            if not folder.is_dir():
+                raise checkpoints.CheckpointError(
+                    f"nothing to resume from: there is no folder {folder}. Name a checkpoint-* "
+                    "folder, or pass true for the newest whole one in --output_dir."
+                )
         sealed = checkpoints.verify(folder)
         allowed = self.user_args.allow_config_change or []
         for line in checkpoints.require_same_run(sealed.run, self._run, allowed):
@@ -152,6 +168,14 @@ class ResumableTrainer(Trainer):
         self.follow(sealed.plan)
         logger.info("Resuming from %s", folder)
         return folder
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The next update's pairs; none where the checkpoint gone on from is of the last update."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
@@ -271,7 +295,9 @@ class ResumableTrainer(Trainer):
             options["selected_adapters"] = list(self.policy.active_adapters)
         files.let_write(folder, lambda path: self.policy.save_pretrained(str(path), **options))
         files.let_write(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
-        files.write_text(folder / TRAINING_ARGUMENTS, self.user_args.to_json_string() + "\n")
+        said = json.loads(self.user_args.to_json_string())
+        said[BASE_IN_4BIT] = bool(getattr(causal_lm_of(self.policy), "is_loaded_in_4bit", False))
+        files.write_text(folder / TRAINING_ARGUMENTS, json.dumps(said, indent=2) + "\n")
 
     def _checkpoint_bytes(self) -> int:
         """Of the weights that are saved, two fp32 moments of those that move, and the tokenizer."""
@@ -328,11 +354,16 @@ class _UpdateBoundary(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The best checkpoint lies where the run does, also when all of it was moved."""
+        """The best checkpoint lies where the run does; after the last update none is trained."""
         if self.resumed_from is not None and state.best_global_step:
             best = self.resumed_from.with_name(f"checkpoint-{state.best_global_step}")
             if best.is_dir():
                 state.best_model_checkpoint = str(best)
+        if state.global_step >= state.max_steps:
+            logger.info(
+                "All %s updates were done before: nothing is left to train", state.max_steps
+            )
+            control.should_training_stop = True
 
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastdpo.command_line import command, parse
 from fastdpo.options import (
+    TRAINING_OPTIONS,
     ComparisonOptions,
     DataOptions,
     ModelOptions,
@@ -29,6 +30,7 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Write a data set's rows with log-probs, rewards and margin of a trained "
         "model beside its reference; row i of the result is row i of the data.",
+        hidden=TRAINING_OPTIONS,
     )
     refuse_training_options(parsed.given)
     options = parsed.group(ScoringOptions)

@@ -1,20 +1,23 @@
 """`python -m fastdpo.train`: align a model with preference pairs; without arguments, a demo."""
 
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import MISSING, Field, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastdpo import files
-from fastdpo.command_line import command, parse
+from fastdpo.command_line import Parsed, command, parse
 from fastdpo.options import (
     DEFAULT_DATASET,
     DataOptions,
     ModelOptions,
     TrainOptions,
+    presets,
     resolve_model,
 )
 from fastdpo.report import say, table
@@ -39,11 +42,8 @@ def main(argv: Sequence[str]) -> None:
         description="Align a model with preference pairs by Direct Preference Optimization.",
     )
     if parsed.group(TrainOptions).dry_run:
-        folder = Path(str(parsed.training.output_dir))
-        is_new = not folder.exists()
-        show(make_trainer(parsed.model, parsed.data, parsed.training), parsed.given)
-        if is_new and folder.exists():
-            files.remove(folder)  # transformers.Trainer makes it
+        with without_output(parsed.training):
+            show(make_trainer(parsed.model, parsed.data, parsed.training), parsed)
     else:
         run(parsed.model, parsed.data, parsed.training)
 
@@ -54,6 +54,10 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     Raises:
         ValueError: an option is missing, or the model or data cannot be had.
     """
+    from fastdpo.checkpoint import require_writable
+
+    with without_output(config):
+        require_writable(Path(str(config.output_dir)))
     trainer = make_trainer(model, data, config)
     trainer.dataset_name = data.dataset_name
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
@@ -74,6 +78,7 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     from fastdpo.trainer import DPOTrainer
 
     name = _model_name(model)
+    _require_trackers(config)
     source: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": model.trust_remote_code,
@@ -163,6 +168,30 @@ def demonstrate(folder: Path) -> "Evaluation":
     return evaluation
 
 
+@contextmanager
+def without_output(config: "DPOConfig") -> Iterator[None]:
+    """Leave no output folder where there was none: transformers.Trainer makes it at once."""
+    folder = Path(str(config.output_dir))
+    is_new = not folder.exists()
+    try:
+        yield
+    finally:
+        if is_new and folder.exists():
+            files.remove(folder)
+
+
+def _require_trackers(config: "DPOConfig") -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    for name in config.report_to or ():
+        if isinstance(name, str) and name not in (*installed, "none", "flyte", "kubeflow"):
+            raise ValueError(
+                f"--report_to is {name}, and no tracker of that name is installed here: install "
+                f"it (pip install {name}), or name one of {', '.join(['none', *installed])}."
+            )
+
+
 def _model_name(model: ModelOptions) -> str:
     if model.model_name_or_path is None:
         raise ValueError(
@@ -205,30 +234,38 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
         return train_rows, None
 
 
-def show(trainer: "DPOTrainer", given: Collection[str]) -> None:
-    """What a run with these options would do: changed options, the layout, and three pairs."""
-    from fastdpo.data import show_pairs
+def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
+    """What a run with these options would do: the options, the layout, and three pairs.
 
-    args, groups = trainer.user_args, trainer.train_groups
+    The options are those that the user gave and those that the command sets, as they stand now.
+    """
+    from fastdpo.data import show_pairs
+    from fastdpo.memory.terms import binary_size
+
+    groups = trainer.train_groups
     assert groups is not None, "the command reads one"
-    changed = {
-        entry.name: getattr(args, entry.name)
-        for entry in fields(args)
-        if entry.init and (entry.name in given or getattr(args, entry.name) != _default(entry))
-    }
-    rows = [(name, str(value)) for name, value in sorted(changed.items())]
-    say(table(("option", "value"), rows))
-    say(f"\n{trainer.mode.describe()}\n{trainer.reference.reference.sentence}")
+    shown = parsed.given | set(presets(dict.fromkeys(parsed.given))) - {"dry_run"}
+    for options in (asdict(parsed.model), asdict(parsed.data), vars(trainer.user_args)):
+        for name in sorted(shown & set(options)):
+            if options[name] is not None:
+                say(f"--{name} {_written(options[name])}")
+    if trainer.plan is not None:
+        terms = {**trainer.plan.terms, "all": trainer.plan.peak_bytes}
+        rows = [(name, binary_size(size)) for name, size in terms.items() if size]
+        say("\n" + table(("planned memory, highest moment", "bytes"), rows))
     updates = -(-len(groups) // trainer.pairs_per_update)
     say(
-        f"{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
+        f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.update.micro_batch_tokens:,} tokens.\n"
     )
     say(show_pairs(groups.pairs, trainer.tokenizer))
 
 
-def _default(entry: Field[Any]) -> Any:
-    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+def _written(value: Any) -> str:
+    """As the command line takes it."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_written, value)) or "none"
+    return str(value.value if isinstance(value, Enum) else value)
 
 
 def _resume(value: str | None) -> str | bool | None:
@@ -249,14 +286,16 @@ def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -
             f"loss {figures['eval_loss']:.4f}, margin {figures['eval_rewards/margins']:.3f}."
         )
     start = model.model_name_or_path
-    pairs = data.eval_dataset or data.dataset_name or DEFAULT_DATASET
+    first = data.mixture.datasets[0].path if data.mixture is not None else DEFAULT_DATASET
+    pairs = data.eval_dataset or data.dataset_name or first
     if not trainer.trains_adapter:
         policy = f"--model {folder} --reference {start}"
         say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
         return
     four_bit = " --qlora" if model.qlora else ""
     policy = f"--adapter {folder}{four_bit}"
-    if trainer.reference.reference.adapter is None:  # else the base is not the reference
+    reference = trainer.reference.reference
+    if reference.adapter is None and reference.model is trainer.policy:  # it is the base
         say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
     say(f"Make one plain model of it: python -m fastdpo.merge {policy} --output_dir merged")
 

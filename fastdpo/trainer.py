@@ -38,6 +38,7 @@ from fastdpo.modeling.families import pass_mode
 from fastdpo.modeling.head import causal_lm_of, head_of
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
+from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.routers import aux_loss_coef
 from fastdpo.options import LossOptions, reference_folder
 from fastdpo.pair_sets import PairSets
@@ -137,10 +138,12 @@ class DPOTrainer(ResumableTrainer):
             policy, packing=args.packing, shared_prefix=args.shared_prefix, attention=args.attention
         )
         logger.info("%s", self.mode.describe())
+        reference = prepare_reference(policy, ref_model, args)  # first: it takes memory too
         self.plan = plan_memory(policy, args, self.train_groups, self.mode, self.pairs_per_update)
         self.layout = choose_layout(policy, args, self.train_groups, self.mode, self.plan)
         self.layout.apply(policy)
-        self.reference = self._reference(ref_model)
+        self.layout.apply_to_reference(reference.model)
+        self.reference = self._source_of(reference)
         self.update = Update(
             policy,
             self.reference.reference,
@@ -155,13 +158,10 @@ class DPOTrainer(ResumableTrainer):
         )
         self.update.most_group_tokens = self.layout.most_group_tokens
 
-    def _reference(
-        self, ref_model: str | os.PathLike[str] | PreTrainedModel | PeftModel | None
-    ) -> ReferenceSource:
+    def _source_of(self, reference: ReferenceModel) -> ReferenceSource:
         args = self.user_args
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         precision = self.accelerator.mixed_precision
-        reference = prepare_reference(self.policy, ref_model, args)
         folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
         if folder is None and not reference.outlives_training and self.needs_reference:
             raise ValueError(
@@ -295,7 +295,7 @@ class DPOTrainer(ResumableTrainer):
             self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
             return result.loss.new_zeros(())
         self.record.add(inputs, result, self.user_args.beta)
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
         return result.loss
 
@@ -313,6 +313,9 @@ class DPOTrainer(ResumableTrainer):
                 f"{wrong}; no weight has changed in this update. Lower the learning rate, train in "
                 "bfloat16 or float32, or pass --nonfinite skip to go on without such updates."
             )
+        if self.accelerator.scaler is not None:  # which skips what it finds, and must find some
+            first = next(p for p in self.policy.parameters() if p.requires_grad)
+            first.grad = torch.full_like(first, torch.inf)
         self.record.skipped_updates += 1
         logger.warning("Skipped: %s; no weight has changed.", wrong)
 
@@ -450,6 +453,7 @@ class DPOTrainer(ResumableTrainer):
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
         self.layout = saved
         self.layout.apply(self.policy)
+        self.layout.apply_to_reference(self.reference.reference.model)
         self.update.micro_batch_tokens = saved.micro_batch_tokens
         self.update.most_group_tokens = saved.most_group_tokens
 

@@ -11,7 +11,6 @@ Out of memory, the update starts again from no gradient and the same random stat
 micro-batches: fewer groups, then single completions. It stays the same update.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.batching import Group, MicroBatch, group_tokens, pack_update
+from fastdpo.lack_of_memory import DoesNotFitError, allocator_message, give_back
 from fastdpo.losses import (
     LossFunction,
     PairLogps,
@@ -44,10 +44,6 @@ from fastdpo.options import LossOptions
 from fastdpo.randomness import RandomState
 
 logger = logging.getLogger(__name__)
-
-
-class DoesNotFitError(MemoryError):
-    """Not even a single completion fits into the memory that there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +144,11 @@ class Update:
         """The update, or what the allocator said when memory ran out."""
         try:
             return _Attempt(self, groups, pieces, outputs).run()
-        except torch.OutOfMemoryError as error:
-            return str(error).split("\n")[0]
         except RuntimeError as error:
-            if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
-                return str(error).split("\n")[0]
-            raise
+            message = allocator_message(error)
+            if message is None:
+                raise
+            return message
 
     def _pieces(self, groups: Sequence[Group]) -> list[Piece]:
         pieces = []
@@ -177,9 +172,7 @@ class Update:
     def _forget_gradients(self) -> None:
         for parameter in self.policy.parameters():
             parameter.grad = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
 
     def _make_smaller(self, tried: Sequence[Group], message: str) -> None:
         """Half the tokens of a micro-batch, down to one group; then single completions."""
@@ -193,11 +186,7 @@ class Update:
             self.most_group_tokens = most - 1
             now = f"pairs of {most:,} tokens and more one completion at a time"
         else:
-            raise DoesNotFitError(
-                f"a single completion with its prompt, {most:,} tokens, does not fit into the "
-                f"memory that there is ({message}). Lower --max_length, or use --qlora; "
-                "`python -m fastdpo.plan` shows what fits which card."
-            )
+            raise DoesNotFitError.of_completion(most, message)
         logger.warning("Out of memory: %s from now on. The update stays the same.", now)
 
 

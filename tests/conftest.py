@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,15 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Triton's kernels run on the CPU in this process; what compiles them does so in another one.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Triton's bindings count what is left at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

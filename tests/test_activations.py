@@ -203,7 +203,7 @@ def test_the_last_product_of_a_layer_is_not_recomputed(base_folder, monkeypatch)
 
 
 def test_a_policy_takes_the_place_of_checkpointing_and_says_what_is_wrong(lora_model):
-    lora_model.activation_checkpointing_enable()
+    lora_model.gradient_checkpointing_enable()
     apply_policy(lora_model, KEEP_ALL)
     assert not lora_model.is_activation_checkpointing, "neither a layer nor the backbone"
     apply_policy(lora_model, ("keep", "recompute", "keep"))

@@ -1,16 +1,18 @@
 """The kernels behind packed attention: each against a dense mask, as far as a CPU can run them."""
 
 import inspect
+import itertools
 import logging
 import sys
 import types
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_packed_pairs import FAMILIES, model_of, packed, random_groups
 from torch.nn.attention import varlen as torch_varlen
+from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batching import Segment, pack_update
 from fastdpo.modeling.attention import (
@@ -217,6 +219,35 @@ def test_variable_length_sequences(row, name, kernel):
     assert_equal_with_gradients(attend, ROWS[row], name)
 
 
+@pytest.mark.parametrize("where", ["no_grad", "checkpoint"])
+def test_grouped_heads_are_tried_wherever_the_first_call_comes_from(where, monkeypatch):
+    """Up to torch 2.11; the first call is in a reference pass or inside a recomputed layer."""
+    heads_seen = []
+
+    def watched(query, key, *others, **options):
+        heads_seen.append((query.shape[1], key.shape[1]))
+        return varlen_2_11(query, key, *others, **options)
+
+    def attend(*tensors):
+        terms, kernel = AttentionTerms(), varlen.torch_kernel(torch.device("cpu"))
+        return varlen.attend_varlen(*tensors, PackedSegments(ROWS["pairs"]), terms, kernel)
+
+    leaves = inputs_of(ROWS["pairs"])
+    monkeypatch.setattr(torch_varlen, "varlen_attn", watched)
+    varlen.torch_kernel.cache_clear()
+    try:
+        if where == "no_grad":
+            with torch.no_grad():
+                attend(*leaves)
+        else:
+            checkpoint(attend, *leaves, use_reentrant=False).sum().backward()
+    finally:
+        varlen.torch_kernel.cache_clear()
+    heads = leaves[0].shape[1], leaves[1].shape[1]
+    assert heads[0] > heads[1], "grouped"
+    assert heads_seen[-1] == heads, "keys are handed over as they are, not repeated"
+
+
 def test_the_installed_varlen_takes_what_it_is_given():
     names = inspect.signature(torch_varlen.varlen_attn).parameters
     assert {"scale", "window_size"} <= set(names)
@@ -273,6 +304,23 @@ def test_flex_forward(row, name):
     out = flex.attend_flex(query, key, value, PackedSegments(ROWS[row]), terms)
     truth = dense_attention(query, key, value, ROWS[row], terms)
     assert torch.allclose(out, truth, atol=2e-6)
+
+
+def test_flex_compiles_more_kernels_than_torch_would(monkeypatch):
+    """Heads, windows, caps and lengths each take one; at torch's limit of 8 it would raise."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = flex._kernel.__wrapped__(True)
+    monkeypatch.setattr(flex, "_kernel", lambda _: compiled)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    names = ("plain", "window", "capped", "capped window", "sinks")
+    for size, name, tokens in itertools.product((8, 16), names, (40, 50)):
+        query, key = torch.zeros(1, 4, tokens, size), torch.zeros(1, 2, tokens, size)
+        row = PackedSegments((Segment(0, tokens - 20, (10, 10)),))
+        flex.attend_flex(query, key, key, row, AttentionTerms(**TERMS[name]))
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert made > torch._dynamo.config.recompile_limit
 
 
 def test_masks_and_layouts_are_made_once_a_micro_batch():

@@ -251,6 +251,13 @@ def test_the_gpu_plan_fits_and_goes_on_past_failures(tmp_path, monkeypatch, caps
     steps = gpu.plan(tmp_path / "rows.jsonl")
     assert sum(step.limit_s for step in steps) <= gpu.LIMIT_S
     assert steps[0].name == "gpu tests"
+    assert {"tests/test_gpu.py", "tests/test_gpu_attention.py"} <= set(steps[0].command)
+    assert "tests/test_data_formats.py" not in steps[0].command, "it imports TRL"
+    some = gpu.only(steps, ["memory", "gpu_tests"])
+    assert [step.name for step in some] == ["gpu tests", "bench.memory", "report"]
+    assert sum(step.limit_s for step in some) == pytest.approx(gpu.LIMIT_S)
+    with pytest.raises(ValueError, match="no step speed: there are gpu_tests"):
+        gpu.only(steps, ["speed"])
     python = sys.executable
     outcomes = gpu.carry_out(
         [

@@ -1,6 +1,11 @@
 """The commands from their options to their files, in process."""
 
+import errno
+import importlib
 import json
+import shutil
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo import evaluate, train
 from fastdpo.command_line import command
-from fastdpo.update import DoesNotFitError
+from fastdpo.lack_of_memory import DoesNotFitError
+from fastdpo.reference.__main__ import main as reference_main
 
 
 @pytest.fixture
@@ -89,6 +95,13 @@ def test_a_stopped_run_goes_on(workplace, capsys):
         (["--model", "llama-7b", "--qlora", "--dataset", "train.jsonl"], "Pass a local folder"),
         (["--model", "base", "--lora", "--dataset", "bad.jsonl"], "bad.jsonl:2"),
         (["--model", "base", "--lora", "--lerning_rate", "1"], "the nearest is --learning_rate"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
+        (["--config", "run.yaml", "--report_to", "abacus"], "no tracker of that name"),
+        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "--output_dir dev.jsonl cannot be"),
+        (
+            ["--config", "run.yaml", "--resume_from_checkpoint", "nowhere"],
+            "there is no folder nowhere",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(workplace, monkeypatch, capsys, argv, message):
@@ -130,6 +143,47 @@ def test_evaluation_refuses_options_that_would_change_nothing(workplace):
         evaluate.main(["--adapter", "out", "--dataset", "dev.jsonl", "--lora_r", "8"])
 
 
+@pytest.mark.parametrize("name", ["evaluate", "score", "merge"])
+def test_help_shows_only_what_the_command_takes(capsys, name):
+    main = importlib.import_module(f"fastdpo.{name}").main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--qlora" in shown
+    assert "--dataset_name" in shown
+    for useless in ("--lora_r", "--full", "--datasets", "--mixture_seed", "--dataset_streaming"):
+        assert f"{useless} " not in shown, useless
+
+
+def test_what_libraries_tell_each_other_is_not_shown(capsys, recwarn):
+    def warn(_argv):
+        warnings.warn("one library to another", FutureWarning, stacklevel=1)
+        warnings.warn("to people", UserWarning, stacklevel=1)
+
+    assert command(warn) == 0
+    assert [str(each.message) for each in recwarn] == ["to people"]
+
+
+def test_the_base_is_offered_for_comparison_only_where_it_is_the_reference(workplace, capsys):
+    train.main(["--config", "run.yaml", "--lora", "--max_steps", "1", "--reference", "base"])
+    assert "fastdpo.evaluate" in capsys.readouterr().out
+    shutil.copytree(workplace / "base", workplace / "other")
+    argv = ["--config", "run.yaml", "--lora", "--max_steps", "1", "--reference", "other"]
+    train.main([*argv, "--output_dir", "out2"])
+    said = capsys.readouterr().out
+    assert "fastdpo.merge" in said
+    assert "fastdpo.evaluate" not in said
+
+
+def test_a_failing_disk_is_named_with_a_remedy(capsys):
+    def fill(_argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "/store/shard")
+
+    assert command(fill) == 2
+    said = "error: /store/shard: No space left on device; make room there, or name a folder on "
+    assert capsys.readouterr().err == said + "another disk\n"
+
+
 def test_a_diverged_run_is_one_line_and_exit_1(capsys):
     def diverge(_argv):
         raise FloatingPointError("the loss of update 3 is nan")
@@ -151,9 +205,38 @@ def test_a_dry_run_shows_what_would_happen_and_writes_nothing(workplace, capsys)
     argv = ["--config", "run.yaml", "--lora", "--beta", "0.25", "--loss_type", "ipo", "--dry_run"]
     train.main(argv)
     said = capsys.readouterr().out
-    for line in ("beta", "0.25", "['ipo']", "24 pairs, 8 an update: 3 updates an epoch", "The day"):
+    for line in ("--beta 0.25\n", "--loss_type ipo\n", "--lora True\n", "--warmup_steps 0.1\n"):
         assert line in said, line
+    for line in ("24 pairs, 8 an update: 3 updates an epoch", "The day"):
+        assert line in said, line
+    assert "accelerator_config" not in said, "what nobody set is not shown"
     assert sorted(path.name for path in workplace.iterdir()) == before
+
+
+def test_a_dry_run_shows_the_plan_where_there_is_one(workplace, monkeypatch, capsys):
+    def planned(*arguments):
+        trainer = made(*arguments)
+        trainer.plan = SimpleNamespace(terms={"head": 3 * 2**30, "nothing": 0}, peak_bytes=2**32)
+        return trainer
+
+    made = train.make_trainer
+    monkeypatch.setattr(train, "make_trainer", planned)
+    train.main(["--config", "run.yaml", "--lora", "--dry_run"])
+    said = capsys.readouterr().out
+    for line in (
+        "head                            3.00 GiB",
+        "all                             4.00",
+    ):
+        assert line in said
+    assert "nothing" not in said
+
+
+def test_building_references_trains_nothing_and_leaves_no_output(workplace, capsys):
+    argv = ["--model", "base", "--dataset", "train.jsonl", "--use_cpu", "--output_dir", "out"]
+    reference_main(["build", *argv])
+    assert "Training" not in capsys.readouterr().out
+    assert not (workplace / "out").exists()
+    assert list((workplace / "cache").rglob("shard-*"))
 
 
 def test_training_goes_on_from_an_adapter(workplace, capsys):
@@ -176,4 +259,18 @@ def test_a_mixture_in_yaml_is_trained_on(workplace, capsys):
         "- path: dev.jsonl\n  fraction: 0.3\n"
     )
     train.main(["--config", "mixture.yaml"])
-    assert "Held-out pairs: preference accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Held-out pairs: preference accuracy" in said
+    assert "--dataset train.jsonl" in said
+
+
+def test_an_adapter_over_other_weights_than_those_of_its_training_is_said(workplace, capsys):
+    common = ["--config", "run.yaml", "--max_steps", "1"]
+    for tuning, remedy in (("--qlora", "add --qlora"), ("--lora", "leave out --qlora")):
+        train.main([*common, tuning, "--output_dir", tuning[2:]])
+        for flags in ([], ["--qlora"]):
+            capsys.readouterr()
+            argv = ["--adapter", tuning[2:], "--dataset", "dev.jsonl", "--num_completions", "0"]
+            evaluate.main(argv + flags)
+            same = (tuning == "--qlora") == bool(flags)
+            assert (remedy in capsys.readouterr().out) == (not same)

@@ -252,7 +252,7 @@ def test_aux_loss_is_the_models_own_over_real_tokens(family, layout):
 
 def test_aux_loss_counts_a_shared_prompt_once():
     model, groups = model_of("qwen3-moe").train(), random_groups(3)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     (micro_batch,) = pack_update(groups, 1024)
     seen = []
     hooks = [

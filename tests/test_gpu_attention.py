@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_packed_pairs import model_of, packed, random_groups
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batching import Segment, pack_update
 from fastdpo.modeling.attention import PackedSegments, packed_attention
@@ -142,6 +143,25 @@ def test_head_sizes_flex(size):
     compare("flex", row_of(640), heads=8, kv_heads=2, size=size, name="capped window")
 
 
+@pytest.mark.parametrize("where", ["no_grad", "checkpoint"])
+def test_the_first_call_may_come_from_anywhere(where):
+    """Up to torch 2.11 it tries grouped heads, in a reference pass or inside a recomputed layer."""
+    segments, terms = row_of(300), AttentionTerms()
+    leaves = inputs_of(segments, 4, 2, 64, torch.bfloat16)
+
+    def attend(*tensors):
+        return varlen(*tensors, PackedSegments(segments), terms)
+
+    torch_kernel.cache_clear()
+    if where == "no_grad":
+        with torch.no_grad():
+            out = attend(*leaves)
+    else:
+        out = checkpoint(attend, *leaves, use_reentrant=False)
+        torch.autograd.grad(out.float().sum(), leaves)
+    assert relative(out, dense(*leaves, segments, terms)) <= 1e-2
+
+
 def test_windows_varlen():
     for window in (1, 2, 64, 1000):
         segments = row_of(2000, seed=window)
@@ -202,6 +222,8 @@ def test_whole_models_agree_between_kernels(family):
     for attention, dtype, bound in (
         ("sdpa", torch.float32, 2e-3), ("flex", torch.float32, 2e-3), ("auto", torch.bfloat16, 2.0),
     ):  # fmt: skip
+        if attention == "flex" and family == "llama":  # heads of 8, and its kernel takes 16 or more
+            continue
         model = model.to(dtype)
         (micro_batch,) = pack_update(groups, 4096)
         with packed_attention(model.config, attention):

@@ -38,7 +38,16 @@ LINE = (
     "scored_rows",
     "merging",
 )
-SIDE_ROOMS = ("losses", "memory", "metrics", "checkpoint", "report", "model_card", "randomness")
+SIDE_ROOMS = (
+    "losses",
+    "memory",
+    "metrics",
+    "checkpoint",
+    "report",
+    "model_card",
+    "randomness",
+    "lack_of_memory",
+)
 COMMANDS = (
     "command_line",
     "options_file",

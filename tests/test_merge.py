@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_trainer import plain_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from fastdpo import files, merge
@@ -187,19 +188,6 @@ def test_the_adapters_chat_template_wins(workplace):
     assert Path("merged/tokenizer.model").read_bytes() == b"for llama.cpp"
 
 
-def plain_logps(model, row):
-    """Sum of the completion's log-probs, from logits, for chosen and rejected."""
-    found = []
-    for side in ("chosen", "rejected"):
-        prompt = TOKENIZER(row["prompt"]).input_ids
-        ids = TOKENIZER(row["prompt"] + row[side] + TOKENIZER.eos_token).input_ids
-        with torch.no_grad():
-            logps = model(torch.tensor([ids])).logits.double().log_softmax(-1)[0]
-        places = range(len(prompt), len(ids))
-        found.append(sum(float(logps[place - 1, ids[place]]) for place in places))
-    return found
-
-
 @pytest.mark.parametrize("onto", ["bf16", "dequantized"])
 def test_the_report_is_true(workplace, capsys, onto):
     """Merged and reloaded in plain transformers, the log-probs are those of the report."""
@@ -211,7 +199,7 @@ def test_the_report_is_true(workplace, capsys, onto):
     assert ("--onto dequantized --overwrite" in said) is (onto == "bf16")
     report = json.loads(Path("merged/merge.json").read_text())["report"]
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
-    expected = [plain_logps(merged, row) for row in ROWS[:4]]
+    expected = [plain_logps(merged, row, TOKENIZER) for row in ROWS[:4]]
     np.testing.assert_allclose(report["merged"][onto], expected, atol=1e-4)
     assert report["in_4bit"]
     moved = np.abs(np.subtract(report["merged"][onto], report["adapter"]))

@@ -7,7 +7,6 @@ that a test elsewhere covers points to that test, which must exist.
 
 import ast
 import dataclasses
-import gc
 import json
 import tempfile
 from dataclasses import dataclass
@@ -215,15 +214,6 @@ def store(trainer, calls):
 
 
 # The runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Every train() collects garbage; half a second, were the imported modules looked through."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

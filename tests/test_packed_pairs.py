@@ -162,7 +162,7 @@ def test_equal_to_separate_sequences(family, checkpointing):
     model, groups = model_of(family), random_groups()
     truth = separate(model, groups)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
         model.train()
     before = model.config._attn_implementation
     assert_same(packed(model, groups), truth)

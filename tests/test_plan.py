@@ -40,6 +40,7 @@ def test_the_main_job(said):
     for term in ("linear layers", "adapters", "optimizer state", "CUDA context", "pinned host"):
         assert term in out
     assert "an estimate" in out
+    assert "adamw_8bit" not in out, "only where 2 x max_length fits in no other way"
     pairs = {}
     for line in out.splitlines():
         if " GB  " in line:
@@ -79,6 +80,12 @@ def test_without_a_flag_it_plans_what_train_would_do(said):
     assert "LoRA r=16" in named[0]
 
 
+def test_an_8_bit_optimizer_is_taken_where_nothing_else_fits(said):
+    out, _ = said("--model", "mistral-7b", "--full", "--gpu", "80", "--host_memory_gib", "64")
+    assert "80 GB    2 x " in out
+    assert "adamw_8bit" in out.splitlines()[-1]
+
+
 def test_auto_explains_that_there_is_no_card(said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--gpu is auto, but torch sees no CUDA card.*24GiB"):
@@ -106,6 +113,7 @@ def test_auto_reads_what_is_free(said, monkeypatch):
         (["--gpu", "24"], "--model is missing"),
         (["--model", "llama-7b", "--gpu", "huge"], "--gpu is 'huge'"),
         (["--model", "nobody/nothing", "--gpu", "24"], "no config of the model 'nobody/nothing'"),
+        (["--model", "llama-7b", "--gpu", "24", "--optim", "adam"], "--optim is 'adam'"),
         (
             ["--model", "llama-7b", "--gpu", "24", "--lora_target_modules", "c_attn"],
             "no linear layer 'c_attn'",

@@ -62,10 +62,10 @@ def fill(model, groups, root, *, identity=IDENTITY, versions=NOW, strict=False, 
 
 def test_hit_partial_and_miss_are_said_with_the_reason(policy, tmp_path, said):
     fill(policy, GROUPS[:4], tmp_path, asked=ASKED)
-    line, rate = said()
+    line, rate = (line for line in said() if "eference" in line)  # what attends is said once
     assert line.startswith("Reference log-probs of train: all 4 pairs missing in")
     assert "(nothing was stored before); computing them" in line
-    assert "4 pairs in " in rate
+    assert "4 distinct pairs in " in rate
     assert rate.endswith("tokens/s")
     fill(policy, GROUPS[:4], tmp_path, asked=ASKED)
     (line,) = said()
@@ -75,6 +75,11 @@ def test_hit_partial_and_miss_are_said_with_the_reason(policy, tmp_path, said):
     assert "(max_length 1024 -> 2048)" in line
     fill(policy, GROUPS, tmp_path, identity={"model": "tiny", "dtype": "bf16"}, asked=ASKED)
     assert "(a new reference: dtype none -> bf16)" in said()[0]
+    four_bit = IDENTITY | {"weights": "ab" * 32, "config": {"quant": {"method": 4, "double": True}}}
+    fill(policy, GROUPS, tmp_path, identity=four_bit | {"config": {}}, asked=ASKED)
+    assert "weights none -> abababababab" in said()[0]
+    fill(policy, GROUPS, tmp_path, identity=four_bit, asked=ASKED)
+    assert "(a new reference: config.quant none -> set)" in said()[0]
     for path in shards(tmp_path):
         path.unlink()
     fill(policy, GROUPS, tmp_path, asked=ASKED)

@@ -243,7 +243,7 @@ def test_the_command_on_stores(tmp_path, capsys, monkeypatch, exported):
     out = tmp_path / "out.tar"
     code, said, _ = run(capsys, monkeypatch, "info", *here)
     assert code == 0
-    assert "1 stores in" in said
+    assert "1 store in" in said
     assert "tiny" in said
     assert run(capsys, monkeypatch, "export", *here, "--file", out)[0] == 0
     code, said, _ = run(capsys, monkeypatch, "import", *there, "--file", out)

@@ -239,3 +239,15 @@ def test_the_best_checkpoint_is_found_where_the_run_lies_now(run, tmp_path):
     assert best.parent == moved
     trainer.save_model()
     assert adapter_of(moved) == adapter_of(best)
+
+
+@pytest.mark.parametrize("updates", [UPDATES, 6])
+def test_a_finished_run_trains_no_update_more(run, tmp_path, updates):
+    """Ended with an epoch and within one; the adapter stays, and is evaluated once more at most."""
+    options = {"max_steps": updates, "save_steps": updates, "eval_strategy": "epoch"}
+    finished, order = run(tmp_path / "out", **options)
+    resumed, rest = run(tmp_path / "out", True, **options)
+    assert (len(order), rest, resumed.state.global_step) == (updates, [], updates)
+    assert losses(resumed) == losses(finished)
+    for name, tensor in finished.policy.state_dict().items():
+        assert torch.equal(tensor, resumed.policy.state_dict()[name]), name

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pyarrow import parquet
+from tiny_trainer import plain_logps
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo import evaluate, files, score
@@ -73,19 +74,6 @@ def read_scores(path="scores.jsonl"):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def plain_logps(model, row):
-    """Sum of the completion's log-probs, from logits, for chosen and rejected."""
-    found = []
-    for side in ("chosen", "rejected"):
-        prompt = TOKENIZER(row["prompt"]).input_ids
-        ids = TOKENIZER(row["prompt"] + row[side] + TOKENIZER.eos_token).input_ids
-        with torch.no_grad():
-            logps = model(torch.tensor([ids])).logits.double().log_softmax(-1)[0]
-        places = range(len(prompt), len(ids))
-        found.append(sum(float(logps[place - 1, ids[place]]) for place in places))
-    return found
-
-
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_agrees_with_plain_transformers_and_with_evaluate(workplace, capsys, kind):
     base = AutoModelForCausalLM.from_pretrained("base")
@@ -101,7 +89,7 @@ def test_agrees_with_plain_transformers_and_with_evaluate(workplace, capsys, kin
     kept = [i for i, found in enumerate(scores) if found["dropped"] is None]
     assert kept == [0, 2, 4, 5, 6]
     for i in kept:
-        expected, ref_expected = plain_logps(policy, ROWS[i]), plain_logps(base, ROWS[i])
+        expected, ref_expected = (plain_logps(m, ROWS[i], TOKENIZER) for m in (policy, base))
         found = scores[i]
         logps = [found["chosen_logps"], found["rejected_logps"]]
         ref_logps = [found["ref_chosen_logps"], found["ref_rejected_logps"]]

@@ -114,16 +114,17 @@ def saves_of(trainer):
     ],
 )
 def test_the_update_is_finished_and_saved_once(
-    tmp_path, whole, monkeypatch, number, event, step, options  # noqa: F811
+    tmp_path, whole, monkeypatch, caplog, number, event, step, options  # noqa: F811
 ):  # fmt: skip
     kind, _ = SIGNALS[number]
     options |= {"eval_rows": preference_rows(3, seed=1)}
     trainer = build(tmp_path / "out", [At(event, step, lambda: send(number))], **options)
     saved = saves_of(trainer)
     monkeypatch.setattr(type(trainer), "evaluate", lambda *_, **__: pytest.fail("it evaluated"))
-    with pytest.raises(kind):
+    with caplog.at_level("INFO", "fastdpo"), pytest.raises(kind):
         trainer.train()
     monkeypatch.undo()
+    assert "update 3 of 6, and checkpoint-3 holds all of it" in caplog.text
     assert saved == ([2, 3] if options.get("save_steps") == 2 else [3])
     newest = checkpoint.newest_verified(tmp_path / "out")
     assert newest.name == "checkpoint-3"

@@ -401,6 +401,24 @@ def test_updates_that_are_not_finite_stop_the_run_or_are_skipped(train_with, cap
         assert all(torch.isfinite(weight).all() for weight in weights(trainer).values())
 
 
+def test_a_loss_scaler_skips_an_update_whose_loss_is_not_finite(train_with, monkeypatch):
+    """As fp16 trains on CUDA: a scaler that is shown no gradient at all would raise."""
+    calls = []
+
+    def poisoned(pairs):
+        calls.append(1)
+        return pairs.margins.square() * (float("nan") if len(calls) == 2 else 1.0)
+
+    trainer = train_with(loss_function=poisoned, nonfinite="skip", max_steps=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+    trainer.train()
+    assert len(calls) == 3
+    assert trainer.record.skipped_updates == 1
+    assert scaler.get_scale() == 512.0, "lowered once"
+    assert all(torch.isfinite(weight).all() for weight in weights(trainer).values())
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight(train_with, monkeypatch):
     trainer = train_with()
     before = weights(trainer)

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from test_trl_parity import BOUND, PAIRS_PER_UPDATE, common_arguments, curve, story_model
+from test_trl_parity import PAIRS_PER_UPDATE, assert_equal_curves, common_arguments, story_model
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.modeling.adapters import lora_config
@@ -73,16 +73,4 @@ def test_loss_and_gradient_norm_equal_trl(story_model, tmp_path, name, soak):
         processing_class=tokenizer,
         peft_config=copy.deepcopy(peft_config),
     )
-    our_curve, their_curve = curve(ours), curve(theirs)
-    assert len(our_curve) == len(their_curve) == updates
-    for figure in ("loss", "grad_norm"):
-        worst = max(
-            abs(a[figure] - b[figure]) / abs(b[figure])
-            for a, b in zip(our_curve, their_curve, strict=True)
-        )
-        print(f"{name}: {figure} within {worst:.1e} of TRL's")
-        assert worst <= BOUND, f"{figure} differs by {worst:.1e} relative"
-    for figure in ("rewards/margins", "rewards/chosen", "logps/chosen", "logps/rejected"):
-        assert our_curve[-1][figure] == pytest.approx(
-            their_curve[-1][figure], rel=1e-5, abs=1e-4
-        ), figure
+    assert_equal_curves(ours, theirs, name, updates)

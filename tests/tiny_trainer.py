@@ -45,6 +45,19 @@ ROWS, HELD_OUT = preference_rows(35), preference_rows(11, seed=1)
 TOKENIZER = byte_tokenizer()
 
 
+def plain_logps(model, row, tokenizer):
+    """Sum of the completion's log-probs, from logits, for chosen and rejected."""
+    found = []
+    for side in ("chosen", "rejected"):
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = tokenizer(row["prompt"] + row[side] + tokenizer.eos_token).input_ids
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits.double().log_softmax(-1)[0]
+        places = range(len(prompt), len(ids))
+        found.append(sum(float(logps[place - 1, ids[place]]) for place in places))
+    return found
+
+
 def tiny_base(config=CONFIG):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(copy.deepcopy(config))  # a trainer writes into it

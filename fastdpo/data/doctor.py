@@ -35,6 +35,7 @@ def _copies(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
         return []
     most, times = counts.most_common(1)[0]
     place = where(pairs[prints.index(most)].row).removeprefix(pairs.report.source).strip()
+    place = f"line {place[1:]}" if place.startswith(":") else place
     return [
         f"warning: {copies:,} pairs are copies of earlier ones (that of {place} is there "
         f"{times:,} times) and count as often"

@@ -47,7 +47,8 @@ def plan_for_run(
             pair does not fit, the plan is for rows of at most this, and its T says which pairs are
             to be split into their completions.
         attention: what attends, as in `Training`; None: flash kernels where they run.
-        card: to plan for; None: the CUDA device, with what is free on it now.
+        card: to plan for; None: the CUDA device, with what is free on it now and what the model
+            holds already; of what else this process holds (a reference model), nothing.
         host_bytes: most pinned memory; None: a share of what the host has free.
 
     Returns:
@@ -60,6 +61,7 @@ def plan_for_run(
         if next(model.parameters()).device.type != "cuda":
             return None
         card = this_card()
+        card = replace(card, memory_bytes=card.memory_bytes - held_by_others(model))
     architecture = architecture_of(model, _name_of(model))
     training = training_of(model, config.optim, attention)
     total = sum(group_tokens)
@@ -115,6 +117,24 @@ def training_of(model: nn.Module, optimizer: str, attention: str | None = None) 
         optimizer=str(getattr(optimizer, "value", optimizer)),
         attention=attention,
     )
+
+
+def held_by_others(model: nn.Module) -> int:
+    """Bytes that this process holds on the card beside what a plan of the model counts.
+
+    A frozen adapter, the reference's, is none of that.
+    """
+    own, device = {}, causal_lm_of(model).device
+    frozen = [p for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad]
+    outside = {id(parameter) for parameter in frozen}
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        parts = [] if id(tensor) in outside else [tensor]
+        while state is not None:  # of 4-bit weights; with double quantization it has one of its own
+            parts += [part for part in vars(state).values() if isinstance(part, torch.Tensor)]
+            state = getattr(state, "state2", None)
+        own |= {part.data_ptr(): part.nbytes for part in parts if part.device == device}
+    return max(0, torch.cuda.memory_allocated() - sum(own.values()))
 
 
 def free_host_bytes() -> int:

@@ -132,7 +132,9 @@ def resident_bytes(
 
 
 def binary_size(size_bytes: float) -> str:
-    """Bytes as "3.25 GiB" or "12.0 MiB"."""
+    """Bytes as "3.25 GiB", "12.0 MiB" or "0.5 KiB"."""
     if abs(size_bytes) >= 2**30:
         return f"{size_bytes / 2**30:.2f} GiB"
+    if 0 < abs(size_bytes) < 2**20:
+        return f"{size_bytes / 2**10:.1f} KiB"
     return f"{size_bytes / 2**20:.1f} MiB"

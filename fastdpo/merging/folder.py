@@ -77,8 +77,8 @@ def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
     files.make_folder(folder)
     if (free := files.free_bytes(folder)) < sum(sizes.values()):
         raise ValueError(
-            f"the merged model takes {sum(sizes.values()) / 2**30:.1f} GiB and {folder} has "
-            f"{free / 2**30:.1f} GiB left: name a folder on another disk."
+            f"the merged model takes {sum(sizes.values()) / 2**20:,.1f} MiB and {folder} has "
+            f"{free / 2**20:,.1f} MiB left: name a folder on another disk."
         )
     copies = _copies(plan.base.folder, plan.adapter.folder)
     indexed = (plan.base.folder / INDEX).is_file()

@@ -25,6 +25,11 @@ PAGE_BYTES = 2**24
 """Pinned memory is taken in pages of this size: torch rounds each piece up to a power of two."""
 
 
+def has_hooked_layers(model: nn.Module) -> bool:
+    """Whether the decoder has layers to which a policy can be applied."""
+    return any(isinstance(m, GradientCheckpointingLayer) for m in backbone_of(model).modules())
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of the decoder, in order, to which a policy can be applied.
 

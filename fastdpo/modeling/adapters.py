@@ -6,7 +6,7 @@ adapters made here and for a PeftModel that the user brings.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,47 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     """
     peft_base_of(folder)
     fuse(model)
-    adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    with _complete(folder) as load:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
     fuse(adapted)
     return adapted
+
+
+def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
+    """The adapter of a folder under another name, beside the one that is there.
+
+    Raises:
+        ValueError: its weights do not fit this base.
+    """
+    with _complete(folder) as load:
+        load(model, name)
+
+
+@contextmanager
+def _complete(folder: str) -> Iterator[Callable[..., None]]:
+    """Load weights of a folder by the function that is given: all of them, or a ValueError.
+
+    PEFT leaves a matrix whose name it does not find as it was drawn, with a warning.
+    """
+
+    def load(model: PeftModel, name: str, **options: Any) -> None:
+        found = model.load_adapter(folder, adapter_name=name, **options)
+        surplus = [key for key in found.unexpected_keys if ".lora_" in key]
+        for problem, keys in (("lacks", found.missing_keys), ("has no place for", surplus)):
+            if keys:
+                raise ValueError(
+                    f"the adapter in {folder} does not fit this base: it is of another model or "
+                    f"another version of PEFT, and {problem} {keys[0]} ({len(keys)} such). Pass "
+                    "the base that it was trained on."
+                )
+
+    try:
+        yield load
+    except RuntimeError as error:  # of torch: the shapes differ
+        raise ValueError(
+            f"the adapter in {folder} does not fit this base: {str(error).splitlines()[-1].strip()}"
+        ) from error
 
 
 def is_adapter(name: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from fastdpo.modeling.adapters import adapters_off, fuse, peft_base_of
+from fastdpo.modeling.adapters import adapters_off, fuse, load_second_adapter, peft_base_of
 from fastdpo.modeling.head import causal_lm_of, head_of
 from fastdpo.modeling.loading import disable_dropout
 
@@ -124,7 +124,7 @@ def adapter_as_reference(policy: PeftModel, folder: str) -> ReferenceModel:
             f"the adapter in {folder} was trained on {theirs} and the policy lies on {own}: pass "
             "an adapter of the same base, or a whole model."
         )
-    policy.load_adapter(folder, adapter_name=FROZEN_ADAPTER)
+    load_second_adapter(policy, folder, FROZEN_ADAPTER)
     disable_dropout(policy)
     fuse(policy)
     _restore(policy, active, trainable)

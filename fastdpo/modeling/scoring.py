@@ -1,20 +1,24 @@
 """Log-probs of many groups without gradients: the reference pass and every evaluation."""
 
-from collections.abc import Generator, Iterator, Sequence
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastdpo.batching import Group, MicroBatch, group_tokens, pack_in_order
+from fastdpo.lack_of_memory import DoesNotFitError, allocator_message, give_back
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.report import progress_bar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,43 +80,125 @@ def score_groups(
 
     Yields:
         Every group once, in the order in which they are scored.
+
+    Raises:
+        DoesNotFitError: memory runs out with a single completion in a micro-batch. Before that,
+            micro-batches shrink.
     """
-    causal_lm = causal_lm_of(model)
     mode = pass_mode(model) if mode is None else mode
-    layout = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
-    sizes = [group_tokens(group, **layout) for group in groups]
+    sizes = [_tokens_of(group, mode) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (-sizes[i], i))
-    micro_batches = pack_in_order((groups[i] for i in order), micro_batch_tokens, **layout)
+    pieces = [_Piece(i, groups[i]) for i in order]
     with (
         progress_bar(len(groups), description, "pair") as bar,
         eval_mode(model),
         torch.no_grad(),
-        packed_attention(causal_lm.config, mode.attention),
+        packed_attention(causal_lm_of(model).config, mode.attention),
     ):
-        for micro_batch in micro_batches:
-            on_device = micro_batch.to(causal_lm.device)
-            scored = _split(packed_logprobs(model, on_device, outputs), on_device, groups, order)
-            yield from scored
-            bar.update(len(micro_batch.group_indices))
+        scored = _scored_pieces(model, pieces, micro_batch_tokens, mode, outputs)
+        for whole in _joined(scored, groups):
+            yield whole
+            bar.update(1)
+
+
+class _Piece(NamedTuple):
+    """A group, or where that did not fit, one of its completions."""
+
+    index: int  # which of the scored groups
+    group: Group
+
+
+def _tokens_of(group: Group, mode: PassMode) -> int:
+    return group_tokens(group, shared_prefix=mode.shared_prefix, packing=mode.packing)
+
+
+def _scored_pieces(
+    model: nn.Module, pieces: list[_Piece], limit: int, mode: PassMode, outputs: tuple[str, ...]
+) -> Iterator[ScoredGroup]:
+    """All pieces in their order; where memory runs out, in smaller micro-batches from there on."""
+    done = 0
+    while done < len(pieces):
+        pieces, done = pieces[done:], 0
+        for micro_batch in pack_in_order(
+            (piece.group for piece in pieces),
+            limit,
+            shared_prefix=mode.shared_prefix,
+            packing=mode.packing,
+        ):
+            tried = pieces[done : done + len(micro_batch.group_indices)]
+            found = _attempt(model, micro_batch, tried, outputs)
+            if isinstance(found, str):
+                give_back()
+                limit, smaller = _made_smaller(tried, limit, mode, found)
+                pieces = smaller + pieces[done + len(tried) :]
+                done = 0
+                break
+            yield from found
+            done += len(tried)
+
+
+def _attempt(
+    model: nn.Module, micro_batch: MicroBatch, tried: Sequence[_Piece], outputs: tuple[str, ...]
+) -> list[ScoredGroup] | str:
+    """The log-probs of a micro-batch, or what the allocator said when memory ran out."""
+    try:
+        on_device = micro_batch.to(causal_lm_of(model).device)
+        return _split(packed_logprobs(model, on_device, outputs), on_device, tried)
+    except RuntimeError as error:
+        message = allocator_message(error)
+        if message is None:
+            raise
+        return message
+
+
+def _made_smaller(
+    tried: list[_Piece], limit: int, mode: PassMode, message: str
+) -> tuple[int, list[_Piece]]:
+    """Half the tokens of a micro-batch, down to one group; then that group's completions."""
+    sizes = [_tokens_of(piece.group, mode) for piece in tried]
+    if len(tried) > 1:
+        limit = max(max(sizes), min(limit, sum(sizes)) // 2)
+        now = f"micro-batches of at most {limit:,} tokens"
+    else:
+        ((index, group),) = tried
+        if len(group.completions) == 1:
+            raise DoesNotFitError.of_completion(sizes[0], message)
+        tried = [_Piece(index, Group(group.prompt_ids, (ids,))) for ids in group.completions]
+        limit = min(limit, sizes[0] - 1)
+        now = f"the completions of a prompt, {sizes[0]:,} tokens, one at a time"
+    logger.warning("Out of memory in a pass without gradients: %s from now on.", now)
+    return limit, tried
 
 
 def _split(
-    logprobs: PackedLogprobs, micro_batch: MicroBatch, groups: Sequence[Group], order: list[int]
-) -> Iterator[ScoredGroup]:
+    logprobs: PackedLogprobs, micro_batch: MicroBatch, tried: Sequence[_Piece]
+) -> list[ScoredGroup]:
     logps = logprobs.logps.cpu().numpy()
     ends = np.cumsum(micro_batch.completion_tokens.cpu().numpy())[:-1]
     tokens = np.split(logprobs.token_logps.float().cpu().numpy(), ends)
     extras = {
         name: np.split(figure.cpu().numpy(), ends) for name, figure in logprobs.extras.items()
     }
+    found = []
     first = 0
-    for position in micro_batch.group_indices:
-        index = order[position]
-        rows = slice(first, first + len(groups[index].completions))
-        yield ScoredGroup(
-            index,
-            logps[rows],
-            tuple(tokens[rows]),
-            {name: tuple(figure[rows]) for name, figure in extras.items()},
-        )
+    for index, group in tried:
+        rows = slice(first, first + len(group.completions))
+        own = {name: tuple(figure[rows]) for name, figure in extras.items()}
+        found.append(ScoredGroup(index, logps[rows], tuple(tokens[rows]), own))
         first = rows.stop
+    return found
+
+
+def _joined(scored: Iterable[ScoredGroup], groups: Sequence[Group]) -> Iterator[ScoredGroup]:
+    """Groups whose completions came one by one, as if they had come together."""
+    parts: list[ScoredGroup] = []
+    for part in scored:
+        parts.append(part)
+        if sum(len(each.logps) for each in parts) < len(groups[part.index].completions):
+            continue
+        extras = {
+            name: tuple(x for each in parts for x in each.extras[name]) for name in part.extras
+        }
+        tokens = tuple(x for each in parts for x in each.token_logps)
+        yield ScoredGroup(part.index, np.concatenate([p.logps for p in parts]), tokens, extras)
+        parts = []

@@ -5,7 +5,11 @@ Every field's help says what it is, in which unit, and why its default is what i
 go through argparse, so they hold no percent sign.
 """
 
-from fastdpo.options.comparison import ComparisonOptions, refuse_training_options
+from fastdpo.options.comparison import (
+    TRAINING_OPTIONS,
+    ComparisonOptions,
+    refuse_training_options,
+)
 from fastdpo.options.data import DEFAULT_DATASET, DataOptions
 from fastdpo.options.evaluation import EvaluationOptions
 from fastdpo.options.losses import (
@@ -50,6 +54,7 @@ __all__ = [
     "REFERENCE_FREE_LOSSES",
     "SCORE_ENDINGS",
     "SPECIAL_TOKEN_MODES",
+    "TRAINING_OPTIONS",
     "TRUNCATION_MODES",
     "presets",
     "reference_folder",

@@ -44,6 +44,11 @@ LOADING = {
 }
 """What a command that trains nothing takes of the groups that it shares with training."""
 
+TRAINING_OPTIONS = frozenset(
+    entry.name for kind, used in LOADING.items() for entry in fields(kind) if entry.name not in used
+)
+"""What it would ignore: refused, and left out of its help."""
+
 
 def refuse_training_options(given: frozenset[str]) -> None:
     """Refuse what a command that trains nothing would ignore.
@@ -51,10 +56,7 @@ def refuse_training_options(given: frozenset[str]) -> None:
     Raises:
         ValueError: names the first of them.
     """
-    useless = {
-        entry.name for kind, used in LOADING.items() for entry in fields(kind)
-        if entry.name in given - used
-    }  # fmt: skip
+    useless = TRAINING_OPTIONS & given
     if useless:
         raise ValueError(
             f"--{min(useless)} changes nothing here: leave it out. The adapter's folder says how "

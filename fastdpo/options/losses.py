@@ -159,7 +159,9 @@ class LossOptions:
         for name in self.loss_type:
             if name in LOSS_TYPES:
                 continue
-            advice = _FORMER_LOSSES.get(name, "leave it out to use sigmoid")
+            several = "separate several names by spaces"
+            usual = several if "," in name else "leave it out to use sigmoid"
+            advice = _FORMER_LOSSES.get(name, usual)
             raise ValueError(
                 f"--loss_type is {name!r}: {advice}. The losses are {', '.join(LOSS_TYPES)}."
             )

@@ -30,7 +30,7 @@ class ReferenceOptions:
     ref_token_logps: str = option(
         "on",
         "on stores the reference log-prob of every token beside their sum, 4 bytes each, which "
-        "losses that weigh tokens will need; off stores the sums alone.",
+        "--ld_alpha needs and the spot check compares; off stores the sums alone.",
         choices=list(REF_TOKEN_LOGPS_MODES),
     )
     ref_versions: str = option(

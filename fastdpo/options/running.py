@@ -60,8 +60,8 @@ class TrainOptions:
 
     dry_run: bool = option(
         False,
-        "Read, check and tokenise everything, print the resolved options, the memory plan and "
-        "three pairs, and stop before the first update.",
+        "Read, check and tokenise everything, print the options, the layout, on a CUDA card the "
+        "memory plan, and three pairs, and stop before the first update.",
     )
 
 

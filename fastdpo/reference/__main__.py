@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _build(argv: Sequence[str]) -> None:
-    from fastdpo.train import make_trainer
+    from fastdpo.train import make_trainer, without_output
 
     parsed = parse(
         "reference build",
@@ -89,7 +89,10 @@ def _build(argv: Sequence[str]) -> None:
     )
     if reference_folder(parsed.training.ref_cache) is None:
         raise ValueError("--ref_cache is off: there is nothing to build. Name a folder.")
-    make_trainer(parsed.model, parsed.data, parsed.training).compute_references()
+    if not (parsed.model.full or parsed.model.qlora):
+        parsed.model.lora = True  # as training does, which says so
+    with without_output(parsed.training):
+        make_trainer(parsed.model, parsed.data, parsed.training).compute_references()
 
 
 def _info(root: Path, options: StoreOptions) -> None:
@@ -107,7 +110,8 @@ def _info(root: Path, options: StoreOptions) -> None:
                 f"{found.unused_s / DAY_S:.1f}",
             )
         )
-    say(f"{len(rows)} stores in {root}")
+    count = "1 store" if len(rows) == 1 else f"{len(rows)} stores"
+    say(f"{count} in {root}{'' if root.is_dir() else ', a folder that does not exist'}")
     if rows:
         columns = ("store", "model", "completions", "shards", "MiB", "days old", "days unused")
         say(table(columns, rows))

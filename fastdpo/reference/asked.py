@@ -6,9 +6,11 @@ the reason of a miss is unknown.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +102,26 @@ def _other_store(store: ReferenceStore) -> str:
     """How the nearest other store describes another reference."""
     manifests = [_json(path) for path in store.root.glob(f"*/{MANIFEST}")]
     others = [
-        _flat(manifest["identity"])
+        manifest["identity"]
         for manifest in manifests
         if isinstance(manifest.get("identity"), dict) and manifest["identity"] != store.identity
     ]
     if not others:
         return "nothing was stored before"
-    mine = _flat(store.identity)
-    nearest = min(others, key=lambda each: len(_differences(each, mine)))
-    return f"a new reference: {_listed(_differences(nearest, mine))}"
+    nearest = min((_differences(each, store.identity) for each in others), key=len)
+    return f"a new reference: {_listed(nearest)}"
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} {_short(before.get(name))} -> {_short(now.get(name))}"
-        for name in (*now, *(name for name in before if name not in now))
-        if before.get(name) != now.get(name)
-    ]
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Name, former and present value of what differs; a part that one side lacks is one."""
+    found = []
+    for name in (*now, *(name for name in before if name not in now)):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{inside}{name}.")
+        elif old != new:
+            found.append(f"{inside}{name} {_short(old)} -> {_short(new)}")
+    return found
 
 
 def _listed(differs: list[str]) -> str:
@@ -125,15 +130,12 @@ def _listed(differs: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    if value is None or isinstance(value, Mapping):
+        return "none" if value is None else "set"
+    text = str(value.value if isinstance(value, Enum) else value)
+    if re.fullmatch("[0-9a-f]{64}", text):  # a sha256
+        return text[:12]
     return text if len(text) <= 40 else "..." + text[-24:]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {name: value}
-    parts = [_flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()]
-    return {key: part for each in parts for key, part in each.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

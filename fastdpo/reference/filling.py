@@ -140,7 +140,7 @@ def _compute(
         store.append(waiting)
     took = max(time.monotonic() - began, 1e-9)
     logger.info(
-        "Computed the reference log-probs of %s pairs in %.1f s: %s tokens/s",
+        "Computed the reference log-probs of %s distinct pairs in %.1f s: %s tokens/s",
         f"{len(missing):,}",
         took,
         f"{sum(sizes) / took:,.0f}",

@@ -179,6 +179,8 @@ def _lacking(
         return "attention dropout is on"
     if query.shape[-1] != value.shape[-1]:
         return "keys and values have different sizes"
+    if name == "flex" and query.shape[-1] < 16:  # what its kernel takes at least
+        return f"head size is {query.shape[-1]}"
     if name == "flex":
         return "" if find_spec("triton") else "triton is not installed"
     if query.dtype not in (torch.bfloat16, torch.float16):

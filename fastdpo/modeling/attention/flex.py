@@ -17,6 +17,10 @@ from fastdpo.batching import Segment
 from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
 
 BLOCK_TOKENS = 128
+MOST_KERNELS = 256
+"""Of one process: one for each window, cap, size and count of heads, dtype, with and without
+gradient, and before lengths are seen to vary. At torch's own limit of 8 `fullgraph` raises."""
+
 Allowed = Callable[[Any, Any, Any, Any], Tensor]
 """(batch, head, query index, key index) to whether the query sees the key."""
 
@@ -93,8 +97,16 @@ def capped_by(softcap: float) -> Callable[..., Tensor]:
 
 @cache
 def _kernel(compiled: bool) -> Callable[..., Any]:
+    if not compiled:
+        return flex_attention
     # Without fullgraph, too many shapes would silently fall back to all scores in memory.
-    return torch.compile(flex_attention, fullgraph=True) if compiled else flex_attention
+    function = torch.compile(flex_attention, fullgraph=True)
+
+    def call(*args: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MOST_KERNELS):
+            return function(*args, **options)
+
+    return call
 
 
 def attend_flex(

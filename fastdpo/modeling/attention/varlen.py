@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastdpo.batching import Segment
 from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
@@ -157,6 +158,12 @@ def torch_kernel(device: torch.device) -> Kernel:
 
     @cache
     def _takes_groups(device: torch.device) -> bool:
+        # Asked for in the midst of a forward: maybe without gradients, maybe inside a checkpoint,
+        # which would count what is saved here.
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            return _tries_groups(device)
+
+    def _tries_groups(device: torch.device) -> bool:
         ends = torch.tensor([0, 8], dtype=torch.int32, device=device)
         q, k = (
             torch.linspace(-1, 1, 8 * heads * 64, device=device, dtype=torch.bfloat16)
@@ -175,6 +182,10 @@ def torch_kernel(device: torch.device) -> Kernel:
         return all(torch.allclose(a, b, atol=0.02, rtol=0.02) for a, b in zip(*found, strict=True))
 
     return call
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @cache
