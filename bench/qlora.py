@@ -17,6 +17,7 @@ from bench.measuring import MIB, PeakMemory, Stopwatch
 from bench.synthetic import aliased_config, random_model
 from bench.trainers import LORA_ALPHA, LORA_RANK, limit_memory
 from fastdpo.batching import Group, MicroBatch, pack_update
+from fastdpo.fitting import Layout
 from fastdpo.memory import (
     Plan,
     Workload,
@@ -27,14 +28,10 @@ from fastdpo.memory import (
     training_of,
 )
 from fastdpo.memory.terms import CONTEXT_BYTES, GIB
-from fastdpo.modeling.activations import apply_policy
 from fastdpo.modeling.adapters import adapters_off, add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.logprobs import packed_logprobs
-from fastdpo.modeling.mlp import tile_mlps
-from fastdpo.modeling.norms import tile_norms
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 
@@ -55,7 +52,14 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
     torch.manual_seed(SEED)
     model = add_adapter(base, lora_config(LORA_RANK, LORA_ALPHA, 0.0, None)).train()
     made = planned(model, case)
-    carry_out(model, made)
+    layout = Layout(
+        made.micro_batch_tokens,
+        made.layer_policy,
+        made.mlp_tile_tokens,
+        made.norm_tile_tokens,
+        made.embeddings_on_host,
+    )
+    layout.apply(model)
     optimizer = _optimizer(model, made)
     micro_batch = _pair(case["row_tokens"], made.micro_batch_tokens).to(device)
     watch, memory = Stopwatch(device), PeakMemory(device)
@@ -82,15 +86,6 @@ def planned(model: torch.nn.Module, case: Mapping[str, Any]) -> Plan:
         host_bytes=free_host_bytes(),
         change_optimizer=True,
     )
-
-
-def carry_out(model: torch.nn.Module, made: Plan) -> None:
-    """Set the model up as the plan says."""
-    apply_policy(model, made.layer_policy)
-    tile_norms(model, made.norm_tile_tokens)
-    tile_mlps(model, made.mlp_tile_tokens)
-    if made.embeddings_on_host:
-        embeddings_to_host(model)
 
 
 def update(

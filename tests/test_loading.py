@@ -15,7 +15,7 @@ from fastdpo.batching import pack_update
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import head_of
-from fastdpo.modeling.loading import ModelError, load_model
+from fastdpo.modeling.loading import ModelError, load_model, load_tokenizer
 from fastdpo.modeling.logprobs import packed_logprobs
 
 CONFIG = LlamaConfig(
@@ -151,3 +151,9 @@ def test_4_bit_loading_never_holds_the_dense_model(tmp_path, soak):
     peak = max(seen) / 2**20
     print(f"dense {dense_bytes / 2**20:.0f}, 4-bit {own / 2**20:.0f}, peak +{peak:.0f} MiB")
     assert own / 2 < max(seen) <= own + 0.5 * dense_bytes
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no tokenizer file lies there\. Pass a local folder"):
+        load_tokenizer(str(tmp_path))

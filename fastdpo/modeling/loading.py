@@ -130,5 +130,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
+    """Of a library's message what is a sentence by itself: a list that follows is left out."""
     text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    first = text[0].rstrip() if text else type(error).__name__
+    if first.endswith("from one of:"):  # of transformers, where no tokenizer file lies there
+        return "no tokenizer file lies there."
+    return first
