@@ -52,14 +52,7 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
     torch.manual_seed(SEED)
     model = add_adapter(base, lora_config(LORA_RANK, LORA_ALPHA, 0.0, None)).train()
     made = planned(model, case)
-    layout = Layout(
-        made.micro_batch_tokens,
-        made.layer_policy,
-        made.mlp_tile_tokens,
-        made.norm_tile_tokens,
-        made.embeddings_on_host,
-    )
-    layout.apply(model)
+    carry_out(model, made)
     optimizer = _optimizer(model, made)
     micro_batch = _pair(case["row_tokens"], made.micro_batch_tokens).to(device)
     watch, memory = Stopwatch(device), PeakMemory(device)
@@ -86,6 +79,17 @@ def planned(model: torch.nn.Module, case: Mapping[str, Any]) -> Plan:
         host_bytes=free_host_bytes(),
         change_optimizer=True,
     )
+
+
+def carry_out(model: torch.nn.Module, made: Plan) -> None:
+    """Set the model up as the plan says."""
+    Layout(
+        made.micro_batch_tokens,
+        made.layer_policy,
+        made.mlp_tile_tokens,
+        made.norm_tile_tokens,
+        made.embeddings_on_host,
+    ).apply(model)
 
 
 def update(
