@@ -223,7 +223,7 @@ def peak_of(call):
 
 @pytest.mark.parametrize("through", ["file", "pipe"])
 def test_two_hundred_thousand_rows(tmp_path, soak, through):
-    """Time and memory are printed; a fault at the end has its line."""
+    """A fault at the end has its line; time and memory are printed."""
     count = 200_000 if soak else 20_000
     path = tmp_path / "pairs.jsonl"
     content = numbered_rows(count) + b"{]"
@@ -245,4 +245,3 @@ def test_two_hundred_thousand_rows(tmp_path, soak, through):
     took = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{count:,} rows twice through a {through}: {took:.1f} s, process peak {peak:.0f} MiB")
-    assert took < count / 2_000

@@ -30,7 +30,7 @@ from fastdpo.reference import archive, shards, weights
 from fastdpo.reference.store import ReferenceStore
 
 CORPUS = Path(__file__).parent / "corpus"
-SLOWEST_S = 2.0
+HANG_S = 30.0  # of CPU time: a hang on any machine, no measure of speed
 
 KEYS = st.sampled_from(["prompt", "chosen", "rejected", "role", "content", "tools", "x"])
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))
@@ -189,7 +189,7 @@ def attempt(name, content, folder):
         raise
     finally:
         took = time.process_time() - began
-        assert took < SLOWEST_S, f"{name} took {took:.1f} s on {content[:300]!r}"
+        assert took < HANG_S, f"{name} took {took:.1f} s on {content[:300]!r}"
     return True
 
 

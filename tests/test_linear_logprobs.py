@@ -161,8 +161,13 @@ def test_score_and_train_paths_are_bitwise_equal(small_tiles, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_its_neighbours(backend, dtype):
+    """On sums that float32 holds exactly: a BLAS may give a row other last bits by its place.
+
+    The interpreter's product is numpy's, whose OpenBLAS kernels for Haswell and Zen do.
+    """
     rows, vocabulary = (700, 512) if backend == "torch" else (70, 96)
-    states, weight, targets = inputs(rows, 64, vocabulary, dtype)
+    states, weight, targets = inputs(rows, 64, vocabulary)
+    states, weight = ((tensor * 8).round().div(8).to(dtype) for tensor in (states, weight))
     whole = linear_logprobs(states, weight, targets, backend=backend)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
     mixed = linear_logprobs(states[order], weight, targets[order], backend=backend)
