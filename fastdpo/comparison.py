@@ -14,8 +14,8 @@ from fastdpo.modeling.adapters import adapters_off, fuse, load_adapter, peft_bas
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
 from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, RowOptions, resolve_model
 from fastdpo.options.data import column_roles
-from fastdpo.report import say
 from fastdpo.resumable import BASE_IN_4BIT, TRAINING_ARGUMENTS
+from fastdpo.system.console import say
 
 T = TypeVar("T")
 

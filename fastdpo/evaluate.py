@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdpo import files
 from fastdpo.command_line import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -16,7 +15,8 @@ from fastdpo.options import (
     RowOptions,
     refuse_training_options,
 )
-from fastdpo.report import say
+from fastdpo.system import files
+from fastdpo.system.console import say
 
 if TYPE_CHECKING:
     from peft import PeftModel

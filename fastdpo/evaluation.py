@@ -20,7 +20,7 @@ from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
-from fastdpo.report import table
+from fastdpo.system.console import table
 
 
 @dataclass(frozen=True)

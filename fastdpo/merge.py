@@ -18,7 +18,7 @@ from fastdpo.options import (
     refuse_training_options,
     resolve_model,
 )
-from fastdpo.report import say
+from fastdpo.system.console import say
 
 if TYPE_CHECKING:
     from fastdpo.batching import Group

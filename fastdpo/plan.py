@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastdpo.command_line import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, PlanningOptions, resolve_model
 from fastdpo.options.checks import check_choice
-from fastdpo.report import say, table
+from fastdpo.system.console import say, table
 
 if TYPE_CHECKING:
     from fastdpo.memory import Architecture, Card, Plan, Training

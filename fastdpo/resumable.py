@@ -27,12 +27,12 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from fastdpo import checkpoint as checkpoints
-from fastdpo import files, stopping
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.options import reference_folder
 from fastdpo.reference import reference_identity
 from fastdpo.reference.weights import MEMORY
+from fastdpo.system import files, signals
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class ResumableTrainer(Trainer):
     user_args: DPOConfig
     _saving_into: Path | None = None
     _saved_update: int | None = None
-    _stop: stopping.Stop | None = None
+    _stop: signals.Stop | None = None
     _run: Mapping[str, Any] = {}
 
     # What a run is
@@ -116,7 +116,7 @@ class ResumableTrainer(Trainer):
         """
         output_dir = Path(str(self.args.output_dir))
         checkpoints.require_writable(output_dir)
-        with checkpoints.claimed(output_dir), stopping.held() as self._stop:
+        with checkpoints.claimed(output_dir), signals.held() as self._stop:
             self._run = self._described()
             folder = self.checkpoint_to_resume(resume_from_checkpoint)
             if self.args.save_strategy != SaveStrategy.NO:

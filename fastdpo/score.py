@@ -15,7 +15,7 @@ from fastdpo.options import (
     ScoringOptions,
     refuse_training_options,
 )
-from fastdpo.report import say
+from fastdpo.system.console import say
 
 if TYPE_CHECKING:
     from fastdpo.scored_rows import ScoredRows

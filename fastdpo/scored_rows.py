@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo import files
 from fastdpo.comparison import pairs_of
 from fastdpo.data import DataError, PairDataset, Rows
 from fastdpo.data.pairs import (
@@ -25,7 +24,8 @@ from fastdpo.data.pairs import (
 from fastdpo.metrics import preference_accuracy
 from fastdpo.modeling.scoring import ScoredPairs
 from fastdpo.options import RowOptions
-from fastdpo.report import table
+from fastdpo.system import files
+from fastdpo.system.console import table
 
 ROWS_AT_ONCE = 1024
 _REASONS = (

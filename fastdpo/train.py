@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdpo import files
 from fastdpo.command_line import Parsed, command, parse
 from fastdpo.options import (
     DEFAULT_DATASET,
@@ -20,7 +19,8 @@ from fastdpo.options import (
     presets,
     resolve_model,
 )
-from fastdpo.report import say, table
+from fastdpo.system import files
+from fastdpo.system.console import say, table
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig

@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from fastdpo import files
 from fastdpo.batching import Group, PairGroups
 from fastdpo.config import DPOConfig
 from fastdpo.figures import evaluation_figures
@@ -47,6 +46,7 @@ from fastdpo.progress import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.record import RunRecord, both_rows_tokens
 from fastdpo.reference import ReferenceSource, asked_for
 from fastdpo.resumable import ResumableTrainer
+from fastdpo.system import files
 from fastdpo.update import Update
 
 logger = logging.getLogger(__name__)

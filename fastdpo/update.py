@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.batching import Group, MicroBatch, group_tokens, pack_update
-from fastdpo.lack_of_memory import DoesNotFitError, allocator_message, give_back
 from fastdpo.losses import (
     LossFunction,
     PairLogps,
@@ -41,7 +40,8 @@ from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
-from fastdpo.randomness import RandomState
+from fastdpo.system.oom import DoesNotFitError, allocator_message, give_back
+from fastdpo.system.rng import RandomState
 
 logger = logging.getLogger(__name__)
 

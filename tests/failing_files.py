@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerState
 
-from fastdpo import files
+from fastdpo.system import files
 
 
 class Killed(BaseException):

@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 
-from fastdpo import checkpoint, files
+from fastdpo import checkpoint
 from fastdpo.checkpoint import CheckpointError
+from fastdpo.system import files
 
 RUN = {"seed": 42, "pairs_per_update": 8, "data": "abc", "beta": 0.1, "loss_type": ["sigmoid"]}
 

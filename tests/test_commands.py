@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo import evaluate, train
 from fastdpo.command_line import command
-from fastdpo.lack_of_memory import DoesNotFitError
 from fastdpo.reference.__main__ import main as reference_main
+from fastdpo.system.oom import DoesNotFitError
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ import pytest
 from taught_llama import taught_llama
 from test_trl_options import as_markdown
 
-from fastdpo import files, train
+from fastdpo import train
 from fastdpo.config import DPOConfig
 from fastdpo.data import PreferenceRow, rows_from
 from fastdpo.losses import LOSSES
@@ -42,6 +42,7 @@ from fastdpo.options import (
     TrainOptions,
 )
 from fastdpo.reference.__main__ import StoreOptions
+from fastdpo.system import files
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

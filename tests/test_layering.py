@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms of the lines above its own and, where it is a folder or a command,
 # its own room. A side room serves everything above config but imports only ROOTS and config.
-ROOTS = ("version", "options", "former_options", "files", "stopping")
+ROOTS = ("version", "options", "former_options", "system")
 LINE = (
     "config",
     "data",
@@ -43,10 +43,7 @@ SIDE_ROOMS = (
     "memory",
     "metrics",
     "checkpoint",
-    "report",
     "model_card",
-    "randomness",
-    "lack_of_memory",
 )
 COMMANDS = (
     "command_line",
@@ -225,13 +222,13 @@ def test_every_file_has_a_telling_name():
         ("fastdpo.batching", "def f():\n    from fastdpo.trainer import DPOTrainer"),
         ("fastdpo.modeling.head", "if TYPE_CHECKING:\n    from fastdpo.reference import store"),
         ("fastdpo.reference.store", "import fastdpo.trainer"),
-        ("fastdpo.reference.store", "from fastdpo import files, trainer"),
+        ("fastdpo.reference.store", "from fastdpo import system, trainer"),
         ("fastdpo.trainer", "from fastdpo.train import main"),
         ("fastdpo.trainer", "from fastdpo import DPOConfig"),
         ("fastdpo.train", "from fastdpo import DPOConfig"),
         ("fastdpo.options", "from fastdpo.config import DPOConfig"),
         ("fastdpo.options", "import torch"),
-        ("fastdpo.files", "from fastdpo.losses import LOSSES"),
+        ("fastdpo.system.files", "from fastdpo.losses import LOSSES"),
         ("fastdpo.config", "from fastdpo.data import Pair"),
         ("fastdpo.config", "from fastdpo.losses import LOSSES"),
         ("fastdpo.losses", "from fastdpo.metrics import MetricSums"),
@@ -268,13 +265,16 @@ def test_a_broken_kernel_import_is_found(module, source):
 
 def test_what_is_allowed_passes():
     for module, source in (
-        ("fastdpo.trainer", "from fastdpo import checkpoint, files\nimport fastdpo.data.pairs"),
+        ("fastdpo.trainer", "from fastdpo import checkpoint\nimport fastdpo.data.pairs"),
         ("fastdpo.trainer", "from fastdpo_kernels import linear_logprobs\nimport transformers"),
         ("fastdpo.modeling.logprobs", "from . import head\nfrom .head import head_of"),
         ("fastdpo.config", "from fastdpo.options import PreferenceOptions"),
         ("fastdpo.train", "from fastdpo.command_line import parse"),
         ("fastdpo.reference.__main__", "from fastdpo.command_line import parse"),
-        ("fastdpo.checkpoint", "from fastdpo import files\nfrom fastdpo.config import DPOConfig"),
+        (
+            "fastdpo.checkpoint",
+            "from fastdpo.system import files\nfrom fastdpo.config import DPOConfig",
+        ),
     ):
         assert package_faults(source, module) == []
     for module, source in (

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny_trainer import plain_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from fastdpo import files, merge
+from fastdpo import merge
 from fastdpo.command_line import command
 from fastdpo.demo import make_tokenizer
 from fastdpo.merging import find_base, plan_merge, read_adapter, write_folder
 from fastdpo.merging.tensor_files import tensors_of
+from fastdpo.system import files
 
 TOKENIZER = make_tokenizer()
 LINEAR = ["q_proj", "v_proj", "down_proj"]

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 from test_packed_pairs import random_groups
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from fastdpo import files
 from fastdpo.batching import Group
 from fastdpo.modeling import scoring
 from fastdpo.modeling.adapters import add_adapter, lora_config
@@ -28,6 +27,7 @@ from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.reference_model import base_as_reference
 from fastdpo.reference import ReferenceStore, filling, reference_identity, reference_logps
 from fastdpo.reference.store import group_keys, row_key
+from fastdpo.system import files
 
 SIZES = {
     "vocab_size": 131,

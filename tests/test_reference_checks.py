@@ -26,8 +26,8 @@ from fastdpo.reference import asked as asked_module
 from fastdpo.reference import weights as weights_module
 from fastdpo.reference.spot_check import spot_check
 from fastdpo.reference.store import group_keys
-from fastdpo.reference.versions import difference, numeric_versions
 from fastdpo.reference.weights import MEMORY
+from fastdpo.system.versions import difference, numeric_versions
 
 GROUPS = ALL_GROUPS[:9]
 NOW = {"torch": "2.13.0", "device": "cpu"}

@@ -15,10 +15,10 @@ from test_packed_pairs import random_groups
 from test_reference import IDENTITY, adapted, fill, shards, temporaries
 from test_reference_store import keys_of, logps_of, lookup, some_rows, written
 
-from fastdpo import files
 from fastdpo.reference import ReferenceStore, filling
 from fastdpo.reference import shards as shards_module
 from fastdpo.reference.store import group_keys
+from fastdpo.system import files
 
 OPERATIONS = ((files, "_write_bytes"), (files, "sync"), (files, "sha256_of"), (os, "replace"))
 

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save
 from test_reference import IDENTITY, shards, temporaries
 
-from fastdpo import files
 from fastdpo.reference import ReferenceStore
 from fastdpo.reference import shards as shards_module
 from fastdpo.reference.store import ScoredCompletion
+from fastdpo.system import files
 
 # The store and what may happen to it
 

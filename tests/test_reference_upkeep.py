@@ -13,13 +13,13 @@ import pytest
 from test_reference import GROUPS, IDENTITY, adapted, fill, shards, temporaries
 from test_reference_store import keys_of, logps_of, lookup, some_rows, written
 
-from fastdpo import files
 from fastdpo.command_line import command
 from fastdpo.reference import ReferenceStore, archive, upkeep
 from fastdpo.reference.__main__ import main
 from fastdpo.reference.archive import ArchiveError, export_store, import_store
 from fastdpo.reference.store import ScoredCompletion
 from fastdpo.reference.upkeep import DAY_S, prune, store_folders, summarise
+from fastdpo.system import files
 
 ROWS, MORE = some_rows(seed=1), some_rows(seed=2)
 

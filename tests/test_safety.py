@@ -89,7 +89,7 @@ LENT = {
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_runs_what_it_reads_or_writes_past_files(path):
     name = str(path.relative_to(ROOT))
-    found = faults(path.read_text(encoding="utf-8"), name, name == "fastdpo/files.py")
+    found = faults(path.read_text(encoding="utf-8"), name, name == "fastdpo/system/files.py")
     found = [fault for fault in found if not any(each in fault for each in LENT.get(name, ()))]
     assert not found, "\n".join(found)
 

@@ -13,9 +13,10 @@ from pyarrow import parquet
 from tiny_trainer import plain_logps
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastdpo import evaluate, files, score
+from fastdpo import evaluate, score
 from fastdpo.command_line import command
 from fastdpo.demo import make_tokenizer
+from fastdpo.system import files
 
 TOKENIZER = make_tokenizer()
 COLUMNS = (

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_packed_pairs import model_of, random_groups
 
-from fastdpo.lack_of_memory import DoesNotFitError
 from fastdpo.modeling import scoring
 from fastdpo.modeling.scoring import score_groups, score_pairs
+from fastdpo.system.oom import DoesNotFitError
 
 T = 200
 

@@ -11,9 +11,10 @@ from test_reference_faults import exit_code, in_a_child
 from tiny_trainer import preference_rows
 from transformers import TrainerCallback
 
-from fastdpo import checkpoint, files, stopping
+from fastdpo import checkpoint
 from fastdpo.command_line import command
 from fastdpo.reference import filling
+from fastdpo.system import files, signals
 
 SIGNALS = {signal.SIGTERM: (SystemExit, 143), signal.SIGINT: (KeyboardInterrupt, 130)}
 
@@ -26,11 +27,11 @@ def send(number, times=1):
 def test_the_first_signal_waits_and_the_second_does_not(capfd):
     before = [signal.getsignal(number) for number in SIGNALS]
     for number, (kind, _) in SIGNALS.items():
-        with stopping.held() as stop:
+        with signals.held() as stop:
             stop.raise_if_asked()
             send(number)
             assert stop.signal == number
-            with stopping.held() as inner:
+            with signals.held() as inner:
                 assert inner is stop
             with pytest.raises(kind):
                 stop.raise_if_asked()
@@ -43,13 +44,13 @@ def test_the_first_signal_waits_and_the_second_does_not(capfd):
 
 def test_what_is_worth_nothing_stops_at_the_first_signal():
     for number, (kind, _) in SIGNALS.items():
-        with stopping.held() as stop:
+        with signals.held() as stop:
             with pytest.raises(kind), stop.at_once():
                 send(number)
             assert stop.signals == 1
             with pytest.raises(kind), stop.at_once():
                 pytest.fail("a signal had come before")
-        with stopping.held() as stop, stop.at_once(), stopping.held():
+        with signals.held() as stop, stop.at_once(), signals.held():
             send(number)  # who is inside and cannot be cut is not
             assert stop.signal == number
 
@@ -57,7 +58,7 @@ def test_what_is_worth_nothing_stops_at_the_first_signal():
 def test_ignored_signals_stay_ignored_and_threads_change_nothing():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with stopping.held() as stop:
+        with signals.held() as stop:
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
             send(signal.SIGTERM)
             assert stop.signal is None
@@ -66,7 +67,7 @@ def test_ignored_signals_stay_ignored_and_threads_change_nothing():
     found = []
 
     def work():
-        with stopping.held() as stop, stop.at_once():
+        with signals.held() as stop, stop.at_once():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

@@ -178,7 +178,7 @@ def test_the_three_options_of_the_reference_store_act(train_with, tmp_path, monk
     train_with(ref_token_logps="off", max_steps=1).train()
     (shard,) = tmp_path.rglob("shard-*")
     assert b"token_logps" not in shard.read_bytes()
-    monkeypatch.setattr("fastdpo.reference.versions.LIBRARIES", ("torch", "numpy"))
+    monkeypatch.setattr("fastdpo.system.versions.LIBRARIES", ("torch", "numpy"))
     train_with(max_steps=1).train()
     assert "computed with other versions or on another card" in caplog.text
     assert "Spot check: 4 pairs" in caplog.text

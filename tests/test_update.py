@@ -10,8 +10,8 @@ from tiny_trainer import ROWS, tiny_base, tiny_trainer
 from transformers import MixtralConfig
 
 from fastdpo import update as update_room
-from fastdpo.lack_of_memory import DoesNotFitError
 from fastdpo.losses import PairLogps
+from fastdpo.system.oom import DoesNotFitError
 
 T = 512
 

@@ -4,9 +4,9 @@ import os
 import uuid
 from pathlib import Path
 
-from fastdpo import files
 from fastdpo.checkpoint.errors import CheckpointError
 from fastdpo.checkpoint.folders import checkpoints_in
+from fastdpo.system import files
 
 PROBE_BYTES = 2**20
 

@@ -12,7 +12,7 @@ from fastdpo.batching import Group, default_micro_batch_tokens
 from fastdpo.merging.plan import MergePlan
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.report import table
+from fastdpo.system.console import table
 
 
 @dataclass(frozen=True, eq=False)

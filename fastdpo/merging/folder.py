@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastdpo import files
 from fastdpo.merging.adapter import Adapter
 from fastdpo.merging.base import INDEX, Base
 from fastdpo.merging.plan import MergePlan
 from fastdpo.merging.tensor_files import DTYPES, bytes_of, write_tensors
-from fastdpo.report import progress_bar
+from fastdpo.system import files
+from fastdpo.system.console import progress_bar
 
 MARKER = "merge.json"
 MADE_BY = "python -m fastdpo.merge"

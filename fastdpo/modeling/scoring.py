@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.batching import Group, MicroBatch, group_tokens, pack_in_order
-from fastdpo.lack_of_memory import DoesNotFitError, allocator_message, give_back
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
-from fastdpo.report import progress_bar
+from fastdpo.system.console import progress_bar
+from fastdpo.system.oom import DoesNotFitError, allocator_message, give_back
 
 logger = logging.getLogger(__name__)
 

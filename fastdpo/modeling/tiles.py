@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastdpo.randomness import RandomState
+from fastdpo.system.rng import RandomState
 
 
 def run_in_tiles(modules: Iterable[Any], tile_tokens: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdpo import files
+from fastdpo.system import files
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdpo.report import progress_bar
+from fastdpo.system.console import progress_bar
 
 SHOWN = (
     ("loss", "loss", ".4f"),

@@ -10,7 +10,7 @@ from fastdpo.options import DataOptions, ModelOptions, reference_folder
 from fastdpo.reference.archive import export_store, import_store
 from fastdpo.reference.store import set_aside
 from fastdpo.reference.upkeep import DAY_S, prune, store_folders, summarise
-from fastdpo.report import say, table
+from fastdpo.system.console import say, table
 
 ACTIONS = {
     "build": "compute the reference log-probs of a model and a dataset, without training",

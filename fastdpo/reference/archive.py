@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastdpo import files
 from fastdpo.reference import shards
 from fastdpo.reference.asked import MAX_NOTE_BYTES
 from fastdpo.reference.store import MANIFEST, store_key
+from fastdpo.system import files
 
 CONTENTS = "contents.json"
 ARCHIVE_FORMAT = 1

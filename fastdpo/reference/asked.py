@@ -16,10 +16,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo import files
 from fastdpo.batching import PairGroups
 from fastdpo.options import PreferenceOptions
 from fastdpo.reference.store import MANIFEST, ReferenceStore
+from fastdpo.system import files
 
 NOTES = "asked-*.json"
 MAX_NOTE_BYTES = 2**16

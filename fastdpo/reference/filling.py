@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo import stopping
 from fastdpo.batching import Group, group_tokens
 from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.reference_model import ReferenceModel
@@ -17,7 +16,8 @@ from fastdpo.modeling.scoring import score_groups
 from fastdpo.reference import asked as requests
 from fastdpo.reference.spot_check import SpotCheck, spot_check
 from fastdpo.reference.store import ReferenceStore, ScoredCompletion, group_keys
-from fastdpo.report import progress_bar
+from fastdpo.system import signals
+from fastdpo.system.console import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _compute(
         with (
             reference.active(),
             contextlib.closing(all_scored),
-            stopping.held() as stop,
+            signals.held() as stop,
             progress_bar(sum(sizes), f"Reference log-probs of {name}", "token") as bar,
         ):
             bar.unit_scale = True

@@ -16,8 +16,8 @@ from fastdpo.modeling.scoring import score_groups
 from fastdpo.reference.filling import reference_logps
 from fastdpo.reference.identity import reference_identity
 from fastdpo.reference.store import ReferenceStore, group_keys
-from fastdpo.reference.versions import numeric_versions
 from fastdpo.reference.weights import MEMORY
+from fastdpo.system.versions import numeric_versions
 
 
 class ReferenceSource:

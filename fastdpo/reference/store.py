@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo import files
 from fastdpo.reference import shards
 from fastdpo.reference.shards import (
     FORMAT,
@@ -28,7 +27,8 @@ from fastdpo.reference.shards import (
     group_keys,
     row_key,
 )
-from fastdpo.reference.versions import difference
+from fastdpo.system import files
+from fastdpo.system.versions import difference
 
 __all__ = [
     "KEY_BYTES",

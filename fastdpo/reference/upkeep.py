@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from fastdpo import files
 from fastdpo.reference import shards
 from fastdpo.reference.asked import notes
 from fastdpo.reference.store import MANIFEST, QUARANTINE_SUFFIX, SHARDS
+from fastdpo.system import files
 
 DAY_S = 86_400.0
 TEMPORARY_AGE_S = DAY_S

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdpo import files
-from fastdpo.reference.versions import numeric_versions
+from fastdpo.system import files
+from fastdpo.system.versions import numeric_versions
 
 logger = logging.getLogger(__name__)
 

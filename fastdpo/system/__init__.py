@@ -1,0 +1,1 @@
+"""The disk, signals, device memory, random numbers, versions and the terminal."""
