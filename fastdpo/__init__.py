@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
+    from fastdpo.cli.trl_compat import (
+        ModelConfig,
+        TrlParser,
+        get_peft_config,
+        get_quantization_config,
+    )
     from fastdpo.config import DPOConfig
     from fastdpo.data import get_dataset
-    from fastdpo.drop_in import ModelConfig, TrlParser, get_peft_config, get_quantization_config
     from fastdpo.options.data import DatasetMixtureConfig, ScriptArguments
     from fastdpo.trainer import DPOTrainer
 
@@ -20,12 +25,12 @@ _HOMES = {
     "DPOConfig": "fastdpo.config",
     "DPOTrainer": "fastdpo.trainer",
     "DatasetMixtureConfig": "fastdpo.options.data",
-    "ModelConfig": "fastdpo.drop_in",
+    "ModelConfig": "fastdpo.cli.trl_compat",
     "ScriptArguments": "fastdpo.options.data",
-    "TrlParser": "fastdpo.drop_in",
+    "TrlParser": "fastdpo.cli.trl_compat",
     "get_dataset": "fastdpo.data",
-    "get_peft_config": "fastdpo.drop_in",
-    "get_quantization_config": "fastdpo.drop_in",
+    "get_peft_config": "fastdpo.cli.trl_compat",
+    "get_quantization_config": "fastdpo.cli.trl_compat",
 }
 
 __all__ = [

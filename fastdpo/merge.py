@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdpo.command_line import command, parse
+from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     ONTO_MODES,
     TRAINING_OPTIONS,

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastdpo.command_line import EXIT_DOES_NOT_FIT, command, parse
+from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, PlanningOptions, resolve_model
 from fastdpo.options.checks import check_choice
 from fastdpo.system.console import say, table

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdpo.command_line import command, parse
+from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
     ComparisonOptions,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdpo.command_line import Parsed, command, parse
+from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.options import (
     DEFAULT_DATASET,
     DataOptions,

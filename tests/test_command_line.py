@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdpo.command_line import parse
+from fastdpo.cli.parser import parse
 from fastdpo.options import DataOptions, ModelOptions, PreferenceOptions
 from fastdpo.version import __version__
 

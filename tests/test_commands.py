@@ -14,7 +14,7 @@ from tiny_trainer import CONFIG, TOKENIZER, preference_rows
 from transformers import AutoModelForCausalLM
 
 from fastdpo import evaluate, train
-from fastdpo.command_line import command
+from fastdpo.cli.parser import command
 from fastdpo.reference.__main__ import main as reference_main
 from fastdpo.system.oom import DoesNotFitError
 

@@ -23,7 +23,7 @@ from tiny_trainer import CONFIG, byte_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo import train
-from fastdpo.command_line import command
+from fastdpo.cli.parser import command
 from fastdpo.data import DataError, read_rows
 from fastdpo.data.json_lines import parse_json_lines
 

@@ -4,7 +4,7 @@ from itertools import count, islice
 import numpy as np
 import pytest
 
-from fastdpo.command_line import parse
+from fastdpo.cli.parser import parse
 from fastdpo.data import (
     DataError,
     MixedRows,

@@ -17,7 +17,7 @@ from fastdpo import (
     get_peft_config,
     get_quantization_config,
 )
-from fastdpo.command_line import parse
+from fastdpo.cli.parser import parse
 from fastdpo.options import DataOptions, ModelOptions
 
 

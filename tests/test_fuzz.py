@@ -20,12 +20,12 @@ from test_reference_store import some_rows
 
 from fastdpo import checkpoint
 from fastdpo.checkpoint import CheckpointError
-from fastdpo.command_line import parse
+from fastdpo.cli.parser import parse
+from fastdpo.cli.yaml_file import read_options_file
 from fastdpo.data import DataError
 from fastdpo.data.json_lines import parse_json_lines, read_json
 from fastdpo.data.reading import rows_from
 from fastdpo.options import DataOptions, ModelOptions, PreferenceOptions
-from fastdpo.options_file import read_options_file
 from fastdpo.reference import archive, shards, weights
 from fastdpo.reference.store import ReferenceStore
 

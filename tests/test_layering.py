@@ -46,14 +46,12 @@ SIDE_ROOMS = (
     "model_card",
 )
 COMMANDS = (
-    "command_line",
-    "options_file",
+    "cli",
     "train",
     "evaluate",
     "score",
     "merge",
     "plan",
-    "drop_in",
     "demo",
     "demo_language",
     "__main__",
@@ -269,8 +267,8 @@ def test_what_is_allowed_passes():
         ("fastdpo.trainer", "from fastdpo_kernels import linear_logprobs\nimport transformers"),
         ("fastdpo.modeling.logprobs", "from . import head\nfrom .head import head_of"),
         ("fastdpo.config", "from fastdpo.options import PreferenceOptions"),
-        ("fastdpo.train", "from fastdpo.command_line import parse"),
-        ("fastdpo.reference.__main__", "from fastdpo.command_line import parse"),
+        ("fastdpo.train", "from fastdpo.cli.parser import parse"),
+        ("fastdpo.reference.__main__", "from fastdpo.cli.parser import parse"),
         (
             "fastdpo.checkpoint",
             "from fastdpo.system import files\nfrom fastdpo.config import DPOConfig",

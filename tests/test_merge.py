@@ -14,7 +14,7 @@ from tiny_trainer import plain_logps
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from fastdpo import merge
-from fastdpo.command_line import command
+from fastdpo.cli.parser import command
 from fastdpo.demo import make_tokenizer
 from fastdpo.merging import find_base, plan_merge, read_adapter, write_folder
 from fastdpo.merging.tensor_files import tensors_of

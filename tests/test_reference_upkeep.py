@@ -13,7 +13,7 @@ import pytest
 from test_reference import GROUPS, IDENTITY, adapted, fill, shards, temporaries
 from test_reference_store import keys_of, logps_of, lookup, some_rows, written
 
-from fastdpo.command_line import command
+from fastdpo.cli.parser import command
 from fastdpo.reference import ReferenceStore, archive, upkeep
 from fastdpo.reference.__main__ import main
 from fastdpo.reference.archive import ArchiveError, export_store, import_store

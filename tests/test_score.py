@@ -14,7 +14,7 @@ from tiny_trainer import plain_logps
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo import evaluate, score
-from fastdpo.command_line import command
+from fastdpo.cli.parser import command
 from fastdpo.demo import make_tokenizer
 from fastdpo.system import files
 

@@ -12,7 +12,7 @@ from tiny_trainer import preference_rows
 from transformers import TrainerCallback
 
 from fastdpo import checkpoint
-from fastdpo.command_line import command
+from fastdpo.cli.parser import command
 from fastdpo.reference import filling
 from fastdpo.system import files, signals
 

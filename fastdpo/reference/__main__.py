@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastdpo.command_line import command, parse
+from fastdpo.cli.parser import command, parse
 from fastdpo.options import DataOptions, ModelOptions, reference_folder
 from fastdpo.reference.archive import export_store, import_store
 from fastdpo.reference.store import set_aside

@@ -1,0 +1,1 @@
+"""How a command line becomes options: the parser, the YAML file, TRL's names."""
