@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.batching import PairGroups
+from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
-from fastdpo.data.order import UpdateSampler
 from fastdpo.preparing import prepare_groups
 
 

@@ -19,7 +19,6 @@ ROOTS = ("version", "options", "former_options", "system")
 LINE = (
     "config",
     "data",
-    "packing",
     "batching",
     "modeling",
     "reference",
@@ -217,7 +216,7 @@ def test_every_file_has_a_telling_name():
     [
         ("fastdpo.data.pairs", "from fastdpo.batching import Segment"),
         ("fastdpo.data.pairs", "from ..modeling import head"),
-        ("fastdpo.batching", "def f():\n    from fastdpo.trainer import DPOTrainer"),
+        ("fastdpo.batching.pack", "def f():\n    from fastdpo.trainer import DPOTrainer"),
         ("fastdpo.modeling.head", "if TYPE_CHECKING:\n    from fastdpo.reference import store"),
         ("fastdpo.reference.store", "import fastdpo.trainer"),
         ("fastdpo.reference.store", "from fastdpo import system, trainer"),

@@ -12,7 +12,7 @@ from test_packed_pairs import random_groups
 from bench import layers
 from bench.packing import PAIRS, TOKENS, fill, pair_lengths, real_groups, updates_of
 from fastdpo.batching import Group, group_tokens, pack_in_order, pack_update
-from fastdpo.packing import fill_evenly, rounded_length
+from fastdpo.batching.bin_packing import fill_evenly, rounded_length
 
 
 def group_of(prompt, *completions, seed=0):

@@ -13,153 +13,23 @@ Unpacked, for models in which neighbours in a row would mix, a micro-batch is a 
 a completion, filled up on the right: what comes after a token changes nothing before it.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from fastdpo.data.pairs import PairDataset
-from fastdpo.packing import fill_evenly, rounded_length
+from fastdpo.batching.bin_packing import fill_evenly, rounded_length
+from fastdpo.batching.groups import Group, group_tokens, trunk_length
+from fastdpo.batching.micro_batch import MicroBatch, Segment
 
 PADDED_STEP_TOKENS = 8
 """Padded rows are multiples of this: what matrix units want, and hardly more padding."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """One prompt and its completions, with their reference log-probs when they are known."""
-
-    prompt_ids: np.ndarray  # (P,) int32, P >= 1
-    completions: tuple[np.ndarray, ...]  # k arrays of (C,) int32, C >= 1
-    ref_logps: np.ndarray | None = None  # (k,) float64, nats
-    row: int = -1  # of the source, counted from 0; -1 where there is none
-
-
-class PairGroups(Dataset[Group], Sequence[Group]):
-    """The pairs of a data set as groups, with their reference log-probs once they are known.
-
-    Args:
-        pairs: tokenised pairs.
-
-    Attributes:
-        ref_logps: (n, 2) float64 of chosen and rejected, nats, or None.
-    """
-
-    def __init__(self, pairs: PairDataset) -> None:
-        self.pairs = pairs
-        self.ref_logps: np.ndarray | None = None
-
-    @cached_property
-    def content_hash(self) -> str:
-        """The sha256, in hex, of all token ids in order."""
-        digest = hashlib.sha256()
-        for pair in self.pairs:
-            for ids in (pair.prompt_ids, *pair.completions):
-                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Group:  # pyrefly: ignore[bad-override]
-        pair = self.pairs[index]
-        ref_logps = None if self.ref_logps is None else self.ref_logps[index]
-        return Group(pair.prompt_ids, pair.completions, ref_logps, pair.row)
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Where one group lies in the row: its trunk from `start`, then its branches, one by one."""
-
-    start: int
-    trunk_tokens: int
-    branch_tokens: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the whole group."""
-        return self.trunk_tokens + sum(self.branch_tokens)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MicroBatch:
-    """One packed row, R = 1, or R padded ones, of L tokens.
-
-    C completions in all, N scored states, M >= N scored (token, completion)s. Completions follow
-    each other as in `group_indices`, each group's in its own order, wherever they lie.
-    """
-
-    input_ids: Tensor  # (R, L) int64
-    position_ids: Tensor  # (R, L) int64
-    segments: tuple[Segment, ...]  # of a packed row, the filler last, without a branch; or none
-    scored_positions: Tensor  # (N,) int64 into the R * L: the states that predict a completion
-    target_ids: Tensor  # (N,) int64
-    token_index: Tensor  # (M,) int64 into the N: completion by completion, tokens in order
-    completion_tokens: Tensor  # (C,) int64: scored tokens of each completion
-    ref_logps: Tensor | None  # (C,) float64
-    group_indices: tuple[int, ...]  # which of the groups lie here, in order
-    row_tokens: tuple[int, ...]  # R: tokens computed for a group; what follows them is filler
-
-    @property
-    def real_tokens(self) -> int:
-        """Tokens computed for a group: R * L less the filler."""
-        return sum(self.row_tokens)
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens of the longest sequence: a prompt with one completion."""
-        if not self.segments:
-            return max(self.row_tokens)
-        return max(s.trunk_tokens + max(s.branch_tokens, default=0) for s in self.segments)
-
-    @property
-    def real_mask(self) -> Tensor:
-        """(R, L) bool: what is not filler."""
-        lengths = torch.tensor(self.row_tokens, device=self.input_ids.device)
-        columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        return columns < lengths[:, None]
-
-    def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same micro-batch with its tensors on `device`."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        tensors = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)
-
-
 def default_micro_batch_tokens(device: torch.device) -> int:
     """T where nobody names one and no plan chooses it: 4,096 on CUDA, 2,048 on the CPU."""
     return 4096 if device.type == "cuda" else 2048
-
-
-def trunk_length(group: Group) -> int:
-    """Input tokens that all rows of the group share.
-
-    A row's last token is never an input (nothing is predicted from it), so the trunk ends before
-    the end of the shortest row; it always holds the whole prompt.
-    """
-    first = group.completions[0]
-    common = min(len(completion) for completion in group.completions) - 1
-    for other in group.completions[1:]:
-        differs = np.flatnonzero(first[:common] != other[:common])
-        common = int(differs[0]) if len(differs) else common
-    return len(group.prompt_ids) + common
-
-
-def group_tokens(group: Group, *, shared_prefix: bool = True, packing: bool = True) -> int:
-    """Tokens that the group takes in a micro-batch."""
-    rows = [len(group.prompt_ids) + len(completion) - 1 for completion in group.completions]
-    if not packing:
-        return len(rows) * max(rows)
-    return sum(rows) - ((len(rows) - 1) * trunk_length(group) if shared_prefix else 0)
 
 
 def pack_update(
