@@ -17,7 +17,7 @@ import torch
 from bench.contest import contest, solo
 from bench.harness import MEASURED, OUT_OF_MEMORY, Recorder
 from bench.step import CONTENDERS, TRAINER
-from fastdpo.memory.terms import CONTEXT_BYTES
+from fastdpo.planner.terms import CONTEXT_BYTES
 
 UPDATES = 2
 """The first brings the optimizer's state, the second is like all others."""

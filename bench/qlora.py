@@ -18,7 +18,11 @@ from bench.synthetic import aliased_config, random_model
 from bench.trainers import LORA_ALPHA, LORA_RANK, limit_memory
 from fastdpo.batching import Group, MicroBatch, pack_update
 from fastdpo.fitting import Layout
-from fastdpo.memory import (
+from fastdpo.modeling.adapters import adapters_off, add_adapter, lora_config
+from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.planner import (
     Plan,
     Workload,
     architecture_of,
@@ -27,11 +31,7 @@ from fastdpo.memory import (
     plan,
     training_of,
 )
-from fastdpo.memory.terms import CONTEXT_BYTES, GIB
-from fastdpo.modeling.adapters import adapters_off, add_adapter, lora_config
-from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.head import causal_lm_of
-from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.planner.terms import CONTEXT_BYTES, GIB
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 

@@ -29,7 +29,7 @@ STANDARD_DEVIATION = 0.02
 def aliased_config(alias: str, **changes: Any) -> PreTrainedConfig:
     """The config of one of `MODEL_ALIASES` as it is bundled, with some values changed."""
     name = f"{MODEL_ALIASES[alias].replace('/', '--')}.json"
-    text = (resources.files("fastdpo") / "model_configs" / name).read_text(encoding="utf-8")
+    text = (resources.files("fastdpo.planner") / "model_configs" / name).read_text(encoding="utf-8")
     return AutoConfig.for_model(**json.loads(text) | changes)
 
 

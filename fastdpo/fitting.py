@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from fastdpo.batching import Group, default_micro_batch_tokens, group_tokens, trunk_length
 from fastdpo.config import DPOConfig
-from fastdpo.memory import Plan, plan_for_run
 from fastdpo.modeling.activations import (
     KEEP,
     RECOMPUTE,
@@ -25,6 +24,7 @@ from fastdpo.modeling.families import PassMode
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.mlp import tile_mlps
 from fastdpo.modeling.norms import tile_norms
+from fastdpo.planner import Plan, plan_for_run
 
 logger = logging.getLogger(__name__)
 

@@ -48,8 +48,8 @@ def run(model: ModelOptions, options: MergingOptions, data: DataOptions, rows: R
         ValueError: the adapter, its base or the data cannot be had or do not fit together, or
             something else lies in the folder.
     """
-    from fastdpo.memory.terms import binary_size
     from fastdpo.merging import claim_folder, finish_folder, write_folder
+    from fastdpo.planner.terms import binary_size
 
     adapter, base = _read(model, options)
     plan, *others = _plans(base, adapter, model, options)

@@ -11,7 +11,7 @@ from fastdpo.options.checks import check_choice
 from fastdpo.system.console import say, table
 
 if TYPE_CHECKING:
-    from fastdpo.memory import Architecture, Card, Plan, Training
+    from fastdpo.planner import Architecture, Card, Plan, Training
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
         description="Predict the memory of a training run from the model's config alone.",
     )
     model, options = parsed.model, parsed.group(PlanningOptions)
-    from fastdpo.memory import Workload, architecture_named, plan
+    from fastdpo.planner import Workload, architecture_named, plan
 
     if model.model_name_or_path is None:
         raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
@@ -61,13 +61,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _card(text: str) -> "Card":
-    from fastdpo.memory import card_of, this_card
+    from fastdpo.planner import card_of, this_card
 
     return this_card() if text.strip().lower() == "auto" else card_of(text)
 
 
 def _host_bytes(options: PlanningOptions) -> int:
-    from fastdpo.memory import free_host_bytes
+    from fastdpo.planner import free_host_bytes
 
     if options.host_memory_gib is None:
         return free_host_bytes()
@@ -76,7 +76,7 @@ def _host_bytes(options: PlanningOptions) -> int:
 
 def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
     """As `python -m fastdpo.train` would do it on that card: without a flag, LoRA."""
-    from fastdpo.memory import Training
+    from fastdpo.planner import Training
 
     if options.optim != "auto":
         from transformers.training_args import OptimizerNames
@@ -101,7 +101,7 @@ def _print(
     card: "Card",
     options: PlanningOptions,
 ) -> None:
-    from fastdpo.memory.terms import binary_size
+    from fastdpo.planner.terms import binary_size
 
     _, sentence = resolve_model(architecture.name)
     if sentence:
@@ -142,9 +142,9 @@ def longest_pairs(
     options: PlanningOptions,
 ) -> str:
     """The longest pair 2 x L of each size of card, as a table."""
-    from fastdpo.memory import card_of, longest_pair
-    from fastdpo.memory.cards import SIZES_GIB
-    from fastdpo.memory.terms import binary_size
+    from fastdpo.planner import card_of, longest_pair
+    from fastdpo.planner.gpus import SIZES_GIB
+    from fastdpo.planner.terms import binary_size
 
     rows = []
     for size in SIZES_GIB:

@@ -240,7 +240,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
     The options are those that the user gave and those that the command sets, as they stand now.
     """
     from fastdpo.data import show_pairs
-    from fastdpo.memory.terms import binary_size
+    from fastdpo.planner.terms import binary_size
 
     groups = trainer.train_groups
     assert groups is not None, "the command reads one"

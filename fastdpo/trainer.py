@@ -31,7 +31,6 @@ from fastdpo.figures import evaluation_figures
 from fastdpo.finite import what_is_not_finite
 from fastdpo.fitting import Layout, choose_layout, fullest_update, plan_memory
 from fastdpo.losses import LossFunction, needs_reference
-from fastdpo.memory import compare
 from fastdpo.model_card import TrainedModel, library_versions, model_card
 from fastdpo.modeling.families import pass_mode
 from fastdpo.modeling.head import causal_lm_of, head_of
@@ -41,6 +40,7 @@ from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.routers import aux_loss_coef
 from fastdpo.options import LossOptions, reference_folder
 from fastdpo.pair_sets import PairSets
+from fastdpo.planner import compare
 from fastdpo.preparing import prepare_policy, prepare_reference
 from fastdpo.progress import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.record import RunRecord, both_rows_tokens

@@ -11,7 +11,7 @@ from taught_llama import taught_llama
 
 from fastdpo import train
 from fastdpo.losses import LOSSES
-from fastdpo.memory import Training, Workload, architecture_named, card_of, plan
+from fastdpo.planner import Training, Workload, architecture_named, card_of, plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "example_inputs.py"})

@@ -13,8 +13,8 @@ from torch import nn
 import fastdpo.trainer as trainer_room
 from fastdpo.batching import group_tokens
 from fastdpo.fitting import Layout, choose_layout, fullest_update, plan_memory, sizes_of
-from fastdpo.memory import Card, plan_for_run, running
 from fastdpo.modeling.activations import decoder_layers
+from fastdpo.planner import Card, from_model, plan_for_run
 from fastdpo.update import Update
 
 GIB = 2**30
@@ -163,12 +163,12 @@ def test_what_else_lies_on_the_card_is_not_planned_with(build, monkeypatch):
     own = sum(p.nbytes for p in trainer.policy.parameters())
     own += sum(b.nbytes for b in trainer.policy.buffers())
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: own + 12345)
-    assert running.held_by_others(trainer.policy) == 12345
+    assert from_model.held_by_others(trainer.policy) == 12345
     copied = build(sync_ref_model=True)
     frozen = [p for n, p in copied.policy.named_parameters() if ".reference." in n]
     assert frozen
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: own + sum(p.nbytes for p in frozen))
-    assert running.held_by_others(copied.policy) == sum(p.nbytes for p in frozen)
+    assert from_model.held_by_others(copied.policy) == sum(p.nbytes for p in frozen)
 
 
 # The rehearsal

@@ -39,7 +39,7 @@ LINE = (
 )
 SIDE_ROOMS = (
     "losses",
-    "memory",
+    "planner",
     "metrics",
     "checkpoint",
     "model_card",

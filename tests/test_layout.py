@@ -62,7 +62,7 @@ def test_the_wheel_holds_only_our_two_packages(tmp_path):
         if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "model_configs"
     }
     assert shipped == wanted
-    assert "fastdpo/model_configs/meta-llama--Llama-2-7b-hf.json" in shipped
+    assert "fastdpo/planner/model_configs/meta-llama--Llama-2-7b-hf.json" in shipped
 
 
 def test_transformers_loads_a_model_from_the_checkout():

@@ -14,7 +14,12 @@ from bench import harness, memory, qlora
 from bench.live_bytes import walk_update
 from bench.synthetic import aliased_config, random_model
 from fastdpo.batching import Group, Segment, pack_update
-from fastdpo.memory import (
+from fastdpo.modeling.activations import PAGE_BYTES, apply_policy
+from fastdpo.modeling.adapters import add_adapter, lora_config
+from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.options import MODEL_ALIASES
+from fastdpo.planner import (
     Training,
     Workload,
     architecture_named,
@@ -23,16 +28,11 @@ from fastdpo.memory import (
     plan,
     training_of,
 )
-from fastdpo.memory.activations import Row, layer_bytes
-from fastdpo.memory.architecture import architecture_of_config
-from fastdpo.memory.choosing import Layout, Means
-from fastdpo.memory.planned import pinned_bytes
-from fastdpo.memory.terms import GIB, nf4_bytes, optimizer_bytes
-from fastdpo.modeling.activations import PAGE_BYTES, apply_policy
-from fastdpo.modeling.adapters import add_adapter, lora_config
-from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.logprobs import packed_logprobs
-from fastdpo.options import MODEL_ALIASES
+from fastdpo.planner.activations import Row, layer_bytes
+from fastdpo.planner.architecture import architecture_of_config
+from fastdpo.planner.plan import pinned_bytes
+from fastdpo.planner.search import Layout, Means
+from fastdpo.planner.terms import GIB, nf4_bytes, optimizer_bytes
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 8,

@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from bench.synthetic import random_model
 from fastdpo.batching import group_tokens
 from fastdpo.config import DPOConfig
-from fastdpo.memory import (
+from fastdpo.modeling.adapters import add_adapter, lora_config
+from fastdpo.planner import (
     Plan,
     Training,
     Workload,
@@ -23,9 +24,8 @@ from fastdpo.memory import (
     plan_for_run,
     training_of,
 )
-from fastdpo.memory.choosing import Layout, Means, allocatable_bytes
-from fastdpo.memory.terms import GIB
-from fastdpo.modeling.adapters import add_adapter, lora_config
+from fastdpo.planner.search import Layout, Means, allocatable_bytes
+from fastdpo.planner.terms import GIB
 
 
 @pytest.fixture(scope="module")

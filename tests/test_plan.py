@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastdpo import plan
-from fastdpo.memory import Plan, card_of
 from fastdpo.options import MODEL_ALIASES, PlanningOptions
+from fastdpo.planner import Plan, card_of
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--longest_pairs", "false", "--host_memory_gib", "32"]

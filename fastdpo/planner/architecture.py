@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from fastdpo.options import MODEL_ALIASES, resolve_model
 
 CONFIGS = "model_configs"
-"""Folder in the package: config.json values of every aliased model, for planning offline."""
+"""Folder beside this file: config.json values of every aliased model, for planning offline."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def architecture_named(
         ValueError: there is no such config, or it is of no causal LM.
     """
     repository, _ = resolve_model(name)
-    bundled = resources.files("fastdpo") / CONFIGS / f"{repository.replace('/', '--')}.json"
+    bundled = resources.files("fastdpo.planner") / CONFIGS / f"{repository.replace('/', '--')}.json"
     try:
         if bundled.is_file() and not Path(repository).is_dir():
             config = AutoConfig.for_model(**json.loads(bundled.read_text(encoding="utf-8")))

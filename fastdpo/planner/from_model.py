@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastdpo.memory.architecture import architecture_of, causal_lm_of
-from fastdpo.memory.cards import Card, this_card
-from fastdpo.memory.choosing import Workload, plan
-from fastdpo.memory.planned import Plan
-from fastdpo.memory.terms import GIB, Training
+from fastdpo.planner.architecture import architecture_of, causal_lm_of
+from fastdpo.planner.gpus import Card, this_card
+from fastdpo.planner.plan import Plan
+from fastdpo.planner.search import Workload, plan
+from fastdpo.planner.terms import GIB, Training
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig

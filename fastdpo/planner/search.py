@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
-from fastdpo.memory.activations import (
+from fastdpo.planner.activations import (
     KEEP,
     OFFLOAD,
     OFFLOADED_ON_CARD,
@@ -22,18 +22,12 @@ from fastdpo.memory.activations import (
     scoring_bytes,
     table_bytes,
 )
-from fastdpo.memory.advice import notes_on
-from fastdpo.memory.architecture import Architecture
-from fastdpo.memory.cards import Card
-from fastdpo.memory.planned import Plan, host_bytes_of, pinned_bytes
-from fastdpo.memory.speed import update_seconds
-from fastdpo.memory.terms import (
-    CONTEXT_BYTES,
-    SLACK_SHARE,
-    Training,
-    resident_bytes,
-    training_for,
-)
+from fastdpo.planner.advice import notes_on
+from fastdpo.planner.architecture import Architecture
+from fastdpo.planner.gpus import Card
+from fastdpo.planner.plan import Plan, host_bytes_of, pinned_bytes
+from fastdpo.planner.speed import update_seconds
+from fastdpo.planner.terms import CONTEXT_BYTES, SLACK_SHARE, Training, resident_bytes, training_for
 
 ROUNDING_TOKENS = 128
 """Micro-batch lengths are multiples of it."""

@@ -4,12 +4,12 @@
 `choosing` makes a `Plan` of them, `cards` and `speed` say what a card has and how fast it is.
 """
 
-from fastdpo.memory.architecture import Architecture, architecture_named, architecture_of
-from fastdpo.memory.cards import Card, card_of, this_card
-from fastdpo.memory.choosing import Workload, longest_pair, plan
-from fastdpo.memory.planned import Plan, compare
-from fastdpo.memory.running import free_host_bytes, plan_for_run, training_of
-from fastdpo.memory.terms import Training
+from fastdpo.planner.architecture import Architecture, architecture_named, architecture_of
+from fastdpo.planner.from_model import free_host_bytes, plan_for_run, training_of
+from fastdpo.planner.gpus import Card, card_of, this_card
+from fastdpo.planner.plan import Plan, compare
+from fastdpo.planner.search import Workload, longest_pair, plan
+from fastdpo.planner.terms import Training
 
 __all__ = [
     "Architecture",

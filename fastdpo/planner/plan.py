@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from fastdpo.memory.activations import OFFLOAD
-from fastdpo.memory.terms import binary_size
+from fastdpo.planner.activations import OFFLOAD
+from fastdpo.planner.terms import binary_size
 
 
 @dataclass(frozen=True)

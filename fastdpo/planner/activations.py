@@ -8,8 +8,8 @@ three tensors that they read. `tests/test_memory.py` counts the same on real mod
 
 from dataclasses import dataclass
 
-from fastdpo.memory.architecture import Architecture
-from fastdpo.memory.terms import Training, dequantized_bytes
+from fastdpo.planner.architecture import Architecture
+from fastdpo.planner.terms import Training, dequantized_bytes
 
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 """What a layer leaves for its backward: everything, its input, or its input in host memory."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from fastdpo.memory.activations import KEEP, OFFLOAD, Row
-from fastdpo.memory.architecture import Architecture
-from fastdpo.memory.cards import EFFICIENCY, HOST_GB_PER_S, Card
-from fastdpo.memory.terms import Training
+from fastdpo.planner.activations import KEEP, OFFLOAD, Row
+from fastdpo.planner.architecture import Architecture
+from fastdpo.planner.gpus import EFFICIENCY, HOST_GB_PER_S, Card
+from fastdpo.planner.terms import Training
 
 NF4_BYTES_READ = 0.516
 """Of a 4-bit weight, an entry; its dense copy is written and read besides."""

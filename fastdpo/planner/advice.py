@@ -1,9 +1,9 @@
 """What a reader of a plan should know: what it assumes, and what would make it fit."""
 
-from fastdpo.memory.architecture import Architecture
-from fastdpo.memory.cards import SIZES_GIB
-from fastdpo.memory.planned import Plan
-from fastdpo.memory.terms import GIB, Training, binary_size
+from fastdpo.planner.architecture import Architecture
+from fastdpo.planner.gpus import SIZES_GIB
+from fastdpo.planner.plan import Plan
+from fastdpo.planner.terms import GIB, Training, binary_size
 
 
 def notes_on(plan: Plan, architecture: Architecture, training: Training) -> tuple[str, ...]:

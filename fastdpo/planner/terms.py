@@ -6,7 +6,7 @@ an entry of the frozen weights and of the activations (2 in bfloat16).
 
 from dataclasses import dataclass, replace
 
-from fastdpo.memory.architecture import Architecture, LinearShape
+from fastdpo.planner.architecture import Architecture, LinearShape
 
 GIB, MIB = 2**30, 2**20
 

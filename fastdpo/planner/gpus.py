@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from fastdpo.memory.terms import CONTEXT_BYTES, GIB
+from fastdpo.planner.terms import CONTEXT_BYTES, GIB
 
 SIZES_GIB = (6, 8, 12, 16, 24, 32, 48, 80)
 """The sizes of the table of longest pairs."""
