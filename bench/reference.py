@@ -26,7 +26,7 @@ HITS = 5
 def fill_fastdpo(case: Mapping[str, Any], turns: Turns) -> None:
     """Fill a new trainer's reference each turn; after the first one the store has it all."""
     from bench.trainers import build
-    from fastdpo.reference import ReferenceSource
+    from fastdpo.ref_cache import ReferenceSource
 
     with TemporaryDirectory() as folder:
         trainer: Any = build(case, Path(folder), [])
@@ -62,7 +62,7 @@ def fill_trl(case: Mapping[str, Any], turns: Turns) -> None:
 
 def look_up(case: Mapping[str, Any], turns: Turns) -> None:
     """Write a store of `rows` rows, then look all of them up, cold and warm."""
-    from fastdpo.reference.store import KEY_BYTES, ReferenceStore, ScoredCompletion
+    from fastdpo.ref_cache.store import KEY_BYTES, ReferenceStore, ScoredCompletion
 
     draw = np.random.default_rng(0)
     count, token_logps = case["rows"], np.full(case["tokens_each"], -0.5, dtype=np.float32)

@@ -11,7 +11,7 @@ from fastdpo_kernels import linear_logprobs
 
 from bench.inputs import HeadInputs, head_inputs, pair_lengths
 from fastdpo.batching import Group, pack_update
-from fastdpo.reference.store import ReferenceStore, ScoredCompletion, group_keys, row_key
+from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys, row_key
 
 PAIRS = 64
 

@@ -95,16 +95,16 @@ def with_fastdpo(folder: Path, **options: Any) -> tuple[int, np.ndarray, Any]:
     """(pairs computed for use, (n, 2) sums, the trainer)."""
     from fastdpo import DPOConfig, DPOTrainer
     from fastdpo.modeling.adapters import lora_config
-    from fastdpo.reference import filling
+    from fastdpo.ref_cache import compute
 
-    computed, real = 0, filling.score_groups
+    computed, real = 0, compute.score_groups
 
     def score_groups(model: Any, groups: Any, **given: Any) -> Any:
         nonlocal computed
         computed += len(groups)
         return real(model, groups, **given)
 
-    filling.score_groups = score_groups
+    compute.score_groups = score_groups
     try:
         trainer = DPOTrainer(
             model(),
@@ -121,7 +121,7 @@ def with_fastdpo(folder: Path, **options: Any) -> tuple[int, np.ndarray, Any]:
         )  # fmt: skip
         trainer.compute_references()
     finally:
-        filling.score_groups = real
+        compute.score_groups = real
     return computed, np.array(trainer.train_groups.ref_logps), trainer
 
 
@@ -130,7 +130,7 @@ def length_desensitised(trainer: Any, alpha: float) -> np.ndarray:
 
     Source: arXiv:2409.06411.
     """
-    from fastdpo.reference.store import group_keys
+    from fastdpo.ref_cache.store import group_keys
 
     store = trainer.reference.store(trainer.reference.folder)
     sums = []

@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import read_held_out, read_rows
-from fastdpo.reference.upkeep import store_folders, summarise
+from fastdpo.ref_cache.maintenance import store_folders, summarise
 
 
 def stored_completions(store):

@@ -29,7 +29,7 @@ from fastdpo.modeling.reference_model import (
     start_as_reference,
 )
 from fastdpo.options import RowOptions
-from fastdpo.reference import load_identified
+from fastdpo.ref_cache import load_identified
 
 logger = logging.getLogger(__name__)
 

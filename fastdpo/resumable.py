@@ -29,9 +29,9 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from fastdpo import checkpoint as checkpoints
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.weight_hash import MEMORY
 from fastdpo.options import reference_folder
-from fastdpo.reference import reference_identity
-from fastdpo.reference.weights import MEMORY
+from fastdpo.ref_cache import reference_identity
 from fastdpo.system import files, signals
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ from fastdpo.planner import compare
 from fastdpo.preparing import prepare_policy, prepare_reference
 from fastdpo.progress import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.record import RunRecord, both_rows_tokens
-from fastdpo.reference import ReferenceSource, asked_for
+from fastdpo.ref_cache import ReferenceSource, asked_for
 from fastdpo.resumable import ResumableTrainer
 from fastdpo.system import files
 from fastdpo.update import Update

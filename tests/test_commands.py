@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo import evaluate, train
 from fastdpo.cli.parser import command
-from fastdpo.reference.__main__ import main as reference_main
+from fastdpo.reference import main as reference_main
 from fastdpo.system.oom import DoesNotFitError
 
 

@@ -41,7 +41,7 @@ from fastdpo.options import (
     ScoringOptions,
     TrainOptions,
 )
-from fastdpo.reference.__main__ import StoreOptions
+from fastdpo.reference import StoreOptions
 from fastdpo.system import files
 
 ROOT = Path(__file__).parents[1]

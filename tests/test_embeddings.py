@@ -14,7 +14,8 @@ from test_activations import (
 from transformers import AutoModelForCausalLM
 
 from fastdpo.modeling.embeddings import HostEmbedding, embeddings_to_host
-from fastdpo.reference.identity import base_tensors, reference_identity
+from fastdpo.modeling.weight_hash import base_tensors
+from fastdpo.ref_cache.identity import reference_identity
 
 
 @pytest.fixture(scope="module")

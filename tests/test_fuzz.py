@@ -25,9 +25,10 @@ from fastdpo.cli.yaml_file import read_options_file
 from fastdpo.data import DataError
 from fastdpo.data.json_lines import parse_json_lines, read_json
 from fastdpo.data.reading import rows_from
+from fastdpo.modeling import weight_hash
 from fastdpo.options import DataOptions, ModelOptions, PreferenceOptions
-from fastdpo.reference import archive, shards, weights
-from fastdpo.reference.store import ReferenceStore
+from fastdpo.ref_cache import archive, shards
+from fastdpo.ref_cache.store import ReferenceStore
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_S = 30.0  # of CPU time: a hang on any machine, no measure of speed
@@ -93,7 +94,7 @@ def read_archive(content, folder):
 def read_weight_memory(content, folder):
     path = folder / "weights.json"
     path.write_bytes(content)
-    assert isinstance(weights._remembered(path), dict)
+    assert isinstance(weight_hash._remembered(path), dict)
 
 
 TARGETS = {
@@ -124,7 +125,7 @@ def seeds(tmp_path_factory):
     options = [path.read_bytes() for path in CORPUS.glob("*.yaml")]
     options.append(b"lora_r: 8\nbeta: 0.2\ndataset: x.jsonl\ncolumns: [prompt=a]\n")
     documents = [json.dumps([json.loads(line) for line in lines[0].split(b"\n")[:1]]).encode()]
-    memory = {"f": weights._entry("w", "s", 1.0)}
+    memory = {"f": weight_hash._entry("w", "s", 1.0)}
     return {
         "json lines": lines,
         "json document": [*lines, *documents, b'{"data": [{"prompt": "a"}]}'],

@@ -21,7 +21,7 @@ LINE = (
     "data",
     "batching",
     "modeling",
-    "reference",
+    "ref_cache",
     "progress",
     "resumable",
     "preparing",
@@ -46,6 +46,7 @@ SIDE_ROOMS = (
 )
 COMMANDS = (
     "cli",
+    "reference",
     "train",
     "evaluate",
     "score",
@@ -62,7 +63,7 @@ LEVELS = {
     **dict.fromkeys(SIDE_ROOMS, 1.5),
     **dict.fromkeys(COMMANDS, len(LINE) + 1),
 }
-MAY_IMPORT_KERNELS = ("modeling", "reference", "trainer")
+MAY_IMPORT_KERNELS = ("modeling", "ref_cache", "trainer")
 FOREIGN = ("bench", "tests", "examples")
 NAMELESS = ("utils", "helpers", "common", "misc", "util", "helper")
 
@@ -217,9 +218,9 @@ def test_every_file_has_a_telling_name():
         ("fastdpo.data.pairs", "from fastdpo.batching import Segment"),
         ("fastdpo.data.pairs", "from ..modeling import head"),
         ("fastdpo.batching.pack", "def f():\n    from fastdpo.trainer import DPOTrainer"),
-        ("fastdpo.modeling.head", "if TYPE_CHECKING:\n    from fastdpo.reference import store"),
-        ("fastdpo.reference.store", "import fastdpo.trainer"),
-        ("fastdpo.reference.store", "from fastdpo import system, trainer"),
+        ("fastdpo.modeling.head", "if TYPE_CHECKING:\n    from fastdpo.ref_cache import store"),
+        ("fastdpo.ref_cache.store", "import fastdpo.trainer"),
+        ("fastdpo.ref_cache.store", "from fastdpo import system, trainer"),
         ("fastdpo.trainer", "from fastdpo.train import main"),
         ("fastdpo.trainer", "from fastdpo import DPOConfig"),
         ("fastdpo.train", "from fastdpo import DPOConfig"),
@@ -267,7 +268,7 @@ def test_what_is_allowed_passes():
         ("fastdpo.modeling.logprobs", "from . import head\nfrom .head import head_of"),
         ("fastdpo.config", "from fastdpo.options import PreferenceOptions"),
         ("fastdpo.train", "from fastdpo.cli.parser import parse"),
-        ("fastdpo.reference.__main__", "from fastdpo.cli.parser import parse"),
+        ("fastdpo.reference", "from fastdpo.cli.parser import parse"),
         (
             "fastdpo.checkpoint",
             "from fastdpo.system import files\nfrom fastdpo.config import DPOConfig",

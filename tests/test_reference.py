@@ -25,8 +25,8 @@ from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.families import PassMode
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.reference_model import base_as_reference
-from fastdpo.reference import ReferenceStore, filling, reference_identity, reference_logps
-from fastdpo.reference.store import group_keys, row_key
+from fastdpo.ref_cache import ReferenceStore, compute, reference_identity, reference_logps
+from fastdpo.ref_cache.store import group_keys, row_key
 from fastdpo.system import files
 
 SIZES = {
@@ -99,13 +99,13 @@ def sums(truth):
 @pytest.fixture
 def scored(monkeypatch):
     """The groups that are really computed, pass by pass."""
-    passes, score_groups = [], filling.score_groups
+    passes, score_groups = [], compute.score_groups
 
     def noted(model, groups, **options):
         passes.append(list(groups))
         return score_groups(model, groups, **options)
 
-    monkeypatch.setattr(filling, "score_groups", noted)
+    monkeypatch.setattr(compute, "score_groups", noted)
     return passes
 
 
@@ -242,7 +242,7 @@ def test_an_unfinished_pass_keeps_what_was_done(
     policy, tmp_path, monkeypatch, failing_pass, scored, shard_completions
 ):
     whole = fill(policy, GROUPS, tmp_path / "whole")
-    monkeypatch.setattr(filling, "SHARD_COMPLETIONS", shard_completions)
+    monkeypatch.setattr(compute, "SHARD_COMPLETIONS", shard_completions)
     before = model_state(policy)
     disarm = failing_pass(after=2)
     with pytest.raises(KeyboardInterrupt):
@@ -261,7 +261,7 @@ def test_an_unfinished_pass_keeps_what_was_done(
 
 
 def test_a_full_disk_leaves_the_model_as_it_was(policy, tmp_path, monkeypatch):
-    monkeypatch.setattr(filling, "SHARD_COMPLETIONS", 2)
+    monkeypatch.setattr(compute, "SHARD_COMPLETIONS", 2)
     ReferenceStore(tmp_path, IDENTITY)
     before = model_state(policy)
 
@@ -407,7 +407,7 @@ def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
     untied.load_state_dict(tied.state_dict())
     assert identity_of(tied) != identity_of(untied)
     from fastdpo.modeling.attention import choice
-    from fastdpo.reference import identity as module
+    from fastdpo.ref_cache import identity as module
 
     for room, name in ((choice, "KIND"), (module, "NUMERICS_VERSION")):
         with monkeypatch.context() as patch:

@@ -13,20 +13,20 @@ from test_reference_store import keys_of, some_rows
 from fastdpo.batching import PairGroups
 from fastdpo.data import Pair, PairDataset
 from fastdpo.modeling import loading
+from fastdpo.modeling import weight_hash as weights_module
 from fastdpo.modeling.reference_model import base_as_reference
-from fastdpo.reference import (
+from fastdpo.modeling.weight_hash import MEMORY
+from fastdpo.ref_cache import (
     ReferenceSource,
     ReferenceStore,
-    filling,
+    compute,
     load_identified,
     reference_identity,
     reference_logps,
 )
-from fastdpo.reference import asked as asked_module
-from fastdpo.reference import weights as weights_module
-from fastdpo.reference.spot_check import spot_check
-from fastdpo.reference.store import group_keys
-from fastdpo.reference.weights import MEMORY
+from fastdpo.ref_cache import run_notes as asked_module
+from fastdpo.ref_cache.spot_check import spot_check
+from fastdpo.ref_cache.store import group_keys
 from fastdpo.system.versions import difference, numeric_versions
 
 GROUPS = ALL_GROUPS[:9]
@@ -170,7 +170,7 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
 def test_the_choice_is_deterministic_and_foreign_rows_come_first(policy, tmp_path, monkeypatch):
     fill(policy, GROUPS[:8], tmp_path)
     fill(policy, GROUPS, tmp_path, versions=THEN)  # the ninth
-    from fastdpo.reference import spot_check as module
+    from fastdpo.ref_cache import spot_check as module
 
     chosen, real = [], module.score_groups
 
@@ -339,8 +339,7 @@ def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, hashed)
         (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
         return model
 
-    from fastdpo.reference.identity import base_tensors
-    from fastdpo.reference.weights import load_noting_files
+    from fastdpo.modeling.weight_hash import base_tensors, load_noting_files
 
     model = load_noting_files(load, str(folder), base_tensors, dtype=torch.float32)
     reference_identity(model, torch.float32, memory)
@@ -353,8 +352,8 @@ def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, hashed)
 def test_the_source_passes_its_options_on(policy, tmp_path, said, monkeypatch):
     pairs = [Pair(g.prompt_ids, *g.completions, row=i) for i, g in enumerate(GROUPS)]
     bars = []
-    real = filling.progress_bar
-    monkeypatch.setattr(filling, "progress_bar", lambda *a: bars.append(a) or real(*a))
+    real = compute.progress_bar
+    monkeypatch.setattr(compute, "progress_bar", lambda *a: bars.append(a) or real(*a))
     for at in range(2):
         source = ReferenceSource(
             base_as_reference(policy), tmp_path, compute_dtype=torch.float32,
@@ -365,5 +364,5 @@ def test_the_source_passes_its_options_on(policy, tmp_path, said, monkeypatch):
         assert np.isfinite(groups.ref_logps).all()
         assert any("Spot check: 2 pairs" in line for line in said()) == bool(at)
     ((tokens, description, unit),) = bars
-    assert tokens == sum(filling.group_tokens(group) for group in GROUPS)
+    assert tokens == sum(compute.group_tokens(group) for group in GROUPS)
     assert (description, unit) == ("Reference log-probs of eval", "token")

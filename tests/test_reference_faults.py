@@ -15,9 +15,9 @@ from test_packed_pairs import random_groups
 from test_reference import IDENTITY, adapted, fill, shards, temporaries
 from test_reference_store import keys_of, logps_of, lookup, some_rows, written
 
-from fastdpo.reference import ReferenceStore, filling
-from fastdpo.reference import shards as shards_module
-from fastdpo.reference.store import group_keys
+from fastdpo.ref_cache import ReferenceStore, compute
+from fastdpo.ref_cache import shards as shards_module
+from fastdpo.ref_cache.store import group_keys
 from fastdpo.system import files
 
 OPERATIONS = ((files, "_write_bytes"), (files, "sync"), (files, "sha256_of"), (os, "replace"))
@@ -139,7 +139,7 @@ def assert_same_logps(found, whole):
 def slow_pass(monkeypatch, tmp_path):
     """A pass of small shards that takes its time and notes every completion it computes."""
     log = tmp_path / "computed.log"
-    real = filling.score_groups
+    real = compute.score_groups
 
     def score_groups(model, groups, **options):
         for one in real(model, groups, **options):
@@ -149,8 +149,8 @@ def slow_pass(monkeypatch, tmp_path):
                 out.write("".join(f"{os.getpid()} {key.hex()}\n" for key in keys))
             yield one
 
-    monkeypatch.setattr(filling, "score_groups", score_groups)
-    monkeypatch.setattr(filling, "SHARD_COMPLETIONS", 8)
+    monkeypatch.setattr(compute, "score_groups", score_groups)
+    monkeypatch.setattr(compute, "SHARD_COMPLETIONS", 8)
     return lambda: [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
 
@@ -216,7 +216,7 @@ def test_two_builders_at_once(tmp_path, slow_pass):
 def test_every_operation_of_a_build_may_fail(tmp_path, monkeypatch, code):
     """The manifest, the note and each shard; after any failure the same build goes on."""
     model, groups = adapted(), MANY[:6]
-    monkeypatch.setattr(filling, "SHARD_COMPLETIONS", 4)
+    monkeypatch.setattr(compute, "SHARD_COMPLETIONS", 4)
     whole = fill(model, groups, tmp_path / "whole")
     failures = 0
     for countdown in range(100):

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Train
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.modeling.adapters import add_adapter
-from fastdpo.reference import reference_identity
-from fastdpo.reference.identity import NOT_IN_THE_NUMBERS
-from fastdpo.reference.store import group_keys
+from fastdpo.ref_cache import reference_identity
+from fastdpo.ref_cache.identity import NOT_IN_THE_NUMBERS
+from fastdpo.ref_cache.store import group_keys
 
 PAIRS = ROWS[:5]
 

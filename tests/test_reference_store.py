@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save
 from test_reference import IDENTITY, shards, temporaries
 
-from fastdpo.reference import ReferenceStore
-from fastdpo.reference import shards as shards_module
-from fastdpo.reference.store import ScoredCompletion
+from fastdpo.ref_cache import ReferenceStore
+from fastdpo.ref_cache import shards as shards_module
+from fastdpo.ref_cache.store import ScoredCompletion
 from fastdpo.system import files
 
 # The store and what may happen to it

@@ -14,11 +14,11 @@ from test_reference import GROUPS, IDENTITY, adapted, fill, shards, temporaries
 from test_reference_store import keys_of, logps_of, lookup, some_rows, written
 
 from fastdpo.cli.parser import command
-from fastdpo.reference import ReferenceStore, archive, upkeep
-from fastdpo.reference.__main__ import main
-from fastdpo.reference.archive import ArchiveError, export_store, import_store
-from fastdpo.reference.store import ScoredCompletion
-from fastdpo.reference.upkeep import DAY_S, prune, store_folders, summarise
+from fastdpo.ref_cache import ReferenceStore, archive, compute, maintenance
+from fastdpo.ref_cache.archive import ArchiveError, export_store, import_store
+from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarise
+from fastdpo.ref_cache.store import ScoredCompletion
+from fastdpo.reference import main
 from fastdpo.system import files
 
 ROWS, MORE = some_rows(seed=1), some_rows(seed=2)
@@ -221,7 +221,7 @@ def test_summary_counts_and_changes_nothing(tmp_path):
     assert found.bytes == sum(p.stat().st_size for p in path.parent.iterdir())
     assert 0 <= found.unused_s <= found.age_s < 60
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    assert upkeep.store_folders(tmp_path / "none") == []
+    assert maintenance.store_folders(tmp_path / "none") == []
 
 
 # The command
@@ -299,7 +299,6 @@ def test_build_fills_what_training_then_finds(tmp_path, capsys, monkeypatch, cap
     from transformers import AutoModelForCausalLM
 
     from fastdpo import train
-    from fastdpo.reference import filling
 
     AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -314,7 +313,7 @@ def test_build_fills_what_training_then_finds(tmp_path, capsys, monkeypatch, cap
     assert run(capsys, monkeypatch, "build", *options)[0] == 0
     assert len(store_at(tmp_path / "cache")) == 2 * (len(PAIRS) + len(HELD_OUT))
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
-    monkeypatch.setattr(filling, "score_groups", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(compute, "score_groups", lambda *_, **__: pytest.fail("computed again"))
     train.main([*map(str, options), "--max_steps", "1", "--learning_rate", "1e-3", "--lora_r", "2"])
     said = run(capsys, monkeypatch, "info", "--ref_cache", tmp_path / "cache")[1]
     assert str(tmp_path / "model") in said

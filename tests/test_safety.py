@@ -79,7 +79,7 @@ def opens_to_write(call: ast.Call, last: str) -> bool:
 
 
 LENT = {
-    "fastdpo/reference/archive.py": ("tarfile.open", "path.open"),
+    "fastdpo/ref_cache/archive.py": ("tarfile.open", "path.open"),
     "fastdpo/merging/tensor_files.py": ("path.open",),
     "fastdpo/scored_rows.py": ("path.open",),
 }

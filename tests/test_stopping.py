@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from fastdpo import checkpoint
 from fastdpo.cli.parser import command
-from fastdpo.reference import filling
+from fastdpo.ref_cache import compute
 from fastdpo.system import files, signals
 
 SIGNALS = {signal.SIGTERM: (SystemExit, 143), signal.SIGINT: (KeyboardInterrupt, 130)}
@@ -193,7 +193,7 @@ def test_an_evaluation_gives_way(tmp_path, whole, monkeypatch, where, number):  
         "ref_cache": str(tmp_path / "store"),
     }
     trainer = build(tmp_path / "out", **options)
-    saved, score_groups = saves_of(trainer), filling.score_groups
+    saved, score_groups = saves_of(trainer), compute.score_groups
 
     def interrupted(*args, **others):
         if trainer.state.global_step == 2:
@@ -205,7 +205,7 @@ def test_an_evaluation_gives_way(tmp_path, whole, monkeypatch, where, number):  
     if where == "evaluation":
         trainer.evaluation_loop = interrupted
     else:
-        monkeypatch.setattr(filling, "score_groups", interrupted)
+        monkeypatch.setattr(compute, "score_groups", interrupted)
     with pytest.raises(kind):
         trainer.train()
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.checkpoint import CheckpointError
 from fastdpo.modeling.loading import load_model
-from fastdpo.reference import spot_check as spot_checking
+from fastdpo.ref_cache import spot_check as spot_checking
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_second_run_computes_no_reference_and_trains_alike(train_with, monkeyp
     saved = adapter_bytes(first)
     stored = {path: path.read_bytes() for path in tmp_path.rglob("shard-*")}
     monkeypatch.setattr(
-        "fastdpo.reference.filling.score_groups",
+        "fastdpo.ref_cache.compute.score_groups",
         lambda *_, **__: pytest.fail("a reference log-prob was computed again"),
     )
     looked_at, real = [], spot_checking.score_groups

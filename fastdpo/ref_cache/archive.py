@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastdpo.reference import shards
-from fastdpo.reference.asked import MAX_NOTE_BYTES
-from fastdpo.reference.store import MANIFEST, store_key
+from fastdpo.ref_cache import shards
+from fastdpo.ref_cache.run_notes import MAX_NOTE_BYTES
+from fastdpo.ref_cache.store import MANIFEST, store_key
 from fastdpo.system import files
 
 CONTENTS = "contents.json"

@@ -13,10 +13,10 @@ from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.reference.filling import reference_logps
-from fastdpo.reference.identity import reference_identity
-from fastdpo.reference.store import ReferenceStore, group_keys
-from fastdpo.reference.weights import MEMORY
+from fastdpo.modeling.weight_hash import MEMORY
+from fastdpo.ref_cache.compute import reference_logps
+from fastdpo.ref_cache.identity import reference_identity
+from fastdpo.ref_cache.store import ReferenceStore, group_keys
 from fastdpo.system.versions import numeric_versions
 
 

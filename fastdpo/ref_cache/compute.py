@@ -13,9 +13,9 @@ from fastdpo.batching import Group, group_tokens
 from fastdpo.modeling.families import PassMode, pass_mode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.reference import asked as requests
-from fastdpo.reference.spot_check import SpotCheck, spot_check
-from fastdpo.reference.store import ReferenceStore, ScoredCompletion, group_keys
+from fastdpo.ref_cache import run_notes as requests
+from fastdpo.ref_cache.spot_check import SpotCheck, spot_check
+from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys
 from fastdpo.system import signals
 from fastdpo.system.console import progress_bar
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdpo.batching import PairGroups
 from fastdpo.options import PreferenceOptions
-from fastdpo.reference.store import MANIFEST, ReferenceStore
+from fastdpo.ref_cache.store import MANIFEST, ReferenceStore
 from fastdpo.system import files
 
 NOTES = "asked-*.json"

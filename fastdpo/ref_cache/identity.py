@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
-from fastdpo.modeling import loading
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.reference.weights import content_of, load_noting_files, tensors_hash
+from fastdpo.modeling.weight_hash import (
+    base_tensors,
+    content_of,
+    tensors_hash,
+)
 
 NOT_IN_THE_NUMBERS = {
     "_name_or_path",
@@ -80,11 +80,6 @@ def reference_identity(
     return identity
 
 
-def load_identified(name: str, **arguments: Any) -> PreTrainedModel:
-    """`modeling.loading.load_model`, so that unchanged files need not be hashed in every run."""
-    return load_noting_files(loading.load_model, name, base_tensors, **arguments)
-
-
 def _described(value: Any) -> Any:
     """A config, or a part of one, as what JSON gives back unchanged: the same in every process."""
     if isinstance(value, dict):
@@ -102,29 +97,3 @@ def _described(value: Any) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     return str(value)
-
-
-def base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
-    """The base's own tensors under their own names, whatever PEFT has wrapped around them."""
-    inner = {
-        name: "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
-        for name, module in causal_lm.named_modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    }
-    named = ((_own_name(name, inner), t) for name, t in causal_lm.state_dict().items())
-    return {name: t for name, t in named if name is not None and isinstance(t, Tensor)}
-
-
-def _own_name(name: str, inner: dict[str, str]) -> str | None:
-    """`name` without the wrappers on its way; None if it is a wrapper's own, so the adapter's.
-
-    `inner` says, by the path of each wrapper, as what it holds the wrapped module.
-    """
-    parts, kept = name.split("."), []
-    for depth, part in enumerate(parts):
-        held_as = inner.get(".".join(parts[:depth]))
-        if held_as is None:
-            kept.append(part)
-        elif part != held_as:
-            return None
-    return ".".join(kept)

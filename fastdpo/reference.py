@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import DataOptions, ModelOptions, reference_folder
-from fastdpo.reference.archive import export_store, import_store
-from fastdpo.reference.store import set_aside
-from fastdpo.reference.upkeep import DAY_S, prune, store_folders, summarise
+from fastdpo.ref_cache.archive import export_store, import_store
+from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarise
+from fastdpo.ref_cache.store import set_aside
 from fastdpo.system.console import say, table
 
 ACTIONS = {

@@ -11,7 +11,7 @@ from fastdpo.batching import Group
 from fastdpo.modeling.families import PassMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.reference.store import ReferenceStore
+from fastdpo.ref_cache.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 
-from fastdpo.reference import shards
-from fastdpo.reference.asked import notes
-from fastdpo.reference.store import MANIFEST, QUARANTINE_SUFFIX, SHARDS
+from fastdpo.ref_cache import shards
+from fastdpo.ref_cache.run_notes import notes
+from fastdpo.ref_cache.store import MANIFEST, QUARANTINE_SUFFIX, SHARDS
 from fastdpo.system import files
 
 DAY_S = 86_400.0

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdpo.reference import shards
-from fastdpo.reference.shards import (
+from fastdpo.ref_cache import shards
+from fastdpo.ref_cache.shards import (
     FORMAT,
     KEY_BYTES,
     ScoredCompletion,

@@ -20,9 +20,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastdpo.modeling import loading
 from fastdpo.system import files
 from fastdpo.system.versions import numeric_versions
 
@@ -173,3 +176,34 @@ def _sample_hash(tensors: Mapping[str, Tensor]) -> str:
         for at in (0, len(raw) // 2, max(0, len(raw) - SAMPLE_BYTES)):
             digest.update(raw[at : at + SAMPLE_BYTES].cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def load_identified(name: str, **arguments: Any) -> PreTrainedModel:
+    """`modeling.loading.load_model`, so that unchanged files need not be hashed in every run."""
+    return load_noting_files(loading.load_model, name, base_tensors, **arguments)
+
+
+def base_tensors(causal_lm: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors under their own names, whatever PEFT has wrapped around them."""
+    inner = {
+        name: "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    named = ((_own_name(name, inner), t) for name, t in causal_lm.state_dict().items())
+    return {name: t for name, t in named if name is not None and isinstance(t, Tensor)}
+
+
+def _own_name(name: str, inner: dict[str, str]) -> str | None:
+    """`name` without the wrappers on its way; None if it is a wrapper's own, so the adapter's.
+
+    `inner` says, by the path of each wrapper, as what it holds the wrapped module.
+    """
+    parts, kept = name.split("."), []
+    for depth, part in enumerate(parts):
+        held_as = inner.get(".".join(parts[:depth]))
+        if held_as is None:
+            kept.append(part)
+        elif part != held_as:
+            return None
+    return ".".join(kept)
