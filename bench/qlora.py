@@ -17,7 +17,6 @@ from bench.measuring import MIB, PeakMemory, Stopwatch
 from bench.synthetic import aliased_config, random_model
 from bench.trainers import LORA_ALPHA, LORA_RANK, limit_memory
 from fastdpo.batching import Group, MicroBatch, pack_update
-from fastdpo.fitting import Layout
 from fastdpo.modeling.adapters import adapters_off, add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import causal_lm_of
@@ -32,6 +31,7 @@ from fastdpo.planner import (
     training_of,
 )
 from fastdpo.planner.terms import CONTEXT_BYTES, GIB
+from fastdpo.trainer.layout import Layout
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 

@@ -10,11 +10,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo.data import PairDataset, Rows, prepare_pairs, read_held_out
-from fastdpo.modeling.adapters import adapters_off, fuse, load_adapter, peft_base_of
+from fastdpo.modeling.adapters import (
+    BASE_IN_4BIT,
+    TRAINING_ARGUMENTS,
+    adapters_off,
+    fuse,
+    load_adapter,
+    peft_base_of,
+)
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
 from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, RowOptions, resolve_model
 from fastdpo.options.data import column_roles
-from fastdpo.resumable import BASE_IN_4BIT, TRAINING_ARGUMENTS
 from fastdpo.system.console import say
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo import losses
 from fastdpo.batching import Group
-from fastdpo.metrics import preference_accuracy
+from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.adapters import adapters_off
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.loading import eval_mode

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _build(argv: Sequence[str]) -> None:
-    from fastdpo.train import make_trainer, without_output
+    from fastdpo.trainer.from_options import make_trainer, without_output
 
     parsed = parse(
         "reference build",

@@ -21,7 +21,7 @@ from fastdpo.data.pairs import (
     OVER_LONG_PROMPT,
     RATED_ALIKE,
 )
-from fastdpo.metrics import preference_accuracy
+from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.scoring import ScoredPairs
 from fastdpo.options import RowOptions
 from fastdpo.system import files

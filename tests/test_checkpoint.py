@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from fastdpo import checkpoint
-from fastdpo.checkpoint import CheckpointError
 from fastdpo.system import files
+from fastdpo.trainer import checkpoint
+from fastdpo.trainer.checkpoint import CheckpointError
 
 RUN = {"seed": 42, "pairs_per_update": 8, "data": "abc", "beta": 0.1, "loss_type": ["sigmoid"]}
 

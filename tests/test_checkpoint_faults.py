@@ -18,9 +18,9 @@ from small_runs import ADAPTER, Fault, adapter_of, build, checkpoint_names, whol
 from test_reference_faults import exit_code, in_a_child
 from transformers import TrainerCallback
 
-from fastdpo import checkpoint
-from fastdpo.checkpoint import CheckpointError
 from fastdpo.system import files
+from fastdpo.trainer import checkpoint
+from fastdpo.trainer.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")

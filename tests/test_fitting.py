@@ -10,12 +10,12 @@ from test_trainer import assert_same_weights, weights
 from tiny_trainer import tiny_base, tiny_trainer
 from torch import nn
 
-import fastdpo.trainer as trainer_room
+import fastdpo.trainer.dpo_trainer as trainer_room
 from fastdpo.batching import group_tokens
-from fastdpo.fitting import Layout, choose_layout, fullest_update, plan_memory, sizes_of
 from fastdpo.modeling.activations import decoder_layers
 from fastdpo.planner import Card, from_model, plan_for_run
-from fastdpo.update import Update
+from fastdpo.trainer.layout import Layout, choose_layout, fullest_update, plan_memory, sizes_of
+from fastdpo.trainer.update import Update
 
 GIB = 2**30
 CARD = Card("a tiny card", 2 * GIB, 10, 100)

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 from test_reference_store import some_rows
 
-from fastdpo import checkpoint
-from fastdpo.checkpoint import CheckpointError
 from fastdpo.cli.parser import parse
 from fastdpo.cli.yaml_file import read_options_file
 from fastdpo.data import DataError
@@ -29,6 +27,8 @@ from fastdpo.modeling import weight_hash
 from fastdpo.options import DataOptions, ModelOptions, PreferenceOptions
 from fastdpo.ref_cache import archive, shards
 from fastdpo.ref_cache.store import ReferenceStore
+from fastdpo.trainer import checkpoint
+from fastdpo.trainer.checkpoint import CheckpointError
 
 CORPUS = Path(__file__).parent / "corpus"
 HANG_S = 30.0  # of CPU time: a hang on any machine, no measure of speed

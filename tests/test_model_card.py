@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastdpo import DPOConfig
-from fastdpo.model_card import TAGS, TrainedModel, library_versions, model_card
+from fastdpo.trainer.model_card import TAGS, TrainedModel, library_versions, model_card
 from fastdpo.version import __version__
 
 

@@ -32,7 +32,7 @@ from fastdpo.options import (
     RowOptions,
     TrlOptions,
 )
-from fastdpo.train import make_trainer
+from fastdpo.trainer.from_options import make_trainer
 
 HERE = Path(__file__).parent
 KINDS = (

@@ -10,8 +10,8 @@ from failing_files import FULL, failing
 from small_runs import build, whole  # noqa: F401
 from test_reference_faults import exit_code, in_a_child
 
-from fastdpo.checkpoint import CheckpointError
 from fastdpo.system import files
+from fastdpo.trainer.checkpoint import CheckpointError
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_trainer import tiny_base, tiny_trainer
 
-from fastdpo.progress.curves import below_chance, displacement, loss_gone_early
+from fastdpo.trainer.callbacks import below_chance, displacement, loss_gone_early
 
 
 @pytest.fixture(scope="module")

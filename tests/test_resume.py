@@ -13,9 +13,9 @@ from small_runs import ADAPTER, adapter_of, build, checkpoint_names
 from tiny_trainer import preference_rows
 from transformers import TrainerCallback
 
-from fastdpo import checkpoint
-from fastdpo.checkpoint import CheckpointError
-from fastdpo.resumable import update_seed
+from fastdpo.trainer import checkpoint
+from fastdpo.trainer.checkpoint import CheckpointError
+from fastdpo.trainer.resumable import update_seed
 
 UPDATES = 12
 STATE = (ADAPTER, "optimizer.safetensors", "optimizer.json", "rng_state.safetensors")

@@ -11,10 +11,10 @@ from test_reference_faults import exit_code, in_a_child
 from tiny_trainer import preference_rows
 from transformers import TrainerCallback
 
-from fastdpo import checkpoint
 from fastdpo.cli.parser import command
 from fastdpo.ref_cache import compute
 from fastdpo.system import files, signals
+from fastdpo.trainer import checkpoint
 
 SIGNALS = {signal.SIGTERM: (SystemExit, 143), signal.SIGINT: (KeyboardInterrupt, 130)}
 

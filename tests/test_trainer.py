@@ -14,9 +14,9 @@ from tiny_trainer import ROWS, preference_rows, tiny_base, tiny_trainer
 from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.checkpoint import CheckpointError
 from fastdpo.modeling.loading import load_model
 from fastdpo.ref_cache import spot_check as spot_checking
+from fastdpo.trainer.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastdpo import checkpoint
-from fastdpo.checkpoint import CheckpointError
+from fastdpo.trainer import checkpoint
+from fastdpo.trainer.checkpoint import CheckpointError
 
 
 class Model(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from tiny_trainer import ROWS, tiny_base, tiny_trainer
 from transformers import MixtralConfig
 
-from fastdpo import update as update_room
 from fastdpo.losses import PairLogps
 from fastdpo.system.oom import DoesNotFitError
+from fastdpo.trainer import update as update_room
 
 T = 512
 

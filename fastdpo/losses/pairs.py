@@ -122,3 +122,8 @@ def wpo_weights(alignment: Tensor) -> Tensor:
 
 def _sums(per_token: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(per_token, "sum", lengths=lengths, unsafe=True)
+
+
+def preference_accuracy(margins: Tensor) -> float:
+    """Share of pairs whose margin is above 0, ties counted 0.5; `margins` is (n,)."""
+    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())

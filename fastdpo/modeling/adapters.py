@@ -17,7 +17,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    PreTrainedModel,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -258,3 +260,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(like.dtype)
+
+
+TRAINING_ARGUMENTS = "training_args.json"
+
+
+BASE_IN_4BIT = "base_in_4bit"
+"""In it, beside the options: whether the weights below the adapter were 4-bit ones."""

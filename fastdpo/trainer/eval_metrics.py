@@ -16,11 +16,11 @@ from fastdpo.losses import (
     wpo_alignment,
     wpo_weights,
 )
-from fastdpo.metrics import MetricSums
 from fastdpo.modeling.families import PassMode
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
+from fastdpo.trainer.metrics import MetricSums
 
 
 def evaluation_figures(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.batching import PairGroups
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
-from fastdpo.preparing import prepare_groups
+from fastdpo.trainer.prepare import prepare_groups
 
 
 class PairSets:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fastdpo.checkpoint.errors import CheckpointError
+from fastdpo.trainer.checkpoint.errors import CheckpointError
 
 _ABSENT = object()
 

@@ -4,9 +4,9 @@ import os
 import uuid
 from pathlib import Path
 
-from fastdpo.checkpoint.errors import CheckpointError
-from fastdpo.checkpoint.folders import checkpoints_in
 from fastdpo.system import files
+from fastdpo.trainer.checkpoint.errors import CheckpointError
+from fastdpo.trainer.checkpoint.folders import checkpoints_in
 
 PROBE_BYTES = 2**20
 

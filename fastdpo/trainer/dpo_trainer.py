@@ -27,11 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from fastdpo.batching import Group, PairGroups
 from fastdpo.config import DPOConfig
-from fastdpo.figures import evaluation_figures
-from fastdpo.finite import what_is_not_finite
-from fastdpo.fitting import Layout, choose_layout, fullest_update, plan_memory
 from fastdpo.losses import LossFunction, needs_reference
-from fastdpo.model_card import TrainedModel, library_versions, model_card
 from fastdpo.modeling.families import pass_mode
 from fastdpo.modeling.head import causal_lm_of, head_of
 from fastdpo.modeling.loading import load_tokenizer
@@ -39,15 +35,18 @@ from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.routers import aux_loss_coef
 from fastdpo.options import LossOptions, reference_folder
-from fastdpo.pair_sets import PairSets
 from fastdpo.planner import compare
-from fastdpo.preparing import prepare_policy, prepare_reference
-from fastdpo.progress import CurveNotes, MetricsFile, ProgressLines
-from fastdpo.record import RunRecord, both_rows_tokens
 from fastdpo.ref_cache import ReferenceSource, asked_for
-from fastdpo.resumable import ResumableTrainer
 from fastdpo.system import files
-from fastdpo.update import Update
+from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
+from fastdpo.trainer.datasets import PairSets
+from fastdpo.trainer.eval_metrics import evaluation_figures
+from fastdpo.trainer.layout import Layout, choose_layout, fullest_update, plan_memory
+from fastdpo.trainer.metrics import RunRecord, both_rows_tokens
+from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
+from fastdpo.trainer.prepare import prepare_policy, prepare_reference
+from fastdpo.trainer.resumable import ResumableTrainer
+from fastdpo.trainer.update import Update, what_is_not_finite
 
 logger = logging.getLogger(__name__)
 

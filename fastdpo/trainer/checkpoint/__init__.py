@@ -4,8 +4,8 @@ A checkpoint folder is filled under a temporary name, sealed with `MANIFEST.json
 of every file) and renamed. Resuming takes the newest folder that verifies.
 """
 
-from fastdpo.checkpoint.errors import CheckpointError
-from fastdpo.checkpoint.folders import (
+from fastdpo.trainer.checkpoint.errors import CheckpointError
+from fastdpo.trainer.checkpoint.folders import (
     MANIFEST,
     Sealed,
     claimed,
@@ -16,9 +16,9 @@ from fastdpo.checkpoint.folders import (
     sweep,
     verify,
 )
-from fastdpo.checkpoint.preflight import require_room, require_unused, require_writable
-from fastdpo.checkpoint.same_run import require_same_run
-from fastdpo.checkpoint.training_state import (
+from fastdpo.trainer.checkpoint.preflight import require_room, require_unused, require_writable
+from fastdpo.trainer.checkpoint.same_run import require_same_run
+from fastdpo.trainer.checkpoint.training_state import (
     load_optimizer,
     load_rng_state,
     load_tensors,

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastdpo.checkpoint.errors import CheckpointError
 from fastdpo.system import files
+from fastdpo.trainer.checkpoint.errors import CheckpointError
 
 OPTIMIZER_TENSORS, OPTIMIZER_REST = "optimizer.safetensors", "optimizer.json"
 RNG_TENSORS, RNG_REST = "rng_state.safetensors", "rng_state.json"

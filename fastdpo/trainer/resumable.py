@@ -26,19 +26,17 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from fastdpo import checkpoint as checkpoints
 from fastdpo.config import DPOConfig
+from fastdpo.modeling.adapters import BASE_IN_4BIT, TRAINING_ARGUMENTS
 from fastdpo.modeling.head import causal_lm_of
 from fastdpo.modeling.weight_hash import MEMORY
 from fastdpo.options import reference_folder
 from fastdpo.ref_cache import reference_identity
 from fastdpo.system import files, signals
+from fastdpo.trainer import checkpoint as checkpoints
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGUMENTS = "training_args.json"
-BASE_IN_4BIT = "base_in_4bit"
-"""In it, beside the options: whether the weights below the adapter were 4-bit ones."""
 TOKENIZER_BYTES = 2**25
 """What lies in a checkpoint beside tensors, at most."""
 

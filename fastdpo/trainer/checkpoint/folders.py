@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastdpo.checkpoint.errors import CheckpointError
 from fastdpo.system import files
+from fastdpo.trainer.checkpoint.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,228 @@
+"""Every logged figure in `metrics.jsonl` in the output folder, whatever trackers are used."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastdpo.system import files
+from fastdpo.system.console import progress_bar
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON object a log, with `step`; a resumed run goes on where its checkpoint was."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the lines up to the checkpoint; those after it will come again."""
+        path = _path(args)
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= state.global_step > 0]
+            files.write_text(path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line, in one write: a killed run leaves whole lines, but for the last."""
+        line = json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n"
+        try:
+            files.append_text(_path(args), line)
+        except OSError as error:  # a run is worth more than its log
+            logger.warning("The log line of update %s is lost: %s", state.global_step, error)
+
+
+def _path(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir)) / METRICS_FILE
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; of one that was cut, none that is kept."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("rewards/accuracies", "accuracy", ".3f"),
+    ("rewards/margins", "margin", ".3f"),
+    ("grad_norm", "grad norm", ".2f"),
+    ("learning_rate", "lr", ".2e"),
+    ("perf/pairs_per_second", "pairs/s", ".1f"),
+    ("memory/peak_gib", "GiB", ".2f"),
+)
+"""Logged name, what the screen calls it, and its format; everything else is in the log history."""
+
+
+class ProgressLines(TrainerCallback):
+    """A bar over the updates, and above it a line for each training or evaluation log."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Open the bar, where a resumed run left it."""
+        self.bar = progress_bar(state.max_steps, "Training", "update")
+        self.bar.update(state.global_step)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """One update further."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """One line."""
+        line = log_line(state.global_step, state.max_steps, logs or {})
+        if line and self.bar is not None:
+            self.bar.write(line)
+        elif line:
+            tqdm.write(line)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def log_line(step: int, steps: int, logs: dict[str, float]) -> str:
+    """One log as a line; empty for logs that are neither of training nor of evaluation."""
+    prefix = next((name.removesuffix("loss") for name in logs if name.endswith("loss")), None)
+    if prefix is None or prefix == "train_":
+        return ""
+    figures = [
+        f"{label} {logs[prefix + name]:{form}}"
+        for name, label, form in SHOWN
+        if prefix + name in logs
+    ]
+    return "  ".join([f"{prefix.rstrip('_') or 'update'} {step}/{steps}", *figures])
+
+
+logger = logging.getLogger(__name__)
+
+
+Logs = Mapping[str, float]
+
+
+LOGS_LOOKED_AT = 4
+"""A trend is what this many training logs in a row show."""
+
+
+EARLY_SHARE = 0.1
+
+
+NO_LOSS = 0.02
+
+
+def loss_gone_early(logs: Sequence[Logs], share_done: float) -> str | None:
+    """The pairs differ by something trivial."""
+    last = logs[-1]
+    if share_done > EARLY_SHARE or last["loss"] > NO_LOSS or last["rewards/accuracies"] < 0.99:
+        return None
+    return (
+        f"the loss is {last['loss']:.3f} after {share_done:.0%} of the run: something trivial "
+        "tells chosen from rejected, such as a template, an end marker or the length. --dry_run "
+        "shows a few pairs."
+    )
+
+
+def displacement(logs: Sequence[Logs], share_done: float) -> str | None:
+    """Chosen completions become less likely too."""
+    recent = logs[-LOGS_LOOKED_AT:]
+    chosen = [each["rewards/chosen"] for each in recent]
+    margins = [each["rewards/margins"] for each in recent]
+    falling = all(later < earlier for earlier, later in pairwise(chosen))
+    if len(recent) < LOGS_LOOKED_AT or not falling or chosen[-1] >= 0 or margins[-1] <= 0:
+        return None
+    return (
+        f"both rewards fall (chosen {chosen[-1]:+.2f}): the policy makes the chosen completions "
+        "less likely too, only the rejected ones more so. This likelihood displacement is common "
+        "and does no harm while the answers read well; against it help --loss_type sigmoid sft, "
+        "--loss_type apo_zero, a lower learning rate or a higher --beta."
+    )
+
+
+def below_chance(logs: Sequence[Logs], share_done: float) -> str | None:
+    """More pairs are ordered the wrong way than the right one."""
+    recent = [each["rewards/accuracies"] for each in logs[-LOGS_LOOKED_AT:]]
+    if len(recent) < LOGS_LOOKED_AT or share_done < EARLY_SHARE or max(recent) >= 0.5:
+        return None
+    return (
+        f"the preference accuracy has stayed below 0.5 (now {recent[-1]:.2f}): are chosen and "
+        "rejected exchanged in the data, or is the learning rate too high?"
+    )
+
+
+NOTES = (loss_gone_early, displacement, below_chance)
+
+
+class CurveNotes(TrainerCallback):
+    """Looks at the training logs and says what a curve may mean."""
+
+    def __init__(self) -> None:
+        self.logs: list[Logs] = []
+        self.said: set[str] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Whatever is new to say."""
+        if logs is None or "loss" not in logs or "rewards/margins" not in logs:
+            return
+        self.logs.append(dict(logs))
+        for note in NOTES:
+            text = note(self.logs, state.global_step / max(1, state.max_steps))
+            if text is not None and note.__name__ not in self.said:
+                self.said.add(note.__name__)
+                logger.info("Note, update %s: %s", state.global_step, text)

@@ -1,0 +1,192 @@
+"""A trainer from what a command was given, its run, and what is said at its end."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdpo.options import (
+    DEFAULT_DATASET,
+    DataOptions,
+    ModelOptions,
+    resolve_model,
+)
+from fastdpo.system import files
+from fastdpo.system.console import say
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
+    from fastdpo.data import Rows
+    from fastdpo.trainer import DPOTrainer
+
+
+def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
+    """Train what the options name, save it, and say where it lies.
+
+    Raises:
+        ValueError: an option is missing, or the model or data cannot be had.
+    """
+    from fastdpo.trainer.checkpoint import require_writable
+
+    with without_output(config):
+        require_writable(Path(str(config.output_dir)))
+    trainer = make_trainer(model, data, config)
+    trainer.dataset_name = data.dataset_name
+    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+    trainer.save_model()
+    _say_result(trainer, model, data)
+    return trainer
+
+
+def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
+    """Load what the options name and put the trainer together.
+
+    Raises:
+        ValueError: an option is missing, or the model or data cannot be had.
+    """
+    from fastdpo.modeling.adapters import is_adapter, lora_config
+    from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
+    from fastdpo.trainer import DPOTrainer
+    from fastdpo.trainer.prepare import load_policy
+
+    name = _model_name(model)
+    _require_trackers(config)
+    source: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(name, **source)
+    train_rows, eval_rows = _read(data)
+    goes_on = is_adapter(name)
+    if goes_on:
+        say(f"Training the adapter in {name} on.")
+    elif not (model.full or model.qlora or model.lora):
+        say(
+            "Training a LoRA adapter (--lora); --qlora needs less memory, --full trains everything."
+        )
+    dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
+    policy = load_policy(
+        name,
+        dtype=dtype,
+        load_in_4bit=model.qlora,
+        options=config.from_pretrained_options,
+        **source,
+    )
+    config.model_init_kwargs = None
+    if eval_rows is None:
+        config.eval_strategy = "no"
+    return DPOTrainer(
+        policy,
+        args=config,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=None
+        if model.full or goes_on
+        else lora_config(
+            model.lora_r,
+            model.lora_alpha,
+            model.lora_dropout,
+            model.lora_target_modules,
+            use_rslora=model.use_rslora,
+            use_dora=model.use_dora,
+        ),
+    )
+
+
+@contextmanager
+def without_output(config: "DPOConfig") -> Iterator[None]:
+    """Leave no output folder where there was none: transformers.Trainer makes it at once."""
+    folder = Path(str(config.output_dir))
+    is_new = not folder.exists()
+    try:
+        yield
+    finally:
+        if is_new and folder.exists():
+            files.remove(folder)
+
+
+def _require_trackers(config: "DPOConfig") -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    for name in config.report_to or ():
+        if isinstance(name, str) and name not in (*installed, "none", "flyte", "kubeflow"):
+            raise ValueError(
+                f"--report_to is {name}, and no tracker of that name is installed here: install "
+                f"it (pip install {name}), or name one of {', '.join(['none', *installed])}."
+            )
+
+
+def _model_name(model: ModelOptions) -> str:
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "--model is missing: pass a folder, a hub id or an alias such as llama-7b. Without any "
+            "argument the command runs its demo."
+        )
+    name, sentence = resolve_model(model.model_name_or_path)
+    if sentence:
+        say(sentence)
+    return name
+
+
+def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
+    """Training rows, and the rows to evaluate on if there are any."""
+    from fastdpo.data import UnknownSplitError, read_held_out, read_mixture, read_rows
+
+    if data.mixture is not None:
+        shared = {name: value for name, value in data.reading.items() if name != "columns"}
+        train_rows, held_out = read_mixture(data.mixture, **shared)
+        if data.eval_dataset is not None:
+            split = data.dataset_test_split
+            held_out = read_held_out(data.eval_dataset, split=split, **shared)
+        return train_rows, held_out
+    name = data.dataset_name
+    if name is None:
+        name = DEFAULT_DATASET
+        say(f"No --dataset was named: using {name} from the Hugging Face hub.")
+    options = {"config_name": data.dataset_config, "streaming": data.dataset_streaming}
+    train_rows = read_rows(name, split=data.dataset_train_split, **options, **data.reading)
+    if data.eval_dataset is not None:
+        split = data.dataset_test_split
+        return train_rows, read_held_out(data.eval_dataset, split=split, **data.reading)
+    if Path(name).is_file() and "[" not in data.dataset_test_split:
+        return train_rows, None
+    try:
+        test_split = data.dataset_test_split
+        return train_rows, read_rows(name, split=test_split, **options, **data.reading)
+    except UnknownSplitError as error:
+        say(f"Not evaluating: {error}")
+        return train_rows, None
+
+
+def _resume(value: str | None) -> str | bool | None:
+    """`true` and `auto` ask for the newest checkpoint, anything else is a folder."""
+    return True if value is not None and value.lower() in ("true", "auto") else value
+
+
+def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -> None:
+    folder = trainer.args.output_dir
+    kind = "adapter" if trainer.trains_adapter else "model"
+    say(f"\nThe {kind} lies in {folder}.")
+    figures: dict[str, Any] = next(
+        (line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {}
+    )
+    if figures:
+        say(
+            f"Held-out pairs: preference accuracy {figures['eval_rewards/accuracies']:.3f}, "
+            f"loss {figures['eval_loss']:.4f}, margin {figures['eval_rewards/margins']:.3f}."
+        )
+    start = model.model_name_or_path
+    first = data.mixture.datasets[0].path if data.mixture is not None else DEFAULT_DATASET
+    pairs = data.eval_dataset or data.dataset_name or first
+    if not trainer.trains_adapter:
+        policy = f"--model {folder} --reference {start}"
+        say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+        return
+    four_bit = " --qlora" if model.qlora else ""
+    policy = f"--adapter {folder}{four_bit}"
+    reference = trainer.reference.reference
+    if reference.adapter is None and reference.model is trainer.policy:  # it is the base
+        say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+    say(f"Make one plain model of it: python -m fastdpo.merge {policy} --output_dir merged")
