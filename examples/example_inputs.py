@@ -7,7 +7,7 @@ about 30 s on two cores; `python -m fastdpo.train` makes the same one.
 import argparse
 from pathlib import Path
 
-from fastdpo.demo import make_demo
+from fastdpo.demo.build import make_demo
 
 
 def parse(description, argv=None, **more):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from fastdpo.evaluation import Evaluation
+    from fastdpo.evaluation.evaluate_pairs import Evaluation
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,8 +57,8 @@ def run(
         ValueError: an option is missing, or the model or data cannot be had.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
-    from fastdpo.comparison import read_pairs, sources_of, tokenizer_of, with_both
-    from fastdpo.evaluation import Completion, complete, evaluate_scored
+    from fastdpo.evaluation.evaluate_pairs import Completion, complete, evaluate_scored
+    from fastdpo.evaluation.load_both import read_pairs, sources_of, tokenizer_of, with_both
     from fastdpo.modeling.head import causal_lm_of
     from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 

@@ -105,7 +105,7 @@ def _groups(
 ) -> list["Group"]:
     """The pairs to compare log-probs on; none without a data set."""
     from fastdpo.batching import PairGroups
-    from fastdpo.comparison import read_pairs, tokenizer_of
+    from fastdpo.evaluation.load_both import read_pairs, tokenizer_of
 
     if not options.report_pairs or not (data.eval_dataset or data.dataset_name):
         return []
@@ -123,7 +123,7 @@ def _measure(
     groups: Sequence["Group"],
 ) -> "Fidelity":
     """The adapter on its base, then each merged model in its place: one in memory at a time."""
-    from fastdpo.comparison import load_policy, load_weights
+    from fastdpo.evaluation.load_both import load_policy, load_weights
     from fastdpo.merging.fidelity import compare, logps_of, put_in_place
 
     in_4bit = _in_4bit(model, options)

@@ -18,7 +18,7 @@ from fastdpo.options import (
 from fastdpo.system.console import say
 
 if TYPE_CHECKING:
-    from fastdpo.scored_rows import ScoredRows
+    from fastdpo.evaluation.scored_rows import ScoredRows
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         parsed.group(ComparisonOptions),
         options,
     )
-    from fastdpo.scored_rows import write_scores
+    from fastdpo.evaluation.scored_rows import write_scores
 
     write_scores(scored, Path(options.output_file), prefix=options.column_prefix)
     say(scored.describe())
@@ -63,10 +63,10 @@ def run(
             room for the figures.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
-    from fastdpo.comparison import read_pairs, tokenizer_of, with_both
+    from fastdpo.evaluation.load_both import read_pairs, tokenizer_of, with_both
+    from fastdpo.evaluation.scored_rows import ScoredRows, check_rows
     from fastdpo.modeling.head import causal_lm_of
     from fastdpo.modeling.scoring import score_pairs
-    from fastdpo.scored_rows import ScoredRows, check_rows
 
     tokenizer = tokenizer_of(model, compared)
     read, pairs = read_pairs(data, rows, tokenizer)

@@ -7,9 +7,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastdpo.cli.parser import Parsed, command, parse
+from fastdpo.demo.run import demonstrate
 from fastdpo.options import (
     DataOptions,
     ModelOptions,
@@ -24,7 +23,6 @@ from fastdpo.trainer.from_options import (
 )
 
 if TYPE_CHECKING:
-    from fastdpo.evaluation import Evaluation
     from fastdpo.trainer import DPOTrainer
 
 
@@ -45,52 +43,6 @@ def main(argv: Sequence[str]) -> None:
             show(make_trainer(parsed.model, parsed.data, parsed.training), parsed)
     else:
         run(parsed.model, parsed.data, parsed.training)
-
-
-def demonstrate(folder: Path) -> "Evaluation":
-    """The embedded default: make a tiny model and pairs in `folder`, align it, show the change."""
-    from fastdpo.batching import PairGroups
-    from fastdpo.config import DPOConfig
-    from fastdpo.demo import make_demo
-    from fastdpo.evaluation import Completion, complete, evaluate_scored, score_both
-    from fastdpo.modeling.loading import load_tokenizer
-
-    say("No arguments: the demo. It makes a tiny Llama, teaches it a small language, lets it write")
-    say("answers, and aligns it with preferences between them. --help shows the options.\n")
-    demo = make_demo(folder, report=say)
-    model = ModelOptions(model_name_or_path=str(demo.model_dir), lora=True)
-    data = DataOptions(dataset_name=str(demo.train_file), eval_dataset=str(demo.dev_file))
-    config = DPOConfig(
-        str(folder / "adapter"),
-        per_device_train_batch_size=32,
-        num_train_epochs=2,
-        learning_rate=3e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        eval_strategy="epoch",
-        save_strategy="no",
-        activation_checkpointing=False,
-        ref_cache=str(folder / "reference"),
-    )
-    trainer = run(model, data, config)
-    tokenizer = load_tokenizer(str(demo.model_dir))
-    prompt = np.array(tokenizer(demo.prompt).input_ids)
-    assert isinstance(trainer.eval_groups, PairGroups), "one held-out set"
-    policy, reference = score_both(
-        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.update.micro_batch_tokens
-    )
-    completion = Completion(
-        demo.prompt,
-        *complete(trainer.policy, tokenizer, [prompt], max_new_tokens=64, reference=True),
-        *complete(trainer.policy, tokenizer, [prompt], max_new_tokens=64),
-    )
-    evaluation = evaluate_scored(policy, reference, beta=config.beta, completions=[completion])
-    say(f"\n{evaluation.describe()}")
-    say(
-        "\nBefore training policy and reference are one: largest margin of the first update "
-        f"{trainer.first_update_margin} nats."
-    )
-    return evaluation
 
 
 def show(trainer: "DPOTrainer", parsed: Parsed) -> None:

@@ -4,7 +4,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from fastdpo.demo import Demo, Recipe, make_demo
+from fastdpo.demo.build import Demo, Recipe, make_demo
 
 # That of examples/walkthrough.ipynb, which then takes it as it lies.
 RECIPE = Recipe(

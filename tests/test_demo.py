@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastdpo import demo, demo_language
 from fastdpo.data import prepare_pairs, read_rows
-from fastdpo.demo import Demo, Recipe, make_demo
-from fastdpo.demo_language import GRUFF, KIND, Request, kindness, pair_of, speak, split_requests
+from fastdpo.demo import build, language
+from fastdpo.demo.build import Demo, Recipe, make_demo
+from fastdpo.demo.language import GRUFF, KIND, Request, kindness, pair_of, speak, split_requests
 
 SMALL = Recipe(updates=150, texts_per_update=24, train_pairs=8, dev_pairs=4, prompts_per_batch=60)
 ELF = Request("Elf", "hot", "soup")
@@ -54,7 +54,7 @@ def test_any_text_comes_back(tokenizer, text):
 
 
 def test_the_tokenizer_that_is_loaded_is_the_one_that_was_made(tokenizer):
-    fresh = demo.make_tokenizer()
+    fresh = build.make_tokenizer()
     assert len(tokenizer) == len(fresh) == 259
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<s>",
@@ -91,7 +91,7 @@ def test_the_grammar_accepts_what_it_speaks_and_both_tones_alike():
     for kind, gruff in zip(KIND, GRUFF, strict=True):
         assert [len(word) for word in kind] == [len(word) for word in gruff]
     longest = max(len(speak(request, rng)) for request in requests)
-    assert longest < demo.MAX_COMPLETION_TOKENS
+    assert longest < build.MAX_COMPLETION_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_complete_demo_is_reused_and_another_is_made_anew(made, monkeypatch):
     def refuse(*arguments):
         raise InterruptedError
 
-    monkeypatch.setattr(demo, "_make", refuse)
+    monkeypatch.setattr(build, "_make", refuse)
     assert make_demo(folder, seed=3, report=lines.append, recipe=SMALL) == made[0]
     assert len(lines) == 1
     assert "reusing" in lines[0]
@@ -172,7 +172,7 @@ def test_a_complete_demo_is_reused_and_another_is_made_anew(made, monkeypatch):
         make_demo(folder, seed=4, report=lines.append, recipe=SMALL)
     with pytest.raises(InterruptedError):
         make_demo(folder, seed=3, report=lines.append)
-    monkeypatch.setattr(demo, "FORMAT", demo.FORMAT + 1)
+    monkeypatch.setattr(build, "FORMAT", build.FORMAT + 1)
     with pytest.raises(InterruptedError):
         make_demo(folder, seed=3, report=lines.append, recipe=SMALL)
 
@@ -180,7 +180,7 @@ def test_a_complete_demo_is_reused_and_another_is_made_anew(made, monkeypatch):
 @pytest.mark.parametrize("marker", ["", "[]", "{}", '{"format": 1', "\xff"])
 def test_a_broken_marker_is_no_demo(tmp_path, marker):
     (tmp_path / "demo.json").write_text(marker, encoding="latin-1")
-    assert demo._finished_prompt(tmp_path, SMALL) is None
+    assert build._finished_prompt(tmp_path, SMALL) is None
 
 
 def test_an_interrupted_demo_is_made_anew(tmp_path, monkeypatch):
@@ -188,12 +188,12 @@ def test_an_interrupted_demo_is_made_anew(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "_teach", interrupt)
+        patch.setattr(build, "_teach", interrupt)
         with pytest.raises(KeyboardInterrupt):
             make_demo(tmp_path, report=lambda line: None, recipe=SMALL)
     for name in ("train.jsonl", "dev.jsonl", "model"):
         (tmp_path / name).touch()
-    assert demo._finished_prompt(tmp_path, SMALL) is None
+    assert build._finished_prompt(tmp_path, SMALL) is None
 
 
 def test_files_that_are_not_a_demos_are_left_alone(tmp_path):
@@ -206,11 +206,11 @@ def test_files_that_are_not_a_demos_are_left_alone(tmp_path):
 def test_a_model_that_was_taught_too_little_is_refused(tmp_path):
     recipe = Recipe(updates=1, texts_per_update=1, samples_per_prompt=1, prompts_per_batch=20)
     requests = split_requests(0)[0][:20]
-    tokenizer = demo.make_tokenizer()
-    model = demo._teach(tokenizer, requests, recipe, lambda line: None)
+    tokenizer = build.make_tokenizer()
+    model = build._teach(tokenizer, requests, recipe, lambda line: None)
     with pytest.raises(RuntimeError, match="after 1 updates of teaching; more are needed"):
-        demo._pairs(model, tokenizer, requests, 1, recipe)
+        build._pairs(model, tokenizer, requests, 1, recipe)
 
 
 def test_the_language_needs_nothing_heavy():
-    assert not {"torch", "transformers"} & set(vars(demo_language))
+    assert not {"torch", "transformers"} & set(vars(language))

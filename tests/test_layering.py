@@ -24,8 +24,6 @@ LINE = (
     "ref_cache",
     "trainer",
     "evaluation",
-    "comparison",
-    "scored_rows",
     "merging",
 )
 SIDE_ROOMS = (
@@ -41,7 +39,6 @@ COMMANDS = (
     "merge",
     "plan",
     "demo",
-    "demo_language",
     "__main__",
     "__init__",
 )

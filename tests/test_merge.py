@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from fastdpo import merge
 from fastdpo.cli.parser import command
-from fastdpo.demo import make_tokenizer
+from fastdpo.demo.build import make_tokenizer
 from fastdpo.merging import find_base, plan_merge, read_adapter, write_folder
 from fastdpo.merging.tensor_files import tensors_of
 from fastdpo.system import files

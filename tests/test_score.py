@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo import evaluate, score
 from fastdpo.cli.parser import command
-from fastdpo.demo import make_tokenizer
+from fastdpo.demo.build import make_tokenizer
 from fastdpo.system import files
 
 TOKENIZER = make_tokenizer()
@@ -161,7 +161,7 @@ def test_parquet_in_keeps_every_column(workplace):
 
 def test_parquet_in_many_batches(workplace, monkeypatch):
     """Columns that show only in a later batch are there; no batch holds all rows."""
-    monkeypatch.setattr("fastdpo.scored_rows.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("fastdpo.evaluation.scored_rows.ROWS_AT_ONCE", 2)
     score.main([*ADAPTER, "--output_file", "scores.parquet"])
     file = parquet.ParquetFile("scores.parquet")
     assert file.num_row_groups == 4

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastdpo.demo_language import LIKED, Request, pair_of, speak, split_requests
+from fastdpo.demo.language import LIKED, Request, pair_of, speak, split_requests
 from fastdpo.system import files
 
 Report = Callable[[str], None]

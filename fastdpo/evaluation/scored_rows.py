@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.comparison import pairs_of
 from fastdpo.data import DataError, PairDataset, Rows
 from fastdpo.data.pairs import (
     EMPTY_COMPLETION,
@@ -21,6 +20,7 @@ from fastdpo.data.pairs import (
     OVER_LONG_PROMPT,
     RATED_ALIKE,
 )
+from fastdpo.evaluation.load_both import pairs_of
 from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.scoring import ScoredPairs
 from fastdpo.options import RowOptions

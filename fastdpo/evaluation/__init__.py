@@ -1,0 +1,1 @@
+"""Policy and reference over held-out pairs, for evaluate, score and merge."""
