@@ -21,8 +21,7 @@ from fastdpo.modeling.activations import apply_policy
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import PackedSegments, packed_attention
 from fastdpo.modeling.head import backbone_of, causal_lm_of
-from fastdpo.modeling.mlp import tile_mlps
-from fastdpo.modeling.norms import tile_norms
+from fastdpo.modeling.tiles import tile_mlps, tile_norms
 
 
 class LiveBytes(TorchDispatchMode):

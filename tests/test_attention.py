@@ -21,7 +21,7 @@ from fastdpo.modeling.attention import (
     OWN,
     PackedSegments,
     attention_kind,
-    choice,
+    dispatch,
     flex,
     packed_attention,
     varlen,
@@ -360,12 +360,14 @@ class OnCuda:
 )
 def test_auto_takes_the_first_that_can(inputs, terms, wanted, because, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    choice._say.cache_clear()
+    dispatch._say.cache_clear()
     caplog.set_level(logging.INFO, "fastdpo")
     side = OnCuda(**inputs)
     segments = PackedSegments(ROWS["pairs"])
     for _ in range(2):
-        chosen = choice.chosen_backend("auto", side, side, side, segments, AttentionTerms(**terms))
+        chosen = dispatch.chosen_backend(
+            "auto", side, side, side, segments, AttentionTerms(**terms)
+        )
         assert chosen == wanted
     (line,) = [record.message for record in caplog.records]
     assert line.startswith(f"Attention over packed pairs: {wanted}")
@@ -376,15 +378,15 @@ def test_old_cards_and_padded_rows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     side, terms = OnCuda(), AttentionTerms()
     row = PackedSegments(ROWS["pairs"])
-    assert choice.chosen_backend("auto", side, side, side, row, terms) == "flex"
+    assert dispatch.chosen_backend("auto", side, side, side, row, terms) == "flex"
     with pytest.raises(ValueError, match=r"--attention varlen cannot be used here.*8\.0"):
-        choice.chosen_backend("varlen", side, side, side, row, terms)
+        dispatch.chosen_backend("varlen", side, side, side, row, terms)
     padded = PackedSegments(())
-    assert choice.chosen_backend("varlen", side, side, side, padded, terms) == "sdpa"
+    assert dispatch.chosen_backend("varlen", side, side, side, padded, terms) == "sdpa"
 
 
 def test_on_the_cpu_it_is_segment_by_segment_and_says_so(caplog):
-    choice._say.cache_clear()
+    dispatch._say.cache_clear()
     caplog.set_level(logging.INFO, "fastdpo")
     packed(model_of("llama"), random_groups(1))
     (line,) = [r.message for r in caplog.records if "Attention over packed pairs" in r.message]
@@ -433,7 +435,7 @@ def test_autocast_reaches_every_kernel():
         seen.append({query.dtype, key.dtype, value.dtype})
         return attend_segments(query, key, value, packed, terms)
 
-    original, choice.attend_segments = choice.attend_segments, spy
+    original, dispatch.attend_segments = dispatch.attend_segments, spy
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
             (micro_batch,) = pack_update(random_groups(1), 512)
@@ -444,5 +446,5 @@ def test_autocast_reaches_every_kernel():
                     packed=PackedSegments(micro_batch.segments),
                 )
     finally:
-        choice.attend_segments = original
+        dispatch.attend_segments = original
     assert seen == [{torch.bfloat16}] * 2

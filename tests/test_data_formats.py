@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from trl.data_utils import extract_prompt
 
 from fastdpo.data import DataError
-from fastdpo.data.formats import is_blank, preference_row, split_shared
+from fastdpo.data.normalize import is_blank, preference_row, split_shared
 
 
 def user(text):

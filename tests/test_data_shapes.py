@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fastdpo.data import DataError, prepare_pairs, read_rows, rows_from
-from fastdpo.data.shapes import RowReader
+from fastdpo.data.columns import RowReader
 from fastdpo.options.data import column_roles
 
 

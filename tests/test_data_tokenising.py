@@ -10,7 +10,6 @@ from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_c
 
 from fastdpo.data import DataError, Pair, PairDataset, prepare_pairs, read_rows, rows_from
 from fastdpo.data.chat_template import PLAIN_CHAT_TEMPLATE
-from fastdpo.data.control_tokens import ControlTokens
 from fastdpo.data.pairs import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
@@ -18,6 +17,7 @@ from fastdpo.data.pairs import (
     IDENTICAL_AFTER_TRUNCATION,
     OVER_LONG_PROMPT,
 )
+from fastdpo.data.special_tokens import ControlTokens
 from fastdpo.data.truncation import TRUNCATION_MODES, Limits, truncate
 
 TEMPLATES = ("qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "phi3", "phi3_training")

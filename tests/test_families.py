@@ -44,7 +44,7 @@ from fastdpo.modeling import families
 from fastdpo.modeling.attention import OWN, packed_attention
 from fastdpo.modeling.families import pass_mode
 from fastdpo.modeling.logprobs import packed_logprobs
-from fastdpo.modeling.routers import load_balancing_loss
+from fastdpo.modeling.moe import load_balancing_loss
 from fastdpo.modeling.scoring import score_pairs
 
 DELTA = {

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batching import Segment, pack_update
 from fastdpo.modeling.attention import PackedSegments, packed_attention
-from fastdpo.modeling.attention.choice import chosen_backend
+from fastdpo.modeling.attention.dispatch import chosen_backend
 from fastdpo.modeling.attention.flex import allowed_by, attend_flex
 from fastdpo.modeling.attention.sdpa import attend_segments
 from fastdpo.modeling.attention.segments import AttentionTerms

@@ -16,8 +16,7 @@ from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.logprobs import packed_logprobs
-from fastdpo.modeling.mlp import tile_mlps
-from fastdpo.modeling.norms import tile_norms
+from fastdpo.modeling.tiles import tile_mlps, tile_norms
 
 pytestmark = pytest.mark.gpu
 

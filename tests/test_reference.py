@@ -406,10 +406,10 @@ def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
     untied = base()
     untied.load_state_dict(tied.state_dict())
     assert identity_of(tied) != identity_of(untied)
-    from fastdpo.modeling.attention import choice
+    from fastdpo.modeling.attention import dispatch
     from fastdpo.ref_cache import identity as module
 
-    for room, name in ((choice, "KIND"), (module, "NUMERICS_VERSION")):
+    for room, name in ((dispatch, "KIND"), (module, "NUMERICS_VERSION")):
         with monkeypatch.context() as patch:
             patch.setattr(room, name, "another")
             assert identity_of(model) != identity

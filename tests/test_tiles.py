@@ -17,9 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fastdpo.batching import pack_update
 from fastdpo.modeling.activations import apply_policy, decoder_layers
-from fastdpo.modeling.mlp import tile_mlps
-from fastdpo.modeling.norms import tile_norms
-from fastdpo.modeling.tiles import run_in_tiles
+from fastdpo.modeling.tiles import run_in_tiles, tile_mlps, tile_norms
 
 
 @pytest.fixture(scope="module")

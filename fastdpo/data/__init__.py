@@ -1,12 +1,12 @@
 """Reading preference data and turning it into token pairs; no model and no torch in here."""
 
 from fastdpo.data.errors import DataError, UnknownSplitError
-from fastdpo.data.formats import PreferenceRow
 from fastdpo.data.mixture import MixedRows, get_dataset, read_mixture
+from fastdpo.data.normalize import PreferenceRow
 from fastdpo.data.pairs import Pair, PairDataset, PairLengths, PreparationReport
 from fastdpo.data.preview import show_pairs
 from fastdpo.data.reading import Rows, read_held_out, read_rows, rows_from
-from fastdpo.data.tokenising import prepare_pairs
+from fastdpo.data.tokenize import prepare_pairs
 
 __all__ = [
     "read_rows",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import PreferenceRow
+from fastdpo.data.normalize import PreferenceRow
 from fastdpo.data.reading import Rows, read_rows
 from fastdpo.options.data import DatasetConfig, DatasetMixtureConfig, column_roles
 

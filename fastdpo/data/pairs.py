@@ -77,7 +77,7 @@ class PreparationReport:
             left out or comes back as part of the completion.
         repeated_prompts: rows whose completions both begin with their prompt.
         shapes: how the rows were read, a sentence for each source.
-        findings: what is odd about the pairs, and their lengths (see `fastdpo.data.doctor`).
+        findings: what is odd about the pairs, and their lengths (see `fastdpo.data.checks`).
         notes: anything else to tell the user, one line each.
     """
 

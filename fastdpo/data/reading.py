@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fastdpo.data.columns import RowReader
 from fastdpo.data.errors import ROW_SHAPE, DataError, UnknownSplitError
-from fastdpo.data.formats import PreferenceRow
 from fastdpo.data.json_lines import MAX_LINE_MIB, read_json, read_json_lines
-from fastdpo.data.shapes import RowReader
+from fastdpo.data.normalize import PreferenceRow
 from fastdpo.data.tables import (
     TABLE_ENDINGS,
     check_only_text,
@@ -140,7 +140,7 @@ def read_rows(
             name of a set on the Hugging Face hub, which `datasets` then loads.
         split: which part, a slice such as "train[:90%]" included; a single file has only "train".
         config_name: the configuration of a hub set that has several.
-        columns: role -> column, where the names are not recognised (see `fastdpo.data.shapes`).
+        columns: role -> column, where the names are not recognised (see `fastdpo.data.columns`).
         rated_pairs: "best_worst" or "all", of several rated completions to a prompt.
         streaming: leave a folder's or a hub set's rows where they are until they are asked for; a
             single file is read as ever.
@@ -203,7 +203,7 @@ def rows_from(
         dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts or of tuples (prompt,
             preferred, dispreferred), a pandas frame, or a generator of rows.
         source: what to call it in messages.
-        columns: role -> column, where the names are not recognised (see `fastdpo.data.shapes`).
+        columns: role -> column, where the names are not recognised (see `fastdpo.data.columns`).
         rated_pairs: "best_worst" or "all", of several rated completions to a prompt.
 
     Returns:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.data.chat_template import ensure_chat_template
-from fastdpo.data.control_tokens import ControlTokens
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import Messages, PreferenceRow
+from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
+from fastdpo.data.special_tokens import ControlTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

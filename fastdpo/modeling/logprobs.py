@@ -12,7 +12,7 @@ from fastdpo.batching import MicroBatch
 from fastdpo.modeling.attention import PackedSegments, attends_packed
 from fastdpo.modeling.families import rotary_limit
 from fastdpo.modeling.head import backbone_of, causal_lm_of, head_of
-from fastdpo.modeling.routers import experts_per_token, load_balancing_loss
+from fastdpo.modeling.moe import experts_per_token, load_balancing_loss
 
 METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
 

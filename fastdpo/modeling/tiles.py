@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastdpo.modeling.activations import decoder_layers
+from fastdpo.modeling.head import backbone_of
 from fastdpo.system.rng import RandomState
 
 
@@ -155,3 +157,58 @@ class _Value(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         return grad_outputs[0], None, None
+
+
+_PARTS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+
+
+def tile_mlps(model: nn.Module, tile_tokens: int | None) -> int:
+    """Run the MLPs of the decoder over tiles, in place; a later call changes the size.
+
+    Exact to rounding, the products having fewer rows. The inside of an MLP (the two projections up,
+    the activation and their product, with their gradients) exists for one tile at a time.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+        tile_tokens: most tokens of a tile; None runs every MLP over the whole row again.
+
+    Returns:
+        How many MLPs there are: gated ones; others stay as they are.
+    """
+    gated = (
+        module
+        for layer in decoder_layers(model)
+        for module in list(layer.modules())
+        if any(_has(module, parts) for parts in _PARTS)
+    )
+    return run_in_tiles(gated, tile_tokens)
+
+
+def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
+    return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
+
+
+def tile_norms(model: nn.Module, tile_tokens: int | None) -> int:
+    """Run the decoder's norms over tiles, in place; a later call changes the size.
+
+    transformers' norms compute in fp32: they save a copy of their input in it, and their backward
+    holds about five more. Over tiles they save the input itself, and the copies exist for one tile
+    at a time. Values are the same bit for bit; gradients in bf16 too, in fp32 to rounding.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+        tile_tokens: most tokens of a tile; None runs every norm over the whole row again.
+
+    Returns:
+        How many norms there are.
+    """
+    backbone = backbone_of(model)
+    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
+    modules += backbone.children()  # the last norm
+    return run_in_tiles((m for m in modules if _is_norm(m)), tile_tokens)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith("Norm")
+    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1

@@ -32,8 +32,8 @@ from fastdpo.modeling.families import pass_mode
 from fastdpo.modeling.head import causal_lm_of, head_of
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
+from fastdpo.modeling.moe import aux_loss_coef
 from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.modeling.routers import aux_loss_coef
 from fastdpo.options import LossOptions, reference_folder
 from fastdpo.planner import compare
 from fastdpo.ref_cache import ReferenceSource, asked_for

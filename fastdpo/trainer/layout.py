@@ -22,8 +22,7 @@ from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.families import PassMode
 from fastdpo.modeling.head import causal_lm_of
-from fastdpo.modeling.mlp import tile_mlps
-from fastdpo.modeling.norms import tile_norms
+from fastdpo.modeling.tiles import tile_mlps, tile_norms
 from fastdpo.planner import Plan, plan_for_run
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Attention over packed groups: each completion attends to its prompt and to itself."""
 
-from fastdpo.modeling.attention.choice import (
+from fastdpo.modeling.attention.dispatch import (
     ATTENTIONS,
     KIND,
     OWN,

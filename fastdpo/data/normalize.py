@@ -1,6 +1,6 @@
 """The one form of a preference row, and its checks: TRL's columns, messages in either spelling.
 
-Which columns of a file are prompt, chosen and rejected is found out in `fastdpo.data.shapes`.
+Which columns of a file are prompt, chosen and rejected is found out in `fastdpo.data.columns`.
 """
 
 import json

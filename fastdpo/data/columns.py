@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastdpo.data.errors import ROW_SHAPE, DataError
-from fastdpo.data.formats import PreferenceRow, preference_row
-from fastdpo.data.rated import pairs_of_rated
-from fastdpo.data.turns import (
+from fastdpo.data.messages import (
     ASSISTANT,
     history_turns,
     is_answer,
@@ -22,6 +20,8 @@ from fastdpo.data.turns import (
     split_transcripts,
     with_system,
 )
+from fastdpo.data.normalize import PreferenceRow, preference_row
+from fastdpo.data.ranked import pairs_of_rated
 from fastdpo.options.data import ROLES
 
 _SIDES = ("chosen", "rejected")

@@ -9,7 +9,7 @@ from test_data_tokenising import chat, ids_of, prepare, strings
 from transformers import AutoTokenizer
 
 from fastdpo.data import Pair, PairDataset, prepare_pairs, rows_from, show_pairs
-from fastdpo.data.doctor import examine
+from fastdpo.data.checks import examine
 from fastdpo.data.pairs import IDENTICAL_AFTER_TRUNCATION, OVER_LONG_PROMPT
 from fastdpo.data.truncation import Limits, truncate
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import Messages, PreferenceRow
+from fastdpo.data.normalize import Messages, PreferenceRow
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

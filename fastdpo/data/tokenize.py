@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from fastdpo.data.doctor import examine
+from fastdpo.data.checks import examine
 from fastdpo.data.errors import DataError
-from fastdpo.data.formats import PreferenceRow, is_blank
+from fastdpo.data.normalize import PreferenceRow, is_blank
 from fastdpo.data.pairs import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
