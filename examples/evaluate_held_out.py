@@ -12,14 +12,8 @@ from peft import LoraConfig
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import read_rows
-from fastdpo.evaluate import run
-from fastdpo.options import (
-    ComparisonOptions,
-    DataOptions,
-    EvaluationOptions,
-    ModelOptions,
-    RowOptions,
-)
+from fastdpo.evaluate import EvaluationOptions, run
+from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, RowOptions
 
 
 def train(inputs):

@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from transformers import TrainingArguments
 
-from fastdpo.former_options import explain_unknown
 from fastdpo.options import PreferenceOptions, TrlOptions
 from fastdpo.options.checks import check_printable
+from fastdpo.options.removed import explain_unknown
 
 logger = logging.getLogger(__name__)
 

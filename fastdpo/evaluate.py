@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,11 @@ from fastdpo.options import (
     TRAINING_OPTIONS,
     ComparisonOptions,
     DataOptions,
-    EvaluationOptions,
     ModelOptions,
     RowOptions,
     refuse_training_options,
 )
+from fastdpo.options.checks import check_whole, option
 from fastdpo.system import files
 from fastdpo.system.console import say
 
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fastdpo.evaluation.evaluate_pairs import Evaluation
+
+
+@dataclass
+class EvaluationOptions:
+    """What an evaluation shows."""
+
+    _argument_group_name = "Evaluation"
+
+    num_completions: int = option(3, "Prompts that both models complete, for you to read.")
+    max_new_tokens: int = option(64, "Most tokens of such a completion.")
+    output_file: str = option("evaluation.json", "JSON file that the figures are written to.")
+
+    def __post_init__(self) -> None:
+        check_whole("num_completions", self.num_completions, 0, "0 writes none")
+        check_whole("max_new_tokens", self.max_new_tokens, 1, "64 is usual")
 
 
 def main(argv: Sequence[str]) -> None:

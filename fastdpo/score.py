@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from fastdpo.cli.parser import command, parse
@@ -12,13 +13,38 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     RowOptions,
-    ScoringOptions,
     refuse_training_options,
 )
+from fastdpo.options.checks import option
 from fastdpo.system.console import say
 
 if TYPE_CHECKING:
     from fastdpo.evaluation.scored_rows import ScoredRows
+
+SCORE_ENDINGS = (".jsonl", ".parquet")
+
+
+@dataclass
+class ScoringOptions:
+    """Where the scored rows go, and how their new columns are called."""
+
+    _argument_group_name = "Scores"
+
+    output_file: str = option(
+        "scores.jsonl", "File of the rows with their figures; ends in .jsonl or .parquet."
+    )
+    column_prefix: str = option(
+        "",
+        "Put before the names of the new columns, so that a second model's figures fit beside "
+        "the first's.",
+    )
+
+    def __post_init__(self) -> None:
+        if PurePath(self.output_file).suffix.lower() not in SCORE_ENDINGS:
+            raise ValueError(
+                f"--output_file is {self.output_file!r}; its ending says the format, and it must "
+                f"be one of {', '.join(SCORE_ENDINGS)}."
+            )
 
 
 def main(argv: Sequence[str]) -> None:

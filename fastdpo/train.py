@@ -2,19 +2,15 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
-from fastdpo.options import (
-    DataOptions,
-    ModelOptions,
-    TrainOptions,
-    presets,
-)
+from fastdpo.options import DataOptions, ModelOptions, presets
+from fastdpo.options.checks import option
 from fastdpo.system.console import say, table
 from fastdpo.trainer.from_options import (
     make_trainer,
@@ -24,6 +20,19 @@ from fastdpo.trainer.from_options import (
 
 if TYPE_CHECKING:
     from fastdpo.trainer import DPOTrainer
+
+
+@dataclass
+class TrainOptions:
+    """What `python -m fastdpo.train` does besides training."""
+
+    _argument_group_name = "This command"
+
+    dry_run: bool = option(
+        False,
+        "Read, check and tokenise everything, print the options, the layout, on a CUDA card the "
+        "memory plan, and three pairs, and stop before the first update.",
+    )
 
 
 def main(argv: Sequence[str]) -> None:

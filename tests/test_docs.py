@@ -30,19 +30,15 @@ from test_trl_options import as_markdown
 from fastdpo import train
 from fastdpo.config import DPOConfig
 from fastdpo.data import PreferenceRow, rows_from
+from fastdpo.evaluate import EvaluationOptions
 from fastdpo.losses import LOSSES
-from fastdpo.options import (
-    ComparisonOptions,
-    DataOptions,
-    EvaluationOptions,
-    MergingOptions,
-    ModelOptions,
-    PlanningOptions,
-    ScoringOptions,
-    TrainOptions,
-)
+from fastdpo.merge import MergingOptions
+from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions
+from fastdpo.plan import PlanningOptions
 from fastdpo.reference import StoreOptions
+from fastdpo.score import ScoringOptions
 from fastdpo.system import files
+from fastdpo.train import TrainOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))

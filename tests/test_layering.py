@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room may import the rooms of the lines above its own and, where it is a folder or a command,
 # its own room. A side room serves everything above config but imports only ROOTS and config.
-ROOTS = ("version", "options", "former_options", "system")
+ROOTS = ("version", "options", "system")
 LINE = (
     "config",
     "data",
@@ -113,7 +113,7 @@ def package_faults(source: str, module: str, is_package: bool = False) -> list[s
             faults.append(f"{where}: only {', '.join(MAY_IMPORT_KERNELS)} may import the kernels")
         elif top in (*FOREIGN, "kernels"):
             faults.append(f"{where}: nothing imports {top}")
-        elif room in ("version", "options", "former_options") and not _is_standard(top):
+        elif room in ("version", "options") and not _is_standard(top):
             faults.append(f"{where}: {room} imports only the standard library")
     return faults
 

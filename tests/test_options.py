@@ -12,25 +12,25 @@ import torch
 from fastdpo import options as options_room
 from fastdpo.config import DPOConfig, cuda_has_bf16
 from fastdpo.data import rendering, truncation
-from fastdpo.former_options import REMOVED_OPTIONS, explain_unknown
+from fastdpo.evaluate import EvaluationOptions
 from fastdpo.losses import LOSSES
+from fastdpo.merge import MergingOptions
 from fastdpo.modeling.attention import ATTENTIONS
 from fastdpo.options import (
     MODEL_ALIASES,
     ComparisonOptions,
     DataOptions,
-    EvaluationOptions,
-    MergingOptions,
     ModelOptions,
-    PlanningOptions,
     PreferenceOptions,
     RunOptions,
-    ScoringOptions,
     passes,
     presets,
     reference_folder,
     resolve_model,
 )
+from fastdpo.options.removed import REMOVED_OPTIONS, explain_unknown
+from fastdpo.plan import PlanningOptions
+from fastdpo.score import ScoringOptions
 
 OWN = (
     ModelOptions, DataOptions, PreferenceOptions, RunOptions,

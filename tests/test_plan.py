@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastdpo import plan
-from fastdpo.options import MODEL_ALIASES, PlanningOptions
+from fastdpo.options import MODEL_ALIASES
+from fastdpo.plan import PlanningOptions
 from fastdpo.planner import Plan, card_of
 
 ROOT = Path(__file__).parents[1]

@@ -32,8 +32,8 @@ from typing import (
 from transformers import HfArgumentParser
 
 from fastdpo.cli.yaml_file import read_options_file
-from fastdpo.former_options import explain_unknown
 from fastdpo.options import PARTS, DataOptions, ModelOptions, RunOptions, presets
+from fastdpo.options.removed import explain_unknown
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:

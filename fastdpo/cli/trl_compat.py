@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import HfArgumentParser
 
 from fastdpo.cli.yaml_file import read_options_file
-from fastdpo.former_options import explain_unknown
 from fastdpo.options.checks import check_choice, check_number, check_whole, option
 from fastdpo.options.model import DTYPES
+from fastdpo.options.removed import explain_unknown
 
 if TYPE_CHECKING:
     from peft import LoraConfig

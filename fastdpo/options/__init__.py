@@ -11,48 +11,37 @@ from fastdpo.options.comparison import (
     refuse_training_options,
 )
 from fastdpo.options.data import DEFAULT_DATASET, DataOptions
-from fastdpo.options.evaluation import EvaluationOptions
 from fastdpo.options.losses import (
     COUPLED_LOSSES,
     LOSS_TYPES,
     REFERENCE_FREE_LOSSES,
     LossOptions,
 )
-from fastdpo.options.merging import ONTO_MODES, MergingOptions
 from fastdpo.options.model import MODEL_ALIASES, ModelOptions, resolve_model
 from fastdpo.options.passes import PassOptions
-from fastdpo.options.planning import PlanningOptions
 from fastdpo.options.preference import PARTS, PreferenceOptions
 from fastdpo.options.reference import ReferenceOptions, reference_folder
 from fastdpo.options.rows import SPECIAL_TOKEN_MODES, TRUNCATION_MODES, RowOptions
-from fastdpo.options.running import RunOptions, TrainOptions, presets
-from fastdpo.options.scoring import SCORE_ENDINGS, ScoringOptions
+from fastdpo.options.running import RunOptions, presets
 from fastdpo.options.trl import TrlOptions
 
 __all__ = [
     "ComparisonOptions",
     "DataOptions",
-    "EvaluationOptions",
     "LossOptions",
-    "MergingOptions",
     "ModelOptions",
     "PARTS",
     "PassOptions",
-    "PlanningOptions",
     "PreferenceOptions",
     "ReferenceOptions",
     "RowOptions",
     "RunOptions",
-    "TrainOptions",
-    "ScoringOptions",
     "TrlOptions",
     "COUPLED_LOSSES",
     "DEFAULT_DATASET",
     "LOSS_TYPES",
     "MODEL_ALIASES",
-    "ONTO_MODES",
     "REFERENCE_FREE_LOSSES",
-    "SCORE_ENDINGS",
     "SPECIAL_TOKEN_MODES",
     "TRAINING_OPTIONS",
     "TRUNCATION_MODES",

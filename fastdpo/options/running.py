@@ -52,19 +52,6 @@ class RunOptions:
     )
 
 
-@dataclass
-class TrainOptions:
-    """What `python -m fastdpo.train` does besides training."""
-
-    _argument_group_name = "This command"
-
-    dry_run: bool = option(
-        False,
-        "Read, check and tokenise everything, print the options, the layout, on a CUDA card the "
-        "memory plan, and three pairs, and stop before the first update.",
-    )
-
-
 def presets(given: Mapping[str, Any]) -> dict[str, Any]:
     """The command's defaults for the inherited training options, to be laid below `given`.
 
