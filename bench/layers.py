@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from bench.contest import Turns, contest
 from bench.harness import MEASURED, SEED, Recorder, spread
 from bench.measuring import PeakMemory, Stopwatch
-from fastdpo.batching import Group, MicroBatch, pack_update
-from fastdpo.modeling.attention import OWN, packed_attention
+from fastdpo.batching import MicroBatch, PromptGroup, pack_update
+from fastdpo.modeling.attention import MODEL_ATTENTION, packed_attention
 from fastdpo.modeling.logprobs import packed_logprobs
 
 STACKS = {
@@ -30,7 +30,7 @@ STACKS = {
 SHARES = (0.2, 0.5, 0.8)
 PADDED = "padded as TRL"
 CONTENDERS: dict[str, dict[str, Any]] = {
-    PADDED: {"attention": OWN, "layout": {"packing": False}},
+    PADDED: {"attention": MODEL_ATTENTION, "layout": {"packing": False}},
     "fastdpo": {"attention": "auto", "layout": {}},
     "fastdpo unshared": {"attention": "auto", "layout": {"shared_prefix": False}},
 }
@@ -38,8 +38,8 @@ ATTENTION_PASSES = 3.5
 """Forward one, backward two and a half: it forms the scores again."""
 
 
-def groups_of(case: Mapping[str, Any]) -> list[Group]:
-    """Pairs whose rows are around `row_tokens` long, of which the prompt is `prompt_share`."""
+def groups_of(case: Mapping[str, Any]) -> list[PromptGroup]:
+    """Pairs whose rows are around `seq_lens` long, of which the prompt is `prompt_share`."""
     draw = np.random.default_rng(SEED)
     vocabulary = STACKS[case["device"]]["vocab_size"]
     groups = []
@@ -49,7 +49,7 @@ def groups_of(case: Mapping[str, Any]) -> list[Group]:
         answers = (length - prompt) * draw.uniform(0.75, 1.25, 2)
         parts = [draw.integers(0, vocabulary, max(2, round(n)), dtype=np.int32) for n in answers]
         groups.append(
-            Group(draw.integers(0, vocabulary, prompt, dtype=np.int32), (parts[0], parts[1]))
+            PromptGroup(draw.integers(0, vocabulary, prompt, dtype=np.int32), (parts[0], parts[1]))
         )
     return groups
 
@@ -71,9 +71,9 @@ def seen_keys(micro_batch: MicroBatch) -> int:
         return rows * length * (length + 1) // 2
     total = 0
     for segment in micro_batch.segments:
-        trunk = segment.trunk_tokens
-        total += trunk * (trunk + 1) // 2
-        total += sum(n * trunk + n * (n + 1) // 2 for n in segment.branch_tokens)
+        prefix = segment.prefix_tokens
+        total += prefix * (prefix + 1) // 2
+        total += sum(n * prefix + n * (n + 1) // 2 for n in segment.suffix_tokens)
     return total
 
 

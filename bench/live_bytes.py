@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fastdpo.batching import Segment
-from fastdpo.modeling.activations import apply_policy
+from fastdpo.modeling.activations import apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import PackedSegments, packed_attention
-from fastdpo.modeling.head import backbone_of, causal_lm_of
+from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
 
 
@@ -117,11 +117,11 @@ def walk_update(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model = add_adapter(model, lora_config(lora_r, 2 * lora_r, 0.0, None)).train()
-    apply_policy(model, policy)
+    apply_activation_plan(model, policy)
     tile_mlps(model, mlp_tile_tokens)
     tile_norms(model, norm_tile_tokens)
     tokens = sum(segment.tokens for segment in segments)
-    scored = sum(sum(segment.branch_tokens) for segment in segments)
+    scored = sum(sum(segment.suffix_tokens) for segment in segments)
     live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model)
@@ -129,10 +129,10 @@ def walk_update(
         for parameter in trained:  # as from the second micro-batch of an update on
             parameter.grad = torch.empty_like(parameter)
         live.ignore([*model.parameters(), *model.buffers(), *(p.grad for p in trained)])
-        with live, packed_attention(causal_lm_of(model).config):
+        with live, packed_attention(unwrap_model(model).config):
             ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
             at, _targets, _index = (torch.zeros(scored, dtype=torch.int64) for _ in range(3))
-            hidden_states = backbone_of(model)(
+            hidden_states = get_backbone(model)(
                 input_ids=ids,
                 position_ids=positions,
                 use_cache=False,

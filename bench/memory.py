@@ -66,20 +66,22 @@ def aim(recorder: Recorder, case: Mapping[str, Any], *, with_trl: bool) -> None:
         outcome, note = result.outcome, result.note
         recorder.add(case, "fastdpo planned", "peak_mib", outcome=outcome, note=note)
     lengths = [case["row_tokens"], *([TRL_AT[key]] if (key := _aim_of(case)) in TRL_AT else [])]
-    for row_tokens in lengths if with_trl else []:
-        asked = {**case, "row_tokens": row_tokens}
+    for seq_lens in lengths if with_trl else []:
+        requested = {**case, "row_tokens": seq_lens}
         run = {"pairs": 1, "accumulation": 1, "tuning": "lora", "checkpointing": True}
         run |= {"library": "trl", "updates": UPDATES + 1, "rows": UPDATES + 1}
-        run |= {"load_in_4bit": True, "pair_tokens": 2 * row_tokens}
+        run |= {"load_in_4bit": True, "pair_tokens": 2 * seq_lens}
         run |= {"card_gib": case["card_gib"] - CONTEXT_BYTES / 2**30}
-        result = solo(TRAINER, {**asked, **run}, turns=UPDATES)
+        result = solo(TRAINER, {**requested, **run}, turns=UPDATES)
         if len(result.turns) == UPDATES:
             # Ours is the whole card's, weights and all; a trainer's is above what it began with.
             metric = "peak_reserved_mib" if "peak_reserved_mib" in result.turns[-1] else "peak_mib"
-            recorder.add(asked, "trl 4-bit", metric, [result.turns[-1][metric]])
-            recorder.add(asked, "trl 4-bit", "update_s", result.column("wall_s")[1:])
+            recorder.add(requested, "trl 4-bit", metric, [result.turns[-1][metric]])
+            recorder.add(requested, "trl 4-bit", "update_s", result.column("wall_s")[1:])
         else:
-            recorder.add(asked, "trl 4-bit", "peak_mib", outcome=result.outcome, note=result.note)
+            recorder.add(
+                requested, "trl 4-bit", "peak_mib", outcome=result.outcome, note=result.note
+            )
 
 
 def _aim_of(case: Mapping[str, Any]) -> tuple[str, int]:
@@ -93,9 +95,9 @@ def aims(recorder: Recorder, chosen: Sequence[tuple[str, int, int]] = AIMS) -> N
         aim(recorder, {**case, "device": "cpu", "config": TOY}, with_trl=False)
         return
     memory = torch.cuda.get_device_properties(0).total_memory
-    for model, card_gib, row_tokens in chosen:
+    for model, card_gib, seq_lens in chosen:
         if card_gib * 2**30 <= memory * 1.02:
-            case = {"model": model, "row_tokens": row_tokens, "card_gib": card_gib}
+            case = {"model": model, "row_tokens": seq_lens, "card_gib": card_gib}
             aim(recorder, {**case, "dtype": "bfloat16", "device": "cuda"}, with_trl=True)
 
 

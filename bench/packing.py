@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.harness import SEED, Recorder, spread
 from bench.inputs import SHARED_DATA, pair_lengths
-from fastdpo.batching import Group, MicroBatch, pack_update
+from fastdpo.batching import MicroBatch, PromptGroup, pack_update
 
 SETS = {
     "stories": "prefs/tinystories/ts_happy_onpolicy_train.jsonl",
@@ -35,7 +35,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 }
 
 
-def real_groups(folder: Path = SHARED_DATA) -> dict[str, list[Group]]:
+def real_groups(folder: Path = SHARED_DATA) -> dict[str, list[PromptGroup]]:
     """The pairs of every set and of all; without the folder, random ones as long as real ones."""
     if not folder.is_dir():
         draw = np.random.default_rng(SEED)
@@ -49,24 +49,24 @@ def real_groups(folder: Path = SHARED_DATA) -> dict[str, list[Group]]:
         text = content if isinstance(content, str) else "\n".join(t["content"] for t in content)
         return np.array(tokenizer(text)["input_ids"] or [0], dtype=np.int32)
 
-    sets: dict[str, list[Group]] = {}
+    sets: dict[str, list[PromptGroup]] = {}
     for name, path in SETS.items():
         with (folder / path).open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines]
         sets[name] = [
-            Group(tokens(row["prompt"]), (tokens(row["chosen"]), tokens(row["rejected"])))
+            PromptGroup(tokens(row["prompt"]), (tokens(row["chosen"]), tokens(row["rejected"])))
             for row in rows
             if row["chosen"] != row["rejected"]
         ]
     return sets | {"all": [group for groups in sets.values() for group in groups]}
 
 
-def _random_group(draw: np.random.Generator, lengths: Sequence[int]) -> Group:
+def _random_group(draw: np.random.Generator, lengths: Sequence[int]) -> PromptGroup:
     prompt, *completions = (draw.integers(0, 50257, n, dtype=np.int32) for n in lengths)
-    return Group(prompt, tuple(completions))
+    return PromptGroup(prompt, tuple(completions))
 
 
-def updates_of(groups: Sequence[Group], pairs: int, count: int) -> list[list[Group]]:
+def updates_of(groups: Sequence[PromptGroup], pairs: int, count: int) -> list[list[PromptGroup]]:
     """Updates of so many pairs, drawn without replacement where there are enough."""
     draw = np.random.default_rng(SEED)
     picks = (draw.choice(len(groups), pairs, replace=len(groups) < pairs) for _ in range(count))
@@ -80,10 +80,10 @@ def cells(micro_batches: Sequence[MicroBatch]) -> int:
 
 def fill(micro_batches: Sequence[MicroBatch]) -> float:
     """Real tokens over all."""
-    return sum(m.real_tokens for m in micro_batches) / cells(micro_batches)
+    return sum(m.num_tokens for m in micro_batches) / cells(micro_batches)
 
 
-def prompt_share(group: Group) -> float:
+def prompt_share(group: PromptGroup) -> float:
     """The prompt's part of the tokens of all rows."""
     prompts = len(group.completions) * len(group.prompt_ids)
     return prompts / (prompts + sum(map(len, group.completions)))

@@ -16,22 +16,22 @@ from bench.harness import SEED
 from bench.measuring import MIB, PeakMemory, Stopwatch
 from bench.synthetic import aliased_config, random_model
 from bench.trainers import LORA_ALPHA, LORA_RANK, limit_memory
-from fastdpo.batching import Group, MicroBatch, pack_update
-from fastdpo.modeling.adapters import adapters_off, add_adapter, lora_config
+from fastdpo.batching import MicroBatch, PromptGroup, pack_update
+from fastdpo.modeling.adapters import adapters_disabled, add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.planner import (
     Plan,
     Workload,
     architecture_of,
-    card_of,
-    free_host_bytes,
+    gpu_spec,
+    pinnable_host_bytes,
     plan,
     training_of,
 )
 from fastdpo.planner.terms import CONTEXT_BYTES, GIB
-from fastdpo.trainer.layout import Layout
+from fastdpo.trainer.layout import ExecutionLayout
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 
@@ -65,7 +65,7 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
         figures = watch.stop() | memory.over_start() | {"loss": loss}
         if device.type == "cuda":
             figures["peak_mib"] = torch.cuda.max_memory_allocated() / MIB
-        turns.answer(figures | {"tokens": micro_batch.real_tokens})
+        turns.answer(figures | {"tokens": micro_batch.num_tokens})
 
 
 def planned(model: torch.nn.Module, case: Mapping[str, Any]) -> Plan:
@@ -74,18 +74,18 @@ def planned(model: torch.nn.Module, case: Mapping[str, Any]) -> Plan:
     return plan(
         architecture_of(model, case["model"]),
         training_of(model, "adamw_torch_fused"),
-        card_of(str(case["card_gib"])),
+        gpu_spec(str(case["card_gib"])),
         Workload(tokens, tokens),
-        host_bytes=free_host_bytes(),
+        host_bytes=pinnable_host_bytes(),
         change_optimizer=True,
     )
 
 
 def carry_out(model: torch.nn.Module, made: Plan) -> None:
     """Set the model up as the plan says."""
-    Layout(
+    ExecutionLayout(
         made.micro_batch_tokens,
-        made.layer_policy,
+        made.activation_plan,
         made.mlp_tile_tokens,
         made.norm_tile_tokens,
         made.embeddings_on_host,
@@ -96,8 +96,8 @@ def update(
     model: torch.nn.Module, micro_batch: MicroBatch, optimizer: torch.optim.Optimizer
 ) -> float:
     """The reference's log-probs, forward, backward, clip, step; the loss."""
-    with packed_attention(causal_lm_of(model).config):
-        with adapters_off(model), torch.no_grad():
+    with packed_attention(unwrap_model(model).config):
+        with adapters_disabled(model), torch.no_grad():
             reference = packed_logprobs(model, micro_batch).logps
         logps = packed_logprobs(model, micro_batch).logps
         logratios = (logps - reference).view(-1, 2)
@@ -121,10 +121,10 @@ def _optimizer(model: torch.nn.Module, made: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
 
 
-def _pair(row_tokens: int, micro_batch_tokens: int) -> MicroBatch:
+def _pair(seq_lens: int, micro_batch_tokens: int) -> MicroBatch:
     """Two rows of L tokens that share one, all others scored."""
     draw = np.random.default_rng(SEED)
-    chosen, rejected = (draw.integers(3, 200, row_tokens, dtype=np.int32) for _ in range(2))
+    chosen, rejected = (draw.integers(3, 200, seq_lens, dtype=np.int32) for _ in range(2))
     chosen[0], rejected[0] = 3, 4
-    group = Group(np.array([1], dtype=np.int32), (chosen, rejected))
+    group = PromptGroup(np.array([1], dtype=np.int32), (chosen, rejected))
     return pack_update([group], micro_batch_tokens)[0]

@@ -26,14 +26,14 @@ HITS = 5
 def fill_fastdpo(case: Mapping[str, Any], turns: Turns) -> None:
     """Fill a new trainer's reference each turn; after the first one the store has it all."""
     from bench.trainers import build
-    from fastdpo.ref_cache import ReferenceSource
+    from fastdpo.ref_cache import RefLogpsProvider
 
     with TemporaryDirectory() as folder:
         trainer: Any = build(case, Path(folder), [])
         given = trainer.reference
         turns.ready()
         for _ in turns:
-            source = ReferenceSource(
+            source = RefLogpsProvider(
                 given.reference, given.folder, compute_dtype=given.compute_dtype, **given.options
             )
             trainer.train_groups.ref_logps = None

@@ -10,7 +10,7 @@ import torch
 from fastdpo_kernels import linear_logprobs
 
 from bench.inputs import HeadInputs, head_inputs, pair_lengths
-from fastdpo.batching import Group, pack_update
+from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys, row_key
 
 PAIRS = 64
@@ -22,10 +22,10 @@ def head() -> HeadInputs:
 
 
 @pytest.fixture(scope="module")
-def groups() -> list[Group]:
+def groups() -> list[PromptGroup]:
     draw = np.random.default_rng(0)
     return [
-        Group(
+        PromptGroup(
             draw.integers(0, 512, prompt, dtype=np.int32),
             tuple(draw.integers(0, 512, length, dtype=np.int32) for length in completions),
         )

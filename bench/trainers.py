@@ -200,22 +200,22 @@ def facts_of(trainer: Any) -> dict[str, Any]:
     products of the linear layers on them, forward and backward, and of the head on the scored
     tokens; attention is left out.
     """
-    from fastdpo.batching import group_tokens, trunk_length
-    from fastdpo.modeling.head import backbone_of, head_of
+    from fastdpo.batching import group_tokens, shared_prefix_length
+    from fastdpo.modeling.head import get_backbone, get_lm_head
 
     layers = sum(
         (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight.numel()
-        for name, module in backbone_of(trainer.policy).named_modules()
+        for name, module in get_backbone(trainer.policy).named_modules()
         if "lora_" not in name and (isinstance(module, nn.Linear) or hasattr(module, "base_layer"))
         and not name.endswith("base_layer")
     )  # fmt: skip
-    head = head_of(trainer.policy).weight.numel()
+    head = get_lm_head(trainer.policy).weight.numel()
     trains_all = not trainer.trains_adapter
     useful, flops = [], []
     for indices in trainer.get_train_dataloader().batch_sampler:
         groups = [trainer.train_groups[i] for i in indices]
         tokens = sum(group_tokens(group) for group in groups)
-        shared = sum(trunk_length(group) - len(group.prompt_ids) for group in groups)
+        shared = sum(shared_prefix_length(group) - len(group.prompt_ids) for group in groups)
         scored = sum(len(c) for group in groups for c in group.completions) - shared
         useful.append(tokens)
         flops.append(2 * layers * tokens * (3 if trains_all else 2))

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import read_rows
 from fastdpo.evaluate import EvaluationOptions, run
-from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, RowOptions
+from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, TokenizationOptions
 
 
 def train(inputs):
@@ -40,7 +40,7 @@ def main(argv=None):
     evaluation = run(
         ModelOptions(model_name_or_path=inputs.model),
         DataOptions(eval_dataset=inputs.eval_dataset),
-        RowOptions(max_length=1024),
+        TokenizationOptions(max_length=1024),
         ComparisonOptions(adapter=inputs.adapter or train(inputs), beta=inputs.beta),
         EvaluationOptions(num_completions=3, max_new_tokens=48),
     )

@@ -29,9 +29,13 @@ TEXT = {"prompt": "which way ?", "chosen": " left , please", "rejected": " right
 class KernelLogprobs:  # free of gradient in the entropy, which both trainers only log
     @staticmethod
     def apply(states, weight, bias, targets, temperature, _chunk, softcap, logit_scale, outputs):
-        asked = tuple(name for name in EXTRAS if name in outputs)
+        requested = tuple(name for name in EXTRAS if name in outputs)
         options = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
-        options |= {"bias": bias, "ignore_index": None, "outputs": asked}  # TRL has dropped rows
+        options |= {
+            "bias": bias,
+            "ignore_index": None,
+            "outputs": requested,
+        }  # TRL has dropped rows
         found = linear_logprobs(states, weight.to(states.dtype), targets, **options)
         return found.token_logps, *(getattr(found, name) for name in EXTRAS)
 

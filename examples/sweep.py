@@ -17,11 +17,11 @@ from peft import LoraConfig
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data import read_held_out, read_rows
-from fastdpo.ref_cache.maintenance import store_folders, summarise
+from fastdpo.ref_cache.maintenance import store_folders, summarize
 
 
 def stored_completions(store):
-    return sum(summarise(folder).rows for folder in store_folders(store) if folder.is_dir())
+    return sum(summarize(folder).rows for folder in store_folders(store) if folder.is_dir())
 
 
 def run(inputs, store, beta, learning_rate):

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
 from fastdpo.options.checks import check_printable
-from fastdpo.options.removed import explain_unknown
+from fastdpo.options.removed import suggest_option
 
 logger = logging.getLogger(__name__)
 
@@ -208,17 +208,17 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         for name in kwargs:
             if name in known:
                 continue
-            advice = explain_unknown(name, known)
+            advice = suggest_option(name, known)
             raise TypeError(f"{cls.__name__} has no option {name!r}: {advice}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         PreferenceOptions.__post_init__(self)
         TrlOptions.__post_init__(self)
-        self._settle_names_of_trl()
+        self._apply_trl_aliases()
         check_printable("output_dir", self.output_dir)
-        self._refuse_what_cannot_work()
-        self._tell_what_is_not_used()
+        self._check_unsupported()
+        self._warn_unused()
         self._resolve_checkpointing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and cuda_has_bf16()
@@ -232,7 +232,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         # Trainer wraps the model in nn.DataParallel where this is above 1.
         self._n_gpu = min(self._n_gpu, 1)
 
-    def _refuse_what_cannot_work(self) -> None:
+    def _check_unsupported(self) -> None:
         for name, unset, reason in _REFUSED:
             value = getattr(self, name)
             if value not in unset:
@@ -259,7 +259,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         """As transformers does it, which hides whatever is called a token; a padding is none."""
         return super().to_dict() | {"pad_token": self.pad_token}
 
-    def _settle_names_of_trl(self) -> None:
+    def _apply_trl_aliases(self) -> None:
         """Give our own options what TRL's names ask of them, where it is no contradiction."""
         if self.activation_offloading:
             if self.activations not in ("auto", "offload"):
@@ -280,7 +280,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
                         f"--{name} {value} for none: leave one of them out."
                     )
 
-    def _tell_what_is_not_used(self) -> None:
+    def _warn_unused(self) -> None:
         for entry in fields(self):
             if entry.name in _UNUSED:
                 unset = (

@@ -12,12 +12,12 @@ from fastdpo.options import (
     ComparisonOptions,
     DataOptions,
     ModelOptions,
-    RowOptions,
+    TokenizationOptions,
     refuse_training_options,
 )
 from fastdpo.options.checks import check_whole, option
 from fastdpo.system import files
-from fastdpo.system.console import say
+from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, evaluate, print the table and write the JSON file."""
     parsed = parse(
         "evaluate",
-        [ModelOptions, DataOptions, RowOptions, ComparisonOptions, EvaluationOptions],
+        [ModelOptions, DataOptions, TokenizationOptions, ComparisonOptions, EvaluationOptions],
         argv,
         training=False,
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
@@ -53,17 +53,17 @@ def main(argv: Sequence[str]) -> None:
     )
     refuse_training_options(parsed.given)
     options = parsed.group(EvaluationOptions)
-    rows, compared = parsed.group(RowOptions), parsed.group(ComparisonOptions)
+    rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
     evaluation = run(parsed.model, parsed.data, rows, compared, options)
     files.write_json(Path(options.output_file), evaluation.as_json())
-    say(evaluation.describe())
-    say(f"\nwritten to {options.output_file}")
+    print_line(evaluation.describe())
+    print_line(f"\nwritten to {options.output_file}")
 
 
 def run(
     model: ModelOptions,
     data: DataOptions,
-    rows: RowOptions,
+    rows: TokenizationOptions,
     compared: ComparisonOptions,
     options: EvaluationOptions,
 ) -> "Evaluation":
@@ -73,9 +73,14 @@ def run(
         ValueError: an option is missing, or the model or data cannot be had.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
-    from fastdpo.evaluation.evaluate_pairs import Completion, complete, evaluate_scored
-    from fastdpo.evaluation.load_both import read_pairs, sources_of, tokenizer_of, with_both
-    from fastdpo.modeling.head import causal_lm_of
+    from fastdpo.evaluation.evaluate_pairs import Completion, evaluate_scored, generate_completions
+    from fastdpo.evaluation.load_both import (
+        read_pairs,
+        run_policy_and_reference,
+        sources_of,
+        tokenizer_of,
+    )
+    from fastdpo.modeling.head import unwrap_model
     from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 
     tokenizer = tokenizer_of(model, compared)
@@ -87,13 +92,15 @@ def run(
         scored = score_pairs(
             scorer,
             groups,
-            micro_batch_tokens=default_micro_batch_tokens(causal_lm_of(scorer).device),
+            micro_batch_tokens=default_micro_batch_tokens(unwrap_model(scorer).device),
             description=f"Scoring with the {side}",
         )
-        texts = complete(scorer, tokenizer, prompts, max_new_tokens=options.max_new_tokens)
+        texts = generate_completions(
+            scorer, tokenizer, prompts, max_new_tokens=options.max_new_tokens
+        )
         return scored, texts
 
-    (scored, texts), (ref_scored, ref_texts) = with_both(model, compared, work)
+    (scored, texts), (ref_scored, ref_texts) = run_policy_and_reference(model, compared, work)
     completions = [
         Completion(str(tokenizer.decode(prompt, skip_special_tokens=True)), before, after)
         for prompt, before, after in zip(prompts, ref_texts, texts, strict=True)

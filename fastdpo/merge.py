@@ -12,15 +12,15 @@ from fastdpo.options import (
     ComparisonOptions,
     DataOptions,
     ModelOptions,
-    RowOptions,
+    TokenizationOptions,
     refuse_training_options,
     resolve_model,
 )
 from fastdpo.options.checks import check_choice, check_whole, option
-from fastdpo.system.console import say
+from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
-    from fastdpo.batching import Group
+    from fastdpo.batching import PromptGroup
     from fastdpo.merging import Adapter, Base, MergePlan
     from fastdpo.merging.fidelity import Fidelity
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, merge, compare log-probs and say what to do with the result."""
     parsed = parse(
         "merge",
-        [ModelOptions, MergingOptions, DataOptions, RowOptions],
+        [ModelOptions, MergingOptions, DataOptions, TokenizationOptions],
         argv,
         training=False,
         description="Merge an adapter into its base, tensor by tensor in bounded memory. With "
@@ -72,10 +72,12 @@ def main(argv: Sequence[str]) -> None:
         hidden=TRAINING_OPTIONS,
     )
     refuse_training_options(parsed.given)
-    run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(RowOptions))
+    run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(TokenizationOptions))
 
 
-def run(model: ModelOptions, options: MergingOptions, data: DataOptions, rows: RowOptions) -> None:
+def run(
+    model: ModelOptions, options: MergingOptions, data: DataOptions, rows: TokenizationOptions
+) -> None:
     """Merge, write the folder and report.
 
     Raises:
@@ -94,15 +96,17 @@ def run(model: ModelOptions, options: MergingOptions, data: DataOptions, rows: R
     if groups:
         fidelity = _measure(model, options, plan, others, groups)
         finish_folder(merged, fidelity.as_json())
-        say(fidelity.describe(options.onto))
+        print_line(fidelity.describe(options.onto))
     else:
-        say("Log-probs were not compared: pass --dataset to see how far the merge moves them.")
-    say(f"\nThe merged model lies in {folder} ({binary_size(merged.bytes)}).")
+        print_line(
+            "Log-probs were not compared: pass --dataset to see how far the merge moves them."
+        )
+    print_line(f"\nThe merged model lies in {folder} ({binary_size(merged.bytes)}).")
     if plan.unties:
-        say("Its embedding and head were one tensor in the base and are two now.")
-    say(f'transformers: AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")')
-    say(f"vLLM:         vllm serve {folder}")
-    say(f"llama.cpp:    python convert_hf_to_gguf.py {folder}")
+        print_line("Its embedding and head were one tensor in the base and are two now.")
+    print_line(f'transformers: AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")')
+    print_line(f"vLLM:         vllm serve {folder}")
+    print_line(f"llama.cpp:    python convert_hf_to_gguf.py {folder}")
 
 
 def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Base"]:
@@ -116,7 +120,7 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
         )
     name, sentence = resolve_model(name)
     if sentence:
-        say(sentence)
+        print_line(sentence)
     base = find_base(name, revision=model.model_revision, trust_remote_code=model.trust_remote_code)
     return adapter, base
 
@@ -135,8 +139,12 @@ def _plans(
 
 
 def _groups(
-    model: ModelOptions, options: MergingOptions, data: DataOptions, rows: RowOptions, base: str
-) -> list["Group"]:
+    model: ModelOptions,
+    options: MergingOptions,
+    data: DataOptions,
+    rows: TokenizationOptions,
+    base: str,
+) -> list["PromptGroup"]:
     """The pairs to compare log-probs on; none without a data set."""
     from fastdpo.batching import PairGroups
     from fastdpo.evaluation.load_both import read_pairs, tokenizer_of
@@ -154,7 +162,7 @@ def _measure(
     options: MergingOptions,
     plan: "MergePlan",
     others: Sequence["MergePlan"],
-    groups: Sequence["Group"],
+    groups: Sequence["PromptGroup"],
 ) -> "Fidelity":
     """The adapter on its base, then each merged model in its place: one in memory at a time."""
     from fastdpo.evaluation.load_both import load_policy, load_weights

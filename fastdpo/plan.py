@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import check_choice, check_number, check_whole, option
-from fastdpo.system.console import say, table
+from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
-    from fastdpo.planner import Architecture, Card, Plan, Training
+    from fastdpo.planner import Architecture, GPUSpec, Plan, Training
 
 
 @dataclass
@@ -107,22 +107,22 @@ def main(argv: Sequence[str]) -> None:
     else:
         _print(planned, architecture, training, card, options)
         if options.longest_pairs:
-            say(f"\n{longest_pairs(architecture, training, host_bytes, options)}")
+            print_line(f"\n{longest_pairs(architecture, training, host_bytes, options)}")
     if not planned.fits:
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
 
-def _card(text: str) -> "Card":
-    from fastdpo.planner import card_of, this_card
+def _card(text: str) -> "GPUSpec":
+    from fastdpo.planner import current_gpu, gpu_spec
 
-    return this_card() if text.strip().lower() == "auto" else card_of(text)
+    return current_gpu() if text.strip().lower() == "auto" else gpu_spec(text)
 
 
 def _host_bytes(options: PlanningOptions) -> int:
-    from fastdpo.planner import free_host_bytes
+    from fastdpo.planner import pinnable_host_bytes
 
     if options.host_memory_gib is None:
-        return free_host_bytes()
+        return pinnable_host_bytes()
     return int(options.host_memory_gib * 2**30)
 
 
@@ -150,33 +150,35 @@ def _print(
     planned: "Plan",
     architecture: "Architecture",
     training: "Training",
-    card: "Card",
+    card: "GPUSpec",
     options: PlanningOptions,
 ) -> None:
     from fastdpo.planner.terms import binary_size
 
     _, sentence = resolve_model(architecture.name)
     if sentence:
-        say(sentence)
+        print_line(sentence)
     kind = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}[training.tuning]
     rank = f" r={training.lora_r}" if training.trains_adapter else ""
-    say(
+    print_line(
         f"{architecture.name}: {_count(architecture.parameters)} parameters, {kind}{rank}, "
         f"pairs up to 2 x {options.max_length:,} tokens; card: {card.name}.\n"
     )
     rows = [[name, binary_size(size)] for name, size in planned.terms.items() if size]
-    say(
+    print_line(
         table(
             ["highest moment, by term", "bytes"], [*rows, ["all", binary_size(planned.peak_bytes)]]
         )
     )
-    say()
+    print_line()
     moments = sorted(planned.moments.items(), key=lambda moment: -moment[1])
-    say(table(["moment", "allocated"], [[name, binary_size(size)] for name, size in moments]))
-    say(f"\n{planned.describe()}")
+    print_line(
+        table(["moment", "allocated"], [[name, binary_size(size)] for name, size in moments])
+    )
+    print_line(f"\n{planned.describe()}")
     if planned.tokens_per_second is not None:
         rate = float(f"{planned.tokens_per_second:.2g}")
-        say(
+        print_line(
             f"Speed: about {rate:,.0f} tokens/s, an estimate: the products "
             f"that must be done at 60 percent of {card.tflops:g} TFLOP/s (data sheet), and "
             "dequantization at the card's memory bandwidth. A token of a prompt counts once."
@@ -194,13 +196,13 @@ def longest_pairs(
     options: PlanningOptions,
 ) -> str:
     """The longest pair 2 x L of each size of card, as a table."""
-    from fastdpo.planner import card_of, longest_pair
+    from fastdpo.planner import gpu_spec, longest_pair
     from fastdpo.planner.gpus import SIZES_GIB
     from fastdpo.planner.terms import binary_size
 
     rows = []
     for size in SIZES_GIB:
-        card = card_of(str(size))
+        card = gpu_spec(str(size))
         found = longest_pair(
             architecture, training, card, host_bytes=host_bytes, change_optimizer=False
         )

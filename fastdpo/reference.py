@@ -8,15 +8,15 @@ from pathlib import Path
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import DataOptions, ModelOptions, reference_folder
 from fastdpo.ref_cache.archive import export_store, import_store
-from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarise
-from fastdpo.ref_cache.store import set_aside
-from fastdpo.system.console import say, table
+from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarize
+from fastdpo.ref_cache.store import quarantine
+from fastdpo.system.console import print_line, table
 
 ACTIONS = {
     "build": "compute the reference log-probs of a model and a dataset, without training",
     "info": "show every store: model, rows, size, age",
     "verify": "read every shard again and check it; set damaged ones aside",
-    "prune": "remove damaged shards, leftovers of killed runs and, if asked, unused stores",
+    "prune": "remove damaged shards, stale_files of killed runs and, if requested, unused stores",
     "export": "write one store to a file, to carry it to another machine",
     "import": "take in such a file",
 }
@@ -49,10 +49,10 @@ def main(argv: Sequence[str]) -> None:
     """Do what the first word says."""
     action = argv[0] if argv else "--help"
     if action in ("--help", "-h"):
-        say("usage: python -m fastdpo.reference ACTION [--option value ...]\n")
+        print_line("usage: python -m fastdpo.reference ACTION [--option value ...]\n")
         for name, what in ACTIONS.items():
-            say(f"  {name:8}{what}")
-        say("\nEach action shows its options with --help.")
+            print_line(f"  {name:8}{what}")
+        print_line("\nEach action shows its options with --help.")
         return
     if action not in ACTIONS:
         raise ValueError(
@@ -98,7 +98,7 @@ def _build(argv: Sequence[str]) -> None:
 def _info(root: Path, options: StoreOptions) -> None:
     rows = []
     for folder in _chosen(root, options):
-        found = summarise(folder)
+        found = summarize(folder)
         rows.append(
             (
                 folder.name[:12],
@@ -111,36 +111,36 @@ def _info(root: Path, options: StoreOptions) -> None:
             )
         )
     count = "1 store" if len(rows) == 1 else f"{len(rows)} stores"
-    say(f"{count} in {root}{'' if root.is_dir() else ', a folder that does not exist'}")
+    print_line(f"{count} in {root}{'' if root.is_dir() else ', a folder that does not exist'}")
     if rows:
         columns = ("store", "model", "completions", "shards", "MiB", "days old", "days unused")
-        say(table(columns, rows))
+        print_line(table(columns, rows))
 
 
 def _verify(root: Path, options: StoreOptions) -> None:
     """Readers set damaged shards aside; here nothing is read for use, so it is done by name."""
     damaged = 0
     for folder in _chosen(root, options):
-        found = summarise(folder)
+        found = summarize(folder)
         damaged += len(found.damaged)
-        say(
+        print_line(
             f"{folder.name[:12]}: {found.shards - len(found.damaged)} shards are whole, "
             f"{found.rows:,} completions"
         )
         for name, fault in found.damaged.items():
-            set_aside(folder / name)
-            say(f"  damaged and set aside: {name}: {fault}")
+            quarantine(folder / name)
+            print_line(f"  damaged and set aside: {name}: {fault}")
     if damaged:
         raise ValueError(f"{damaged} damaged shards: the next run computes their rows again.")
 
 
 def _prune(root: Path, options: StoreOptions) -> None:
     found = prune(root, unused_days=options.unused_days, dry_run=options.dry_run)
-    for path in (*found.stores, *found.leftovers):
-        say(str(path))
+    for path in (*found.stores, *found.stale_files):
+        print_line(str(path))
     done = "would free" if options.dry_run else "freed"
-    say(
-        f"{len(found.stores)} stores and {len(found.leftovers)} leftovers: {done} "
+    print_line(
+        f"{len(found.stores)} stores and {len(found.stale_files)} leftovers: {done} "
         f"{found.bytes / 2**20:,.1f} MiB"
     )
 
@@ -152,12 +152,12 @@ def _export(root: Path, options: StoreOptions) -> None:
         raise ValueError(f"{len(folders)} stores in {root} ({names}): choose one with --store.")
     file = _file(options)
     count = export_store(folders[0], file)
-    say(f"{count} shards of store {folders[0].name[:12]} are in {file}")
+    print_line(f"{count} shards of store {folders[0].name[:12]} are in {file}")
 
 
 def _import(root: Path, options: StoreOptions) -> None:
     folder, new = import_store(_file(options), root)
-    say(f"{new} new shards in {folder}")
+    print_line(f"{new} new shards in {folder}")
 
 
 def _chosen(root: Path, options: StoreOptions) -> list[Path]:

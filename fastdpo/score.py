@@ -12,11 +12,11 @@ from fastdpo.options import (
     ComparisonOptions,
     DataOptions,
     ModelOptions,
-    RowOptions,
+    TokenizationOptions,
     refuse_training_options,
 )
 from fastdpo.options.checks import option
-from fastdpo.system.console import say
+from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
     from fastdpo.evaluation.scored_rows import ScoredRows
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse, score, write the rows and say where they lie."""
     parsed = parse(
         "score",
-        [ModelOptions, DataOptions, RowOptions, ComparisonOptions, ScoringOptions],
+        [ModelOptions, DataOptions, TokenizationOptions, ComparisonOptions, ScoringOptions],
         argv,
         training=False,
         description="Write a data set's rows with log-probs, rewards and margin of a trained "
@@ -63,22 +63,22 @@ def main(argv: Sequence[str]) -> None:
     scored = run(
         parsed.model,
         parsed.data,
-        parsed.group(RowOptions),
+        parsed.group(TokenizationOptions),
         parsed.group(ComparisonOptions),
         options,
     )
     from fastdpo.evaluation.scored_rows import write_scores
 
     write_scores(scored, Path(options.output_file), prefix=options.column_prefix)
-    say(scored.describe())
-    say(f"\nwritten to {options.output_file}")
-    say("The pairs that the policy gets most wrong are those with the smallest margin.")
+    print_line(scored.describe())
+    print_line(f"\nwritten to {options.output_file}")
+    print_line("The pairs that the policy gets most wrong are those with the smallest margin.")
 
 
 def run(
     model: ModelOptions,
     data: DataOptions,
-    rows: RowOptions,
+    rows: TokenizationOptions,
     compared: ComparisonOptions,
     options: ScoringOptions,
 ) -> "ScoredRows":
@@ -89,22 +89,22 @@ def run(
             room for the figures.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
-    from fastdpo.evaluation.load_both import read_pairs, tokenizer_of, with_both
+    from fastdpo.evaluation.load_both import read_pairs, run_policy_and_reference, tokenizer_of
     from fastdpo.evaluation.scored_rows import ScoredRows, check_rows
-    from fastdpo.modeling.head import causal_lm_of
+    from fastdpo.modeling.head import unwrap_model
     from fastdpo.modeling.scoring import score_pairs
 
     tokenizer = tokenizer_of(model, compared)
     read, pairs = read_pairs(data, rows, tokenizer)
     check_rows(read, pairs, Path(options.output_file), prefix=options.column_prefix)
     groups = PairGroups(pairs)
-    policy, reference = with_both(
+    policy, reference = run_policy_and_reference(
         model,
         compared,
         lambda scorer, side: score_pairs(
             scorer,
             groups,
-            micro_batch_tokens=default_micro_batch_tokens(causal_lm_of(scorer).device),
+            micro_batch_tokens=default_micro_batch_tokens(unwrap_model(scorer).device),
             description=f"Scoring with the {side}",
         ),
     )

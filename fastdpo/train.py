@@ -11,7 +11,7 @@ from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
 from fastdpo.options.checks import option
-from fastdpo.system.console import say, table
+from fastdpo.system.console import print_line, table
 from fastdpo.trainer.from_options import (
     make_trainer,
     run,
@@ -68,17 +68,17 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
     for options in (asdict(parsed.model), asdict(parsed.data), vars(trainer.user_args)):
         for name in sorted(shown & set(options)):
             if options[name] is not None:
-                say(f"--{name} {_written(options[name])}")
+                print_line(f"--{name} {_written(options[name])}")
     if trainer.plan is not None:
         terms = {**trainer.plan.terms, "all": trainer.plan.peak_bytes}
         rows = [(name, binary_size(size)) for name, size in terms.items() if size]
-        say("\n" + table(("planned memory, highest moment", "bytes"), rows))
+        print_line("\n" + table(("planned memory, highest moment", "bytes"), rows))
     updates = -(-len(groups) // trainer.pairs_per_update)
-    say(
+    print_line(
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.update.micro_batch_tokens:,} tokens.\n"
     )
-    say(show_pairs(groups.pairs, trainer.tokenizer))
+    print_line(show_pairs(groups.pairs, trainer.tokenizer))
 
 
 def _written(value: Any) -> str:

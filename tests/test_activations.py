@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.batching import pack_update
 from fastdpo.modeling import activations
-from fastdpo.modeling.activations import ACTIVATIONS, apply_policy, decoder_layers
+from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, decoder_layers
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
@@ -93,7 +93,7 @@ def test_every_mixture_gives_the_same_gradients_bit_for_bit(base_folder, kind):
     assert all((wanted[name] != 0).any() for name in trained)
     mixtures = list(itertools.product(ACTIVATIONS, repeat=LAYERS))
     for policy in mixtures if kind == "lora" else mixtures[::4]:
-        apply_policy(model, policy)
+        apply_activation_plan(model, policy)
         assert_equal(gradients(model), wanted)
     if kind != "full":
         assert not torch.equal(gradients(model, seed=8)["log-probs"], wanted["log-probs"])
@@ -101,20 +101,20 @@ def test_every_mixture_gives_the_same_gradients_bit_for_bit(base_folder, kind):
 
 def test_dropout_is_drawn_again_and_not_anew(lora_model, monkeypatch):
     """The test above must be able to fail: without the random state, gradients differ."""
-    apply_policy(lora_model, KEEP_ALL)
+    apply_activation_plan(lora_model, KEEP_ALL)
     wanted = gradients(lora_model)
     plain = activations.checkpoint
     monkeypatch.setattr(
         activations, "checkpoint", lambda *a, **k: plain(*a, preserve_rng_state=False, **k)
     )
-    apply_policy(lora_model, ("recompute",) * LAYERS)
+    apply_activation_plan(lora_model, ("recompute",) * LAYERS)
     found = gradients(lora_model)
     assert any(not torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("policy", [KEEP_ALL, ("recompute", "offload", "keep"), ("offload",) * 3])
 def test_what_lies_on_the_device_between_forward_and_backward(lora_model, policy):
-    apply_policy(lora_model, policy)
+    apply_activation_plan(lora_model, policy)
     inputs, outputs = [], []
     hooks = [
         layer.register_forward_pre_hook(
@@ -146,13 +146,13 @@ def test_what_lies_on_the_device_between_forward_and_backward(lora_model, policy
 def test_host_memory_is_given_back_layer_by_layer_and_after_a_failure(lora_model, monkeypatch):
     there = weakref.WeakSet()
 
-    class Counted(activations.HostInput):
+    class Counted(activations.OffloadedActivation):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             there.add(self)
 
-    monkeypatch.setattr(activations, "HostInput", Counted)
-    apply_policy(lora_model, ("offload",) * LAYERS)
+    monkeypatch.setattr(activations, "OffloadedActivation", Counted)
+    apply_activation_plan(lora_model, ("offload",) * LAYERS)
     waiting, fails = [], False
 
     def in_backward(*_):
@@ -179,7 +179,7 @@ def test_host_memory_is_given_back_layer_by_layer_and_after_a_failure(lora_model
 
 
 def test_two_backwards_of_one_graph(lora_model):
-    apply_policy(lora_model, ("recompute", "offload", "offload"))
+    apply_activation_plan(lora_model, ("recompute", "offload", "offload"))
     adapter = [p for n, p in lora_model.named_parameters() if p.requires_grad]
     with packed_attention(lora_model.config):
         total = log_probs(lora_model).sum()
@@ -195,7 +195,7 @@ def test_the_last_product_of_a_layer_is_not_recomputed(base_folder, monkeypatch)
     plain = kernel.dense_weight
     monkeypatch.setattr(kernel, "dense_weight", lambda *a: calls.append(a[0]) or plain(*a))
     for choice, again in (("keep", 0), ("recompute", 6), ("offload", 6)):
-        apply_policy(model, (choice,) * LAYERS)
+        apply_activation_plan(model, (choice,) * LAYERS)
         calls.clear()
         gradients(model)
         inputs = 4 + 7 * (LAYERS - 1)  # the first layer's input needs no gradient: not q, k and v
@@ -204,15 +204,15 @@ def test_the_last_product_of_a_layer_is_not_recomputed(base_folder, monkeypatch)
 
 def test_a_policy_takes_the_place_of_checkpointing_and_says_what_is_wrong(lora_model):
     lora_model.gradient_checkpointing_enable()
-    apply_policy(lora_model, KEEP_ALL)
+    apply_activation_plan(lora_model, KEEP_ALL)
     assert not lora_model.is_activation_checkpointing, "neither a layer nor the backbone"
-    apply_policy(lora_model, ("keep", "recompute", "keep"))
+    apply_activation_plan(lora_model, ("keep", "recompute", "keep"))
     flags = [layer.gradient_checkpointing for layer in decoder_layers(lora_model)]
     assert flags == [False, True, False]
     with pytest.raises(ValueError, match="2 entries and the model 3"):
-        apply_policy(lora_model, ("keep",) * 2)
+        apply_activation_plan(lora_model, ("keep",) * 2)
     with pytest.raises(ValueError, match=r"\['drop'\]: need keep, recompute, offload"):
-        apply_policy(lora_model, ("keep", "drop", "keep"))
+        apply_activation_plan(lora_model, ("keep", "drop", "keep"))
     assert flags == [layer.gradient_checkpointing for layer in decoder_layers(lora_model)]
 
 
@@ -250,7 +250,7 @@ def test_real_updates_are_the_same_under_a_mixture_and_with_rows_from_the_host(
     wanted = trained_weights(trainer_base, tmp_path / "keep", lambda model: None)
 
     def prepare(model):
-        apply_policy(model, ("offload", "keep", "recompute"))
+        apply_activation_plan(model, ("offload", "keep", "recompute"))
         assert embeddings_to_host(model) == len(TOKENIZER) * 64 * 4
 
     assert_equal(trained_weights(trainer_base, tmp_path / "mixture", prepare), wanted)

@@ -20,11 +20,11 @@ from fastdpo.modeling.adapters import (
     FrozenLinear4bit,
     FusedLoraLinear,
     FusedLoraLinear4bit,
-    adapters_off,
+    adapters_disabled,
     add_adapter,
-    fuse,
+    check_base_frozen,
     lora_config,
-    require_reference,
+    replace_lora_forward,
 )
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.loading import eval_mode, load_model
@@ -95,11 +95,11 @@ def test_gradients_survive_passes_without_gradient(base_folder, load_in_4bit, dt
     assert all((gradient != 0).any() for gradient in before.values())
     with eval_mode(model), torch.no_grad():
         policy = log_probs(model)
-        with adapters_off(model):
+        with adapters_disabled(model):
             reference = log_probs(model)
     assert (policy != reference).all()
     assert_equal(lora_gradients(model), before)
-    with adapters_off(model), torch.no_grad():
+    with adapters_disabled(model), torch.no_grad():
         assert torch.equal(log_probs(model), reference)
     assert_equal(lora_gradients(model), before)
 
@@ -108,7 +108,7 @@ def test_a_pass_without_gradient_leaves_4bit_weights_alone(base_folder):
     """Stock bitsandbytes repacks them on AVX512-BF16; elsewhere nothing shows the difference."""
     model = load_model(str(base_folder), dtype=torch.bfloat16, load_in_4bit=True)
     stock, ours = model.model.layers[0].mlp.up_proj, model.model.layers[1].mlp.up_proj
-    fuse(model.model.layers[1])
+    replace_lora_forward(model.model.layers[1])
     before = [layer.weight.data.clone() for layer in (stock, ours)]
     with torch.no_grad():
         for layer in (stock, ours):
@@ -208,7 +208,7 @@ def test_merged_for_a_while_and_back(base_folder):
         apart = token_log_probs(model)
         model.merge_adapter()
         merged = token_log_probs(model)
-        with adapters_off(model):
+        with adapters_disabled(model):
             reference = token_log_probs(model)
     assert torch.allclose(apart, merged, atol=1e-4)
     assert not torch.allclose(apart, reference, atol=1e-2)
@@ -258,11 +258,11 @@ def test_dora_runs_peft_and_its_reference_is_the_base(base_folder, load_in_4bit)
     dtype = torch.bfloat16 if load_in_4bit else torch.float32
     model = adapted(base_folder, load_in_4bit=load_in_4bit, dtype=dtype, use_dora=True)
     plain = load_model(str(base_folder), dtype=dtype, load_in_4bit=load_in_4bit)
-    fuse(plain)
+    replace_lora_forward(plain)
     found = lora_gradients(model)
     assert sum("magnitude" in name for name in found) == 14
     assert all(torch.isfinite(g).all() and (g != 0).any() for g in found.values())
-    with adapters_off(model), torch.no_grad():
+    with adapters_disabled(model), torch.no_grad():
         assert torch.equal(log_probs(model), log_probs(plain.train()))
 
 
@@ -280,14 +280,14 @@ def test_flags_and_modes_are_put_back_even_after_an_exception(base_folder):
         )
 
     before = state()
-    with adapters_off(model), eval_mode(model):
+    with adapters_disabled(model), eval_mode(model):
         log_probs(model)
     assert state() == before
-    with pytest.raises(ZeroDivisionError), adapters_off(model), eval_mode(model):
+    with pytest.raises(ZeroDivisionError), adapters_disabled(model), eval_mode(model):
         raise ZeroDivisionError
     assert state() == before
-    with adapters_off(model):
-        with adapters_off(model):
+    with adapters_disabled(model):
+        with adapters_disabled(model):
             off = log_probs(model)
         assert torch.equal(log_probs(model), off)
 
@@ -301,7 +301,7 @@ def test_zero_b_is_bitwise_the_base_and_dropout_does_not_touch_the_reference(bas
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     assert not torch.equal(log_probs(model), log_probs(model)), "dropout draws no mask"
-    with adapters_off(model):
+    with adapters_disabled(model):
         state = torch.get_rng_state()
         assert torch.equal(log_probs(model), plain)
         assert torch.equal(torch.get_rng_state(), state)
@@ -328,8 +328,8 @@ def test_saved_adapter_loads_with_plain_peft(base_folder, tmp_path, load_in_4bit
 def test_a_users_own_peft_model_is_converted_in_place(base_folder):
     model = load_model(str(base_folder), dtype=torch.float32)
     theirs = get_peft_model(model, lora_config(8, 16, 0.0, ["q_proj", "v_proj"]))
-    fuse(theirs)
-    fuse(theirs)
+    replace_lora_forward(theirs)
+    replace_lora_forward(theirs)
     fused = [name for name, m in theirs.named_modules() if type(m) is FusedLoraLinear]
     assert len(fused) == 2 * CONFIG.num_hidden_layers
     with pytest.raises(ValueError, match="another adapter"):
@@ -341,7 +341,7 @@ def test_a_users_own_peft_model_is_converted_in_place(base_folder):
 def test_training_tensors_of_the_base_is_refused(base_folder):
     model = load_model(str(base_folder), dtype=torch.float32)
     adapted = add_adapter(model, lora_config(8, 16, 0.0, None))
-    require_reference(adapted)
+    check_base_frozen(adapted)
     adapted.base_model.model.model.norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"model\.norm\.weight belongs to the base"):
-        require_reference(adapted)
+        check_base_frozen(adapted)

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from fastdpo.batching import Segment, pack_update
 from fastdpo.modeling.attention import (
     ATTENTIONS,
-    KIND,
-    OWN,
+    CPU_ATTENTION_KEY,
+    MODEL_ATTENTION,
     PackedSegments,
     attention_kind,
     dispatch,
@@ -27,14 +27,14 @@ from fastdpo.modeling.attention import (
     varlen,
 )
 from fastdpo.modeling.attention.sdpa import attend_segments
-from fastdpo.modeling.attention.segments import AttentionTerms
+from fastdpo.modeling.attention.segments import AttentionParams
 
 
 def row_of(*groups, filler=0):
     """Segments one after another, each (trunk, branches...), and a filler."""
     segments, start = [], 0
-    for trunk, *branches in (*groups, *([(filler,)] if filler else [])):
-        segments.append(Segment(start, trunk, tuple(branches)))
+    for prefix, *branches in (*groups, *([(filler,)] if filler else [])):
+        segments.append(Segment(start, prefix, tuple(branches)))
         start += segments[-1].tokens
     return tuple(segments)
 
@@ -60,26 +60,26 @@ TERMS = {
 @cache
 def dense_mask(segments, window):
     """(T, T) bool, token by token from what the segments mean."""
-    owner, branch, position = [], [], []
+    owner, suffix, position = [], [], []
     for number, segment in enumerate(segments):
-        for part, tokens in enumerate((segment.trunk_tokens, *segment.branch_tokens)):
-            first = segment.trunk_tokens if part else 0
+        for part, tokens in enumerate((segment.prefix_tokens, *segment.suffix_tokens)):
+            first = segment.prefix_tokens if part else 0
             owner += [number] * tokens
-            branch += [part] * tokens
+            suffix += [part] * tokens
             position += range(first, first + tokens)
     size = len(owner)
     mask = torch.zeros(size, size, dtype=torch.bool)
     for q in range(size):
         for k in range(q + 1):
             near = window is None or position[q] - position[k] < window
-            mask[q, k] = owner[q] == owner[k] and branch[k] in (0, branch[q]) and near
+            mask[q, k] = owner[q] == owner[k] and suffix[k] in (0, suffix[q]) and near
     return mask
 
 
 def dense_attention(query, key, value, segments, terms):
     """The definition: all scores, one mask, one softmax, in the dtype of the inputs."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    duplicates = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(duplicates, 1), value.repeat_interleave(duplicates, 1)
     scale = query.shape[-1] ** -0.5 if terms.scaling is None else terms.scaling
     scores = query @ key.transpose(2, 3) * scale
     if terms.softcap is not None:
@@ -100,11 +100,11 @@ def inputs_of(segments, heads=4, kv_heads=2, size=16, dtype=torch.float64):
 
 
 def terms_of(name):
-    terms = AttentionTerms(**TERMS[name])
+    terms = AttentionParams(**TERMS[name])
     if terms.sinks is None:
         return terms, []
     sinks = terms.sinks.double().clone().requires_grad_()
-    return AttentionTerms(**TERMS[name] | {"sinks": sinks}), [sinks]
+    return AttentionParams(**TERMS[name] | {"sinks": sinks}), [sinks]
 
 
 def assert_equal_with_gradients(attend, segments, name, bound=1e-6):
@@ -145,7 +145,7 @@ def test_padded_rows_attend_to_their_own_past():
 # Variable length: what is handed to the kernel, with a stand-in that does what flash kernels do
 
 
-def stand_in(q, k, v, query_ends, key_ends, most_queries, most_keys, scale, window_size, **options):
+def stand_in(q, k, v, query_ends, key_ends, max_seqlen_q, most_keys, scale, window_size, **options):
     """Causal attention of every sequence, ends aligned at the bottom right."""
     assert options.get("enable_gqa", True) or q.shape[1] == k.shape[1]
     assert query_ends.dtype == key_ends.dtype == torch.int32
@@ -155,10 +155,10 @@ def stand_in(q, k, v, query_ends, key_ends, most_queries, most_keys, scale, wind
     for q0, q1, k0, k1 in zip(
         query_ends[:-1], query_ends[1:], key_ends[:-1], key_ends[1:], strict=True
     ):
-        asked, keys = int(q1 - q0), int(k1 - k0)
-        assert 0 < asked <= most_queries
-        assert asked <= keys <= most_keys
-        distance = torch.arange(keys - asked, keys)[:, None] - torch.arange(keys)
+        requested, keys = int(q1 - q0), int(k1 - k0)
+        assert 0 < requested <= max_seqlen_q
+        assert requested <= keys <= most_keys
+        distance = torch.arange(keys - requested, keys)[:, None] - torch.arange(keys)
         mask = (distance >= 0) & ((distance <= left) if left >= 0 else True)
         sides = (x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
         out = F.scaled_dot_product_attention(*sides, mask, scale=scale, enable_gqa=True)
@@ -229,7 +229,7 @@ def test_grouped_heads_are_tried_wherever_the_first_call_comes_from(where, monke
         return varlen_2_11(query, key, *others, **options)
 
     def attend(*tensors):
-        terms, kernel = AttentionTerms(), varlen.torch_kernel(torch.device("cpu"))
+        terms, kernel = AttentionParams(), varlen.torch_kernel(torch.device("cpu"))
         return varlen.attend_varlen(*tensors, PackedSegments(ROWS["pairs"]), terms, kernel)
 
     leaves = inputs_of(ROWS["pairs"])
@@ -262,7 +262,7 @@ def test_only_trunks_are_gathered_and_their_gradient_has_one_order():
     assert varlen.layout_of(ROWS["nothing shared"], torch.device("cpu")).gathered is None
     rows = torch.randn(tokens, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: varlen.GatherKeys.apply(x, layout), rows)
-    for places, _ in layout.repeats:
+    for places, _ in layout.duplicates:
         assert len(places.unique()) == len(places), "a token twice: the order would be undefined"
 
 
@@ -300,7 +300,7 @@ def test_flex_mask_is_the_dense_mask(row, window):
 @pytest.mark.parametrize("name", TERMS)
 def test_flex_forward(row, name):
     query, key, value = (x.detach().float() for x in inputs_of(ROWS[row]))
-    terms = AttentionTerms(**TERMS[name])
+    terms = AttentionParams(**TERMS[name])
     out = flex.attend_flex(query, key, value, PackedSegments(ROWS[row]), terms)
     truth = dense_attention(query, key, value, ROWS[row], terms)
     assert torch.allclose(out, truth, atol=2e-6)
@@ -317,7 +317,7 @@ def test_flex_compiles_more_kernels_than_torch_would(monkeypatch):
     for size, name, tokens in itertools.product((8, 16), names, (40, 50)):
         query, key = torch.zeros(1, 4, tokens, size), torch.zeros(1, 2, tokens, size)
         row = PackedSegments((Segment(0, tokens - 20, (10, 10)),))
-        flex.attend_flex(query, key, key, row, AttentionTerms(**TERMS[name]))
+        flex.attend_flex(query, key, key, row, AttentionParams(**TERMS[name]))
     made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
     assert made > torch._dynamo.config.recompile_limit
@@ -327,9 +327,9 @@ def test_masks_and_layouts_are_made_once_a_micro_batch():
     segments = PackedSegments(ROWS["pairs"])
     query, key, value = (x.detach().float() for x in inputs_of(ROWS["pairs"]))
     for _ in range(3):
-        flex.attend_flex(query, key, value, segments, AttentionTerms())
-        flex.attend_flex(query, key, value, segments, AttentionTerms(window=6))
-        varlen.attend_varlen(query, key, value, segments, AttentionTerms(), lambda q, *_: q)
+        flex.attend_flex(query, key, value, segments, AttentionParams())
+        flex.attend_flex(query, key, value, segments, AttentionParams(window=6))
+        varlen.attend_varlen(query, key, value, segments, AttentionParams(), lambda q, *_: q)
     assert sorted(map(str, segments._made)) == ["('flex', 6)", "('flex', None)", "varlen"]
 
 
@@ -365,8 +365,8 @@ def test_auto_takes_the_first_that_can(inputs, terms, wanted, because, monkeypat
     side = OnCuda(**inputs)
     segments = PackedSegments(ROWS["pairs"])
     for _ in range(2):
-        chosen = dispatch.chosen_backend(
-            "auto", side, side, side, segments, AttentionTerms(**terms)
+        chosen = dispatch.select_backend(
+            "auto", side, side, side, segments, AttentionParams(**terms)
         )
         assert chosen == wanted
     (line,) = [record.message for record in caplog.records]
@@ -376,13 +376,13 @@ def test_auto_takes_the_first_that_can(inputs, terms, wanted, because, monkeypat
 
 def test_old_cards_and_padded_rows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    side, terms = OnCuda(), AttentionTerms()
+    side, terms = OnCuda(), AttentionParams()
     row = PackedSegments(ROWS["pairs"])
-    assert dispatch.chosen_backend("auto", side, side, side, row, terms) == "flex"
+    assert dispatch.select_backend("auto", side, side, side, row, terms) == "flex"
     with pytest.raises(ValueError, match=r"--attention varlen cannot be used here.*8\.0"):
-        dispatch.chosen_backend("varlen", side, side, side, row, terms)
+        dispatch.select_backend("varlen", side, side, side, row, terms)
     padded = PackedSegments(())
-    assert dispatch.chosen_backend("varlen", side, side, side, padded, terms) == "sdpa"
+    assert dispatch.select_backend("varlen", side, side, side, padded, terms) == "sdpa"
 
 
 def test_on_the_cpu_it_is_segment_by_segment_and_says_so(caplog):
@@ -404,9 +404,11 @@ def test_on_the_cpu_it_is_segment_by_segment_and_says_so(caplog):
 def test_kinds_for_the_store():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     config = FAMILIES["llama"]
-    assert attention_kind(config, cpu) == attention_kind(config, cpu, "sdpa") == KIND
-    kinds = [attention_kind(config, cuda, asked) for asked in (*ATTENTIONS, OWN)]
-    assert len({KIND, *kinds}) == 1 + len(kinds)
+    assert attention_kind(config, cpu) == attention_kind(config, cpu, "sdpa") == CPU_ATTENTION_KEY
+    kinds = [
+        attention_kind(config, cuda, requested) for requested in (*ATTENTIONS, MODEL_ATTENTION)
+    ]
+    assert len({CPU_ATTENTION_KEY, *kinds}) == 1 + len(kinds)
 
 
 def test_what_it_does_not_know_is_refused():

@@ -21,7 +21,7 @@ def sealed(output_dir, step, run=RUN):
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "weights.safetensors").write_bytes(os.urandom(300))
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    checkpoint.seal(folder, run)
+    checkpoint.write_manifest(folder, run)
     return folder
 
 
@@ -54,15 +54,15 @@ def test_seal_and_verify(tmp_path):
 
 
 def test_everything_is_durable_before_the_manifest_has_its_name(tmp_path, monkeypatch):
-    synced, sync = [], files.sync
+    synced, fsync = [], files.fsync
 
     def noted(path):
         assert path == folder or not (folder / checkpoint.MANIFEST).exists(), path
         synced.append(path)
-        sync(path)
+        fsync(path)
 
     folder = tmp_path / "checkpoint-1"
-    monkeypatch.setattr(files, "sync", noted)
+    monkeypatch.setattr(files, "fsync", noted)
     sealed(tmp_path, 1)
     contents = {folder / "adapter", folder / "adapter/weights.safetensors"}
     assert contents | {folder / "trainer_state.json", folder} <= set(synced)
@@ -264,7 +264,7 @@ def test_leftovers_of_killed_runs_are_swept_and_nothing_else(tmp_path):
     others = [".tmp-mine", ".tmp-0-checkpoint-9", "tmp", ".tmp-" + "g" * 32 + "-x"]
     for name in others:
         (output_dir / name).mkdir()
-    checkpoint.sweep(output_dir)
+    checkpoint.remove_stale_tmp(output_dir)
     assert sorted(path.name for path in output_dir.iterdir()) == sorted([kept.name, *others])
     assert checkpoint.verify(elsewhere).run == RUN, "a link was followed"
 

@@ -120,10 +120,10 @@ def test_bad_input_is_one_line_and_exit_2(workplace, monkeypatch, capsys, argv, 
 
 def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monkeypatch, capsys):
     """Everything up to the download: the alias, the default data set, 4 bits."""
-    asked = {}
+    requested = {}
 
     def load(name, **options):
-        asked.update(options, name=name)
+        requested.update(options, name=name)
         raise ValueError("no download in a test")
 
     monkeypatch.setattr("fastdpo.modeling.loading.load_tokenizer", lambda *_, **__: TOKENIZER)
@@ -134,8 +134,8 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
     said = capsys.readouterr().out
     assert "llama-7b means meta-llama/Llama-2-7b-hf" in said
     assert "using trl-lib/ultrafeedback_binarized" in said
-    assert asked["name"] == "meta-llama/Llama-2-7b-hf"
-    assert asked["load_in_4bit"] is True
+    assert requested["name"] == "meta-llama/Llama-2-7b-hf"
+    assert requested["load_in_4bit"] is True
 
 
 def test_evaluation_refuses_options_that_would_change_nothing(workplace):

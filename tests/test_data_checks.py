@@ -9,7 +9,7 @@ from test_data_tokenising import chat, ids_of, prepare, strings
 from transformers import AutoTokenizer
 
 from fastdpo.data import Pair, PairDataset, prepare_pairs, rows_from, show_pairs
-from fastdpo.data.checks import examine
+from fastdpo.data.checks import check_pairs
 from fastdpo.data.pairs import IDENTICAL_AFTER_TRUNCATION, OVER_LONG_PROMPT
 from fastdpo.data.truncation import Limits, truncate
 
@@ -93,7 +93,7 @@ def test_copies_are_counted_and_the_most_frequent_is_named(gpt2):
     )
     assert "copies" not in prepare(gpt2, *rows).report.describe()
     pairs = prepare(gpt2, *rows, rows[0])
-    found = examine(pairs, lambda row: f"{pairs.report.source}:{row + 1}")
+    found = check_pairs(pairs, lambda row: f"{pairs.report.source}:{row + 1}")
     assert "(that of line 1 is there 2 times)" in found[0]
     # The same tokens divided otherwise are another pair.
     shifted = [Pair(*(pair_part(p) for p in parts), row=0) for parts in ((2, 1, 1), (1, 2, 1))]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fastdpo.data import DataError, prepare_pairs, read_rows, rows_from
-from fastdpo.data.columns import RowReader
+from fastdpo.data.columns import SchemaReader
 from fastdpo.options.data import column_roles
 
 
@@ -200,7 +200,7 @@ SHAPES = {
 
 
 def read_one(row, **options):
-    reader = RowReader(row, **options)
+    reader = SchemaReader(row, **options)
     (found,) = reader.read(row)
     return reader, (found.prompt, found.chosen, found.rejected)
 
@@ -217,7 +217,7 @@ def test_every_shape_is_recognised_and_comes_out_as_one_form(name):
 
 def test_tools_and_template_variables_come_along():
     row = {"question": "q", **SIDES, "tools": '[{"name": "f"}]', "chat_template_kwargs": {"a": 1}}
-    (found,) = RowReader(row).read(row)
+    (found,) = SchemaReader(row).read(row)
     assert (found.tools, found.chat_template_kwargs) == ([{"name": "f"}], {"a": 1})
 
 
@@ -341,19 +341,19 @@ UNKNOWN = {
 def test_unknown_ambiguous_and_useless_shapes_are_explained(name):
     row, reasons = UNKNOWN[name]
     with pytest.raises(DataError) as caught:
-        RowReader(row).read(row)
+        SchemaReader(row).read(row)
     for reason in reasons:
         assert reason in str(caught.value)
 
 
 def test_all_pairs_of_rated_completions():
     row = {"prompt": "q", "completions": ["a", "b", "c", "d"], "ratings": [2, 1, 2, None]}
-    found = [(p.chosen, p.rejected) for p in RowReader(row, rated_pairs="all").read(row)]
+    found = [(p.chosen, p.rejected) for p in SchemaReader(row, rated_pairs="all").read(row)]
     assert found == [("a", "b"), ("c", "b")]
-    assert [(p.chosen, p.rejected) for p in RowReader(row).read(row)] == [("a", "b")]
+    assert [(p.chosen, p.rejected) for p in SchemaReader(row).read(row)] == [("a", "b")]
     for ratings in ([1, 1, 1, 1], [None] * 4):
         for mode in ("all", "best_worst"):
-            assert not RowReader(row, rated_pairs=mode).read(row | {"ratings": ratings})
+            assert not SchemaReader(row, rated_pairs=mode).read(row | {"ratings": ratings})
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_a_row_of_another_shape_in_the_middle_is_named(tmp_path, other, reason):
 
 
 def test_optional_columns_may_come_and_go():
-    reader = RowReader({"question": "q", **SIDES})
+    reader = SchemaReader({"question": "q", **SIDES})
     for row, prompt in (
         ({"question": "q", **SIDES}, [USER]),
         ({"question": "q", "system": "Be kind.", **SIDES}, [SYSTEM, USER]),

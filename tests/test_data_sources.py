@@ -179,17 +179,17 @@ def test_generators_and_iterable_datasets_are_streams(gpt2):
 
 @pytest.mark.parametrize("limit", [1, 5, 512, 600])
 def test_a_stream_without_end_is_read_no_further_than_the_limit(gpt2, limit):
-    asked = []
+    requested = []
 
     def rows():
         for number in count():
-            asked.append(number)
+            requested.append(number)
             yield row(number) if number % 3 else row(number) | {"rejected": f" good {number}"}
 
     pairs = prepare_pairs(rows_from(rows(), "mine"), gpt2, limit=limit, progress=False)
     assert len(pairs) == limit == pairs.report.pairs_kept
     dropped = pairs.report.dropped["identical completions"].count
-    assert len(asked) == pairs.report.rows_read == limit + dropped
+    assert len(requested) == pairs.report.rows_read == limit + dropped
     assert [pair.row for pair in pairs] == list(islice((n for n in count() if n % 3), limit))
     assert f"stopped at {limit} pairs" in pairs.report.describe()
     # The same pairs as without a stream, where the limit counts just so.
@@ -228,8 +228,8 @@ def mixture(tmp_path, sizes=(10, 4), fractions=(None, None), **options):
 def test_a_mixture_is_read_set_by_set_each_in_its_shape(tmp_path, gpt2):
     turns = {"question": "q", "chosen": "good", "rejected": "bad"}
     texts = json_lines(tmp_path, "texts.jsonl", map(row, range(3)))
-    asked = [{"ask": f"a{n}", "yes": " y", "no": " n", "prompt": "other"} for n in range(2)]
-    renamed = json_lines(tmp_path, "renamed.jsonl", asked)
+    requested = [{"ask": f"a{n}", "yes": " y", "no": " n", "prompt": "other"} for n in range(2)]
+    renamed = json_lines(tmp_path, "renamed.jsonl", requested)
     columns = ["prompt=ask", "chosen=yes", "rejected=no"]
     rows, held_out = read_mixture(
         DatasetMixtureConfig([{"path": texts}, {"path": renamed, "columns": columns}])

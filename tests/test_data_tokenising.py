@@ -17,7 +17,7 @@ from fastdpo.data.pairs import (
     IDENTICAL_AFTER_TRUNCATION,
     OVER_LONG_PROMPT,
 )
-from fastdpo.data.special_tokens import ControlTokens
+from fastdpo.data.special_tokens import SpecialTokens
 from fastdpo.data.truncation import TRUNCATION_MODES, Limits, truncate
 
 TEMPLATES = ("qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "phi3", "phi3_training")
@@ -361,14 +361,14 @@ PIECES = ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<", "<|", "a", " ", "
 
 
 def test_any_content_comes_back_letter_for_letter_and_forges_nothing(chatml):
-    tokens = ControlTokens(chatml)
+    tokens = SpecialTokens(chatml)
     control = set(chatml.all_special_ids)
 
     @settings(max_examples=150, deadline=None)
     @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
     def check(content):
-        mark = tokens.free_mark(content)
-        shielded = tokens.shield(content, mark)
+        mark = tokens.unused_char(content)
+        shielded = tokens.escape(content, mark)
         assert tokens.find(shielded) is None
         (ids,) = tokens.encode(
             [f"<|im_start|>{shielded}<|im_end|>"], mark, add_special_tokens=False
@@ -383,7 +383,7 @@ def test_the_marked_tokenizer_agrees_with_the_tokenizer_on_harmless_text(chatml,
     texts = ["", "a  b\n\nc ", " <think>\u00e9\u4e2d</think>", "<tool_call>{}"]
     for tokenizer in (chatml, llama, gpt2):
         for special in (True, False):
-            found = ControlTokens(tokenizer).encode(texts, "\ufdd0", add_special_tokens=special)
+            found = SpecialTokens(tokenizer).encode(texts, "\ufdd0", add_special_tokens=special)
             assert found == tokenizer(texts, add_special_tokens=special)["input_ids"]
 
 

@@ -82,7 +82,7 @@ def test_conversations_with_system_turns(shared_data, chat, language, soak):
 
 def test_tools_calls_and_their_answers(chat):
     question = [message("user", "Will it rain in Oslo?")]
-    asked = [message("assistant", "", tool_calls=[CALL])]
+    requested = [message("assistant", "", tool_calls=[CALL])]
     rows = [
         {
             "prompt": question,
@@ -91,14 +91,19 @@ def test_tools_calls_and_their_answers(chat):
             "tools": json.dumps([WEATHER]),
         },
         {
-            "prompt": [message("system", "Be brief."), *question, *asked, message("tool", "rain")],
+            "prompt": [
+                message("system", "Be brief."),
+                *question,
+                *requested,
+                message("tool", "rain"),
+            ],
             "chosen": [message("assistant", "It will.")],
             "rejected": [message("assistant", "It may well do so.")],
             "tools": json.dumps([WEATHER]),
         },
         {
             "prompt": question,
-            "chosen": asked,
+            "chosen": requested,
             "rejected": [message("assistant", "No.")],
             "tools": json.dumps([WEATHER]),
         },

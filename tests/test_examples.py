@@ -11,7 +11,7 @@ from taught_llama import taught_llama
 
 from fastdpo import train
 from fastdpo.losses import LOSSES
-from fastdpo.planner import Training, Workload, architecture_named, card_of, plan
+from fastdpo.planner import Training, Workload, architecture_named, gpu_spec, plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(set(EXAMPLES.glob("*.py")) - {EXAMPLES / "example_inputs.py"})
@@ -158,7 +158,7 @@ def planned_line(path):
     made = plan(
         architecture_named(values["model"]),
         Training(tuning="qlora", lora_r=values["lora_r"]),
-        card_of(path.stem),
+        gpu_spec(path.stem),
         Workload(2 * length, length * batch),
         host_bytes=16 * 2**30,
     )

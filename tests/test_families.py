@@ -39,10 +39,10 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from fastdpo.batching import Group, pack_update
+from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.modeling import families
-from fastdpo.modeling.attention import OWN, packed_attention
-from fastdpo.modeling.families import pass_mode
+from fastdpo.modeling.attention import MODEL_ATTENTION, packed_attention
+from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.moe import load_balancing_loss
 from fastdpo.modeling.scoring import score_pairs
@@ -107,8 +107,8 @@ def unpacked_model(family):
 @pytest.mark.parametrize("family", UNPACKED)
 def test_unpackable_families_run_padded_and_exact(family):
     model, groups = unpacked_model(family), random_groups(3)
-    mode = pass_mode(model)
-    assert (mode.packing, mode.shared_prefix, mode.attention) == (False, False, OWN)
+    mode = choose_packing(model)
+    assert (mode.packing, mode.shared_prefix, mode.attention) == (False, False, MODEL_ATTENTION)
     assert model.config.model_type in mode.describe()
     assert_same(packed(model, groups), separate(model, groups))
 
@@ -118,7 +118,7 @@ def test_packing_them_all_the_same_would_be_wrong(family, monkeypatch):
     """The obstacle is real: without it the log-probs differ, or the passes refuse."""
     model, groups = unpacked_model(family), random_groups(3)
     truth, _ = separate(model, groups)
-    monkeypatch.setattr(families, "packing_obstacle", lambda _: "")
+    monkeypatch.setattr(families, "why_not_packable", lambda _: "")
     try:
         found, _ = packed(model, groups)
     except (ValueError, TypeError):
@@ -149,11 +149,11 @@ def test_the_future_and_the_rejected_change_nothing(family):
     late[6:] = (late[6:] + 40) % 131
     other = (rejected + 50) % 131
     other[0] = rejected[0]
-    plain = probed(model, [Group(prompt, (chosen, rejected))])
-    changed = probed(model, [Group(prompt, (chosen, other))])
+    plain = probed(model, [PromptGroup(prompt, (chosen, rejected))])
+    changed = probed(model, [PromptGroup(prompt, (chosen, other))])
     assert np.array_equal(plain[0], changed[0]), "chosen depends on rejected"
     assert not np.array_equal(plain[1], changed[1])
-    future = probed(model, [Group(prompt, (late, rejected))])
+    future = probed(model, [PromptGroup(prompt, (late, rejected))])
     assert np.array_equal(plain[0][:6], future[0][:6]), "the past depends on the future"
     assert not np.array_equal(plain[0][6:], future[0][6:])
     assert np.array_equal(plain[1], future[1]), "rejected depends on chosen"
@@ -161,13 +161,15 @@ def test_the_future_and_the_rejected_change_nothing(family):
 
 def test_packable_families_say_nothing_and_options_are_followed():
     model = model_of("llama")
-    assert pass_mode(model).describe() == "Pairs run in packed rows, each prompt computed once."
-    assert not pass_mode(model, shared_prefix="off").shared_prefix
-    off = pass_mode(model, packing="off", attention="sdpa")
+    assert (
+        choose_packing(model).describe() == "Pairs run in packed rows, each prompt computed once."
+    )
+    assert not choose_packing(model, shared_prefix="off").shared_prefix
+    off = choose_packing(model, packing="off", attention="sdpa")
     assert (off.packing, off.attention) == (False, "sdpa")
     assert "--packing is off" in off.describe()
     with pytest.raises(ValueError, match="--attention varlen is for packed rows"):
-        pass_mode(unpacked_model("mamba"), attention="varlen")
+        choose_packing(unpacked_model("mamba"), attention="varlen")
 
 
 @pytest.mark.parametrize(
@@ -179,11 +181,11 @@ def test_packable_families_say_nothing_and_options_are_followed():
 )
 def test_models_that_look_ahead_are_refused(config):
     with pytest.raises(ValueError, match="decoder-only causal LM"):
-        pass_mode(AutoModelForCausalLM.from_config(config))
+        choose_packing(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_layer_that_does_not_attend_through_ours_is_found(monkeypatch):
-    monkeypatch.setattr(families, "packing_obstacle", lambda _: "")
+    monkeypatch.setattr(families, "why_not_packable", lambda _: "")
     with pytest.raises(ValueError, match="in 1 of its 2 layers"):
         packed(unpacked_model("granite-hybrid"), random_groups(1))
 
@@ -213,8 +215,8 @@ def test_rows_that_change_the_rotary_frequencies_of_others_are_refused():
 def test_a_window_that_is_not_handed_on_is_found(monkeypatch):
     config = PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=9)
     model = AutoModelForCausalLM.from_config(config)
-    assert not pass_mode(model).packing
-    monkeypatch.setattr(families, "packing_obstacle", lambda _: "")
+    assert not choose_packing(model).packing
+    monkeypatch.setattr(families, "why_not_packable", lambda _: "")
     with pytest.raises(ValueError, match="a window that it does not hand on"):
         packed(model, random_groups(1))
 
@@ -234,14 +236,16 @@ def test_rwkv_is_refused_by_name():
 @pytest.mark.parametrize("layout", [{}, {"shared_prefix": False}, {"packing": False}])
 def test_aux_loss_is_the_models_own_over_real_tokens(family, layout):
     model, (group, *_) = model_of(family), random_groups(1)
-    group = Group(group.prompt_ids, group.completions[:1])  # one row: the model's own is defined
+    group = PromptGroup(
+        group.prompt_ids, group.completions[:1]
+    )  # one row: the model's own is defined
     ids = np.concatenate([group.prompt_ids, group.completions[0][:-1]])
     wanted = model(torch.from_numpy(ids).long()[None], output_router_logits=True).aux_loss
     wanted.backward()
     truth = gradients(model)
     model.zero_grad()
     (micro_batch,) = pack_update([group], 512, **layout)
-    assert micro_batch.real_tokens < micro_batch.input_ids.numel(), "there is filler"
+    assert micro_batch.num_tokens < micro_batch.input_ids.numel(), "there is filler"
     with packed_attention(model.config):
         found = packed_logprobs(model, micro_batch, aux_loss=True).aux_loss
         found.backward()
@@ -263,7 +267,7 @@ def test_aux_loss_counts_a_shared_prompt_once():
         found = packed_logprobs(model, micro_batch, aux_loss=True).aux_loss
     for hook in hooks:
         hook.remove()
-    real = tuple(logits[: micro_batch.real_tokens] for logits in seen)
+    real = tuple(logits[: micro_batch.num_tokens] for logits in seen)
     assert found.item() == pytest.approx(load_balancing_loss_func(real, 4, 2).item(), rel=1e-6)
 
 

@@ -13,12 +13,18 @@ from torch import nn
 import fastdpo.trainer.dpo_trainer as trainer_room
 from fastdpo.batching import group_tokens
 from fastdpo.modeling.activations import decoder_layers
-from fastdpo.planner import Card, from_model, plan_for_run
-from fastdpo.trainer.layout import Layout, choose_layout, fullest_update, plan_memory, sizes_of
+from fastdpo.planner import GPUSpec, from_model, plan_for_run
+from fastdpo.trainer.layout import (
+    ExecutionLayout,
+    choose_layout,
+    group_lengths,
+    plan_memory,
+    worst_case_batch,
+)
 from fastdpo.trainer.update import Update
 
 GIB = 2**30
-CARD = Card("a tiny card", 2 * GIB, 10, 100)
+CARD = GPUSpec("a tiny card", 2 * GIB, 10, 100)
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def plan_of(trainer, **changes):
     made = plan_for_run(
         trainer.policy,
         trainer.user_args,
-        sizes_of(groups, trainer.mode),
+        group_lengths(groups, trainer.mode),
         pairs_per_update=trainer.pairs_per_update,
         scored_tokens=sum(len(ids) for group in groups for ids in group.completions),
         card=CARD,
@@ -78,8 +84,8 @@ def test_a_plan_of_a_loaded_model_fits_its_card(build):
     trainer = build(activation_checkpointing=True)
     made = plan_of(trainer)
     assert made.fits
-    assert len(made.layer_policy) == 2
-    assert made.micro_batch_tokens >= max(sizes_of(trainer.train_groups, trainer.mode))
+    assert len(made.activation_plan) == 2
+    assert made.micro_batch_tokens >= max(group_lengths(trainer.train_groups, trainer.mode))
     assert made.card_bytes == CARD.memory_bytes
     assert sum(made.terms.values()) > sum(p.nbytes for p in trainer.policy.parameters())
     small = replace(CARD, memory_bytes=2**20)
@@ -99,14 +105,16 @@ def test_where_there_is_no_card_nothing_is_planned(build):
 def test_the_layout_follows_the_plan_and_the_options_come_first(build):
     trainer = build(activation_checkpointing=True)
     made = plan_of(
-        trainer, layer_policy=("offload", "keep"), micro_batch_tokens=512, mlp_tile_tokens=2048,
+        trainer, activation_plan=("offload", "keep"), micro_batch_tokens=512, mlp_tile_tokens=2048,
         norm_tile_tokens=1024, embeddings_on_host=True,
     )  # fmt: skip
     plain = layout_of(trainer, made)
-    assert plain == Layout(512, ("offload", "keep"), 2048, 1024, True, None, plain.attention)
+    assert plain == ExecutionLayout(
+        512, ("offload", "keep"), 2048, 1024, True, None, plain.attention
+    )
     assert layout_of(trainer, made, micro_batch_tokens=300).micro_batch_tokens == 300
-    assert layout_of(trainer, made, activations="recompute").layer_policy == ("recompute",) * 2
-    assert layout_of(trainer, made, activation_checkpointing=False).layer_policy == ("keep",) * 2
+    assert layout_of(trainer, made, activations="recompute").activation_plan == ("recompute",) * 2
+    assert layout_of(trainer, made, activation_checkpointing=False).activation_plan == ("keep",) * 2
     assert layout_of(trainer, made, mlp_tile_tokens=64).mlp_tile_tokens == 64
     none = layout_of(trainer, made, mlp_tile_tokens=0)
     assert (none.mlp_tile_tokens, none.norm_tile_tokens) == (None, None)
@@ -114,12 +122,12 @@ def test_the_layout_follows_the_plan_and_the_options_come_first(build):
     assert layout_of(trainer, None, embeddings="host").embeddings_on_host
     without = layout_of(trainer, None)
     assert without.micro_batch_tokens == 2048
-    assert without.layer_policy == ("recompute",) * 2
+    assert without.activation_plan == ("recompute",) * 2
 
 
 def test_a_plan_of_short_rows_splits_the_longest_pairs(build):
     trainer = build()
-    longest = max(sizes_of(trainer.train_groups, trainer.mode))
+    longest = max(group_lengths(trainer.train_groups, trainer.mode))
     assert (
         layout_of(trainer, plan_of(trainer, micro_batch_tokens=longest)).most_group_tokens is None
     )
@@ -128,21 +136,21 @@ def test_a_plan_of_short_rows_splits_the_longest_pairs(build):
 
 
 def test_a_layout_survives_json():
-    layout = Layout(512, ("offload", "keep"), 2048, None, True, 300, "sdpa-per-segment")
-    assert Layout.from_json(json.loads(json.dumps(layout.as_json()))) == layout
+    layout = ExecutionLayout(512, ("offload", "keep"), 2048, None, True, 300, "sdpa-per-segment")
+    assert ExecutionLayout.from_json(json.loads(json.dumps(layout.as_json()))) == layout
 
 
 def test_the_fullest_update_is_the_longest_pairs_that_share_a_row(build):
     trainer = build()
     layout = layout_of(trainer, None, micro_batch_tokens=256)
     chosen = [
-        group_tokens(each) for each in fullest_update(trainer.train_groups, trainer.mode, layout)
+        group_tokens(each) for each in worst_case_batch(trainer.train_groups, trainer.mode, layout)
     ]
-    ordered = sorted(sizes_of(trainer.train_groups, trainer.mode), reverse=True)
+    ordered = sorted(group_lengths(trainer.train_groups, trainer.mode), reverse=True)
     assert chosen == ordered[: len(chosen)]
     assert sum(chosen) <= 256 < sum(ordered[: len(chosen) + 1])
     short = replace(layout, micro_batch_tokens=1)
-    assert len(fullest_update(trainer.train_groups, trainer.mode, short)) == 1
+    assert len(worst_case_batch(trainer.train_groups, trainer.mode, short)) == 1
 
 
 def test_layers_without_the_hook_can_be_kept(build, monkeypatch):
@@ -152,7 +160,7 @@ def test_layers_without_the_hook_can_be_kept(build, monkeypatch):
         plain = {k: v for k, v in type(layer).__dict__.items() if k in ("__init__", "forward")}
         layer.__class__ = type("PlainLayer", (nn.Module,), plain)
     layout = layout_of(trainer, None, activations="keep")
-    assert layout.layer_policy == ()
+    assert layout.activation_plan == ()
     layout.apply(trainer.policy)
     with pytest.raises(ValueError, match="GradientCheckpointingLayer"):
         replace(layout, mlp_tile_tokens=64).apply(trainer.policy)
@@ -163,12 +171,12 @@ def test_what_else_lies_on_the_card_is_not_planned_with(build, monkeypatch):
     own = sum(p.nbytes for p in trainer.policy.parameters())
     own += sum(b.nbytes for b in trainer.policy.buffers())
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: own + 12345)
-    assert from_model.held_by_others(trainer.policy) == 12345
+    assert from_model.other_allocations(trainer.policy) == 12345
     copied = build(sync_ref_model=True)
     frozen = [p for n, p in copied.policy.named_parameters() if ".reference." in n]
     assert frozen
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: own + sum(p.nbytes for p in frozen))
-    assert from_model.held_by_others(copied.policy) == sum(p.nbytes for p in frozen)
+    assert from_model.other_allocations(copied.policy) == sum(p.nbytes for p in frozen)
 
 
 # The rehearsal
@@ -191,7 +199,7 @@ def test_a_rehearsal_leaves_no_trace(planned, options):
     before, state = weights(trainer), torch.get_rng_state()
     if options.get("micro_batch_tokens"):
         trainer.update.most_group_tokens = 0
-    trainer.before_updates()
+    trainer.on_before_train()
     assert torch.equal(torch.get_rng_state(), state)
     assert_same_weights(before, weights(trainer))
     assert all(p.grad is None for p in trainer.policy.parameters())
@@ -231,5 +239,5 @@ def test_memory_that_runs_out_in_the_rehearsal_lowers_t_for_the_run(planned, mon
     monkeypatch.setattr(Update, "_attempt", attempt)
     trainer.train()
     assert len(failed) == 1, "in the rehearsal, and never again"
-    assert trainer.work_plan()["layout"]["micro_batch_tokens"] < 256
+    assert trainer.layout_state()["layout"]["micro_batch_tokens"] < 256
     assert trainer.state.global_step == 5

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from test_reference_store import some_rows
 
 from fastdpo.cli.parser import parse
-from fastdpo.cli.yaml_file import read_options_file
+from fastdpo.cli.yaml_file import load_yaml_config
 from fastdpo.data import DataError
 from fastdpo.data.json_lines import parse_json_lines, read_json
 from fastdpo.data.reading import rows_from
@@ -57,7 +57,7 @@ def read_document(content, folder):
 def read_yaml(content, folder):
     path = folder / "fuzz.yaml"
     path.write_bytes(content)
-    assert isinstance(read_options_file(path), dict)
+    assert isinstance(load_yaml_config(path), dict)
 
 
 def parse_config(content, folder):
@@ -116,7 +116,7 @@ def seeds(tmp_path_factory):
     sealed = folder / "sealed"
     sealed.mkdir()
     (sealed / "a").write_text("x")
-    checkpoint.seal(sealed, {"seed": 1, "loss": {"beta": 0.1}}, {"T": 128})
+    checkpoint.write_manifest(sealed, {"seed": 1, "loss": {"beta": 0.1}}, {"T": 128})
     store = ReferenceStore(folder / "store", {"weights": "x"})
     store.append(some_rows())
     shard = next(store.folder.glob("shard-*")).read_bytes()

@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batching import Segment, pack_update
 from fastdpo.modeling.attention import PackedSegments, packed_attention
-from fastdpo.modeling.attention.dispatch import chosen_backend
+from fastdpo.modeling.attention.dispatch import select_backend
 from fastdpo.modeling.attention.flex import allowed_by, attend_flex
 from fastdpo.modeling.attention.sdpa import attend_segments
-from fastdpo.modeling.attention.segments import AttentionTerms
+from fastdpo.modeling.attention.segments import AttentionParams
 from fastdpo.modeling.attention.varlen import attend_varlen, torch_kernel
 from fastdpo.modeling.logprobs import packed_logprobs
 
@@ -44,19 +44,19 @@ def row_of(tokens, seed=0, longest_prompt=2000, longest_completion=1000):
     segments, start = [], 0
     while start < tokens:
         rest = tokens - start
-        trunk = int(draw.integers(1, min(longest_prompt, rest) + 1))
-        first = int(draw.integers(0, min(longest_completion, rest - trunk) + 1))
-        second = int(draw.integers(0, min(longest_completion, rest - trunk - first) + 1))
-        segments.append(Segment(start, trunk, (first, second)))
+        prefix = int(draw.integers(1, min(longest_prompt, rest) + 1))
+        first = int(draw.integers(0, min(longest_completion, rest - prefix) + 1))
+        second = int(draw.integers(0, min(longest_completion, rest - prefix - first) + 1))
+        segments.append(Segment(start, prefix, (first, second)))
         start += segments[-1].tokens
     return tuple(segments)
 
 
 def dense(query, key, value, segments, terms):
     """All scores under one mask, in float32."""
-    repeats = query.shape[1] // key.shape[1]
+    duplicates = query.shape[1] // key.shape[1]
     query, key, value = (x.float() for x in (query, key, value))
-    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    key, value = (x.repeat_interleave(duplicates, 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     if terms.softcap is not None:
         scores = terms.softcap * torch.tanh(scores / terms.softcap)
@@ -88,7 +88,7 @@ def compare(backend, segments, *, heads=4, kv_heads=2, size=64, dtype=torch.bflo
     if options.pop("sinks", None):
         more = [torch.linspace(-1, 2, heads, device="cuda").requires_grad_()]
         options["sinks"] = more[0]
-    terms = AttentionTerms(**options)
+    terms = AttentionParams(**options)
     upstream = torch.randn_like(leaves[0])
     out = BACKENDS[backend](*leaves, PackedSegments(segments), terms)
     gradients = torch.autograd.grad((out * upstream).sum(), leaves + more)
@@ -146,7 +146,7 @@ def test_head_sizes_flex(size):
 @pytest.mark.parametrize("where", ["no_grad", "checkpoint"])
 def test_the_first_call_may_come_from_anywhere(where):
     """Up to torch 2.11 it tries grouped heads, in a reference pass or inside a recomputed layer."""
-    segments, terms = row_of(300), AttentionTerms()
+    segments, terms = row_of(300), AttentionParams()
     leaves = inputs_of(segments, 4, 2, 64, torch.bfloat16)
 
     def attend(*tensors):
@@ -166,7 +166,7 @@ def test_windows_varlen():
     for window in (1, 2, 64, 1000):
         segments = row_of(2000, seed=window)
         leaves = inputs_of(segments, 4, 2, 64, torch.bfloat16)
-        terms = AttentionTerms(window=window)
+        terms = AttentionParams(window=window)
         out = varlen(*leaves, PackedSegments(segments), terms)
         assert relative(out, dense(*leaves, segments, terms)) <= 1e-2
 
@@ -175,7 +175,7 @@ def test_a_branch_never_writes_all_scores():
     """With a mask and grouped heads, SDPA would fall to its math kernel, which does."""
     segments = (Segment(0, 2000, (900, 800)),)
     leaves = inputs_of(segments, 8, 2, 128, torch.bfloat16)
-    for terms in (AttentionTerms(), AttentionTerms(window=300)):
+    for terms in (AttentionParams(), AttentionParams(window=300)):
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
             attend_segments(*leaves, PackedSegments(segments), terms).sum().backward()
 
@@ -183,8 +183,8 @@ def test_a_branch_never_writes_all_scores():
 def test_auto_takes_varlen_here_and_flex_for_caps():
     segments = PackedSegments(row_of(64))
     leaves = inputs_of(segments.segments, 4, 2, 64, torch.bfloat16)
-    assert chosen_backend("auto", *leaves, segments, AttentionTerms()) == "varlen"
-    assert chosen_backend("auto", *leaves, segments, AttentionTerms(softcap=1.0)) == "flex"
+    assert select_backend("auto", *leaves, segments, AttentionParams()) == "varlen"
+    assert select_backend("auto", *leaves, segments, AttentionParams(softcap=1.0)) == "flex"
 
 
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
@@ -194,7 +194,7 @@ def test_reruns_and_places_are_bitwise(backend):
     leaves = inputs_of(segments, 4, 2, 64, torch.bfloat16)
 
     def run():
-        out = BACKENDS[backend](*leaves, PackedSegments(segments), AttentionTerms())
+        out = BACKENDS[backend](*leaves, PackedSegments(segments), AttentionParams())
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -207,8 +207,8 @@ def test_reruns_and_places_are_bitwise(backend):
     if backend == "varlen":
         last = segments[-1]
         own = slice(last.start, last.start + last.tokens)
-        alone = PackedSegments((Segment(0, last.trunk_tokens, last.branch_tokens),))
-        out = varlen(*(x[:, :, own] for x in leaves), alone, AttentionTerms())
+        alone = PackedSegments((Segment(0, last.prefix_tokens, last.suffix_tokens),))
+        out = varlen(*(x[:, :, own] for x in leaves), alone, AttentionParams())
         assert torch.equal(out, first[0][:, :, own])
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastdpo.batching import Group, pack_update
+from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.modeling import activations
-from fastdpo.modeling.activations import ACTIVATIONS, apply_policy, decoder_layers
+from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, decoder_layers
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
@@ -56,7 +56,7 @@ def micro_batch():
     draw = np.random.default_rng(0)
     sizes = (TOKENS // 2, TOKENS // 4, TOKENS // 4)
     prompt, chosen, rejected = (draw.integers(0, 4096, n).astype(np.int32) for n in sizes)
-    (row,) = pack_update([Group(prompt, (chosen, rejected))], TOKENS)
+    (row,) = pack_update([PromptGroup(prompt, (chosen, rejected))], TOKENS)
     return row.to("cuda")
 
 
@@ -93,7 +93,7 @@ def test_mixtures_give_the_same_gradients(model):
     mixtures = [(choice,) * LAYERS for choice in ACTIVATIONS]
     mixtures += [tuple(draw.choice(ACTIVATIONS, LAYERS)) for _ in range(20)]
     for policy in mixtures:
-        apply_policy(model, policy)
+        apply_activation_plan(model, policy)
         found = gradients(model)
         assert torch.equal(found["log-probs"], wanted["log-probs"]), policy
         assert_close(found, wanted, max(1e-4, 4 * noise))
@@ -103,7 +103,7 @@ def test_mixtures_give_the_same_gradients(model):
 def test_offloading_leaves_two_inputs_on_the_card_and_pins_the_rest(model, monkeypatch):
     peaks = []
     for choice in ("recompute", "offload"):
-        apply_policy(model, (choice,) * LAYERS)
+        apply_activation_plan(model, (choice,) * LAYERS)
         gradients(model)
         gradients(model, peaks)
     saved = peaks[0] - peaks[1]
@@ -111,13 +111,13 @@ def test_offloading_leaves_two_inputs_on_the_card_and_pins_the_rest(model, monke
     assert saved >= (LAYERS - 3) * INPUT_BYTES
 
     pinned = []
-    plain = activations.HostInput.take
+    plain = activations.OffloadedActivation.load
 
-    def take(self):
+    def load(self):
         pinned.extend(page.is_pinned() for page in self._pages)
         return plain(self)
 
-    monkeypatch.setattr(activations.HostInput, "take", take)
+    monkeypatch.setattr(activations.OffloadedActivation, "load", load)
     gradients(model)
     assert len(pinned) == LAYERS * -(-INPUT_BYTES // activations.PAGE_BYTES)
     assert all(pinned)
@@ -125,7 +125,7 @@ def test_offloading_leaves_two_inputs_on_the_card_and_pins_the_rest(model, monke
 
 def test_a_backward_that_breaks_off_harms_nothing(model):
     """Out of memory half way: copies under way must not write into what is allocated next."""
-    apply_policy(model, ("offload",) * LAYERS)
+    apply_activation_plan(model, ("offload",) * LAYERS)
     wanted = gradients(model)
     noise = max(
         float((g - wanted[n]).norm() / wanted[n].norm()) for n, g in gradients(model).items()
@@ -156,7 +156,7 @@ def test_a_backward_that_breaks_off_harms_nothing(model):
 
 
 def test_tiles_hold_less(model):
-    apply_policy(model, ("recompute",) * LAYERS)
+    apply_activation_plan(model, ("recompute",) * LAYERS)
     wanted, peaks = gradients(model), []
     gradients(model, peaks)
     tile_mlps(model, 1024)

@@ -11,7 +11,7 @@ from tiny_trainer import HELD_OUT, ROWS, TOKENIZER
 from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 from fastdpo.modeling.adapters import lora_config
 from fastdpo.modeling.scoring import score_pairs
 
@@ -67,7 +67,7 @@ def test_a_pass_without_gradients_survives_a_real_lack_of_memory(caplog):
     for prompt, chosen, rejected in sizes:
         ids = draw.integers(0, 288, prompt + chosen + rejected).astype(np.int32)
         parts = np.split(ids, [prompt, prompt + chosen])
-        groups.append(Group(parts[0], (parts[1], parts[2])))
+        groups.append(PromptGroup(parts[0], (parts[1], parts[2])))
     expected = score_pairs(model, groups, micro_batch_tokens=2048)
     gc.collect()
     torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from fastdpo.batching import pack_update
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.head import head_of
+from fastdpo.modeling.head import get_lm_head
 from fastdpo.modeling.loading import ModelError, load_model, load_tokenizer
 from fastdpo.modeling.logprobs import packed_logprobs
 
@@ -102,7 +102,7 @@ def test_a_quantized_head_is_refused_by_name(base_folder, tmp_path, how):
     model = load_model(quantized(base_folder, tmp_path, **{how: True}), dtype=torch.bfloat16)
     kind = {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}[how]
     with pytest.raises(ValueError, match=f"the head is a {kind} .* lm_head left out"):
-        head_of(model)
+        get_lm_head(model)
 
 
 def test_8_bit_weights_are_not_taken_for_4_bit_ones(base_folder, tmp_path):

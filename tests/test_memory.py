@@ -13,8 +13,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from bench import harness, memory, qlora
 from bench.live_bytes import walk_update
 from bench.synthetic import aliased_config, random_model
-from fastdpo.batching import Group, Segment, pack_update
-from fastdpo.modeling.activations import PAGE_BYTES, apply_policy
+from fastdpo.batching import PromptGroup, Segment, pack_update
+from fastdpo.modeling.activations import PAGE_BYTES, apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.logprobs import packed_logprobs
@@ -24,14 +24,14 @@ from fastdpo.planner import (
     Workload,
     architecture_named,
     architecture_of,
-    card_of,
+    gpu_spec,
     plan,
     training_of,
 )
 from fastdpo.planner.activations import Row, layer_bytes
 from fastdpo.planner.architecture import architecture_of_config
 from fastdpo.planner.plan import pinned_bytes
-from fastdpo.planner.search import Layout, Means
+from fastdpo.planner.search import MemoryLayout, MemoryStrategy
 from fastdpo.planner.terms import GIB, nf4_bytes, optimizer_bytes
 
 SIZES = {
@@ -54,7 +54,7 @@ PARAMETERS = {
 def groups(count=2):
     draw = np.random.default_rng(0)
     return [
-        Group(
+        PromptGroup(
             draw.integers(0, 50, 40).astype(np.int32),
             tuple(
                 draw.integers(low, low + 10, tokens).astype(np.int32)
@@ -67,14 +67,14 @@ def groups(count=2):
 
 def row_of(micro_batch) -> Row:
     """What the planner needs to know of a micro-batch, counted from its segments."""
-    segments = [s for s in micro_batch.segments if s.branch_tokens]
-    others = [(s.trunk_tokens, branch) for s in segments for branch in s.branch_tokens[1:]]
+    segments = [s for s in micro_batch.segments if s.suffix_tokens]
+    others = [(s.prefix_tokens, suffix) for s in segments for suffix in s.suffix_tokens[1:]]
     return Row(
         micro_batch.input_ids.shape[1],
         len(micro_batch.scored_positions),
-        sum(trunk for trunk, _ in others),
-        sum(branch for _, branch in others),
-        sum(branch * (trunk + branch) for trunk, branch in others),
+        sum(prefix for prefix, _ in others),
+        sum(suffix for _, suffix in others),
+        sum(suffix * (prefix + suffix) for prefix, suffix in others),
     )
 
 
@@ -109,7 +109,7 @@ def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit):
     config = FAMILIES[family](**SIZES)
     base = random_model(config, dtype=dtype, device="cpu", load_in_4bit=four_bit)
     model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
-    apply_policy(model, ("keep", "keep", "recompute"))
+    apply_activation_plan(model, ("keep", "keep", "recompute"))
     micro_batch = pack_update(groups(), 4096)[0]
     saved = SavedBytes(model, micro_batch).by_layer
     training = training_of(model, "adamw_torch", "sdpa")
@@ -142,16 +142,16 @@ def test_the_peak_of_an_update_is_that_of_its_tensors(alias, tokens, policy, til
     if tokens > 8192 and tiles != (2048, 2048) and not soak:
         pytest.skip("takes seconds; run by make soak")
     config = aliased_config(alias, num_hidden_layers=len(policy))
-    trunk, branch = tokens // 2, tokens // 4
+    prefix, suffix = tokens // 2, tokens // 4
     walked = walk_update(
-        config, [Segment(0, trunk, (branch, branch))], dtype=dtype, policy=policy,
+        config, [Segment(0, prefix, (suffix, suffix))], dtype=dtype, policy=policy,
         mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1],
     )  # fmt: skip
-    layout = Layout(
+    layout = MemoryLayout(
         architecture_of_config(config, alias),
         Training("lora", dtype.itemsize, attention="sdpa"),
-        Row(tokens, 2 * branch, trunk, branch, branch * (trunk + branch)),
-        Means("adamw_torch", mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1]),
+        Row(tokens, 2 * suffix, prefix, suffix, suffix * (prefix + suffix)),
+        MemoryStrategy("adamw_torch", mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1]),
     )
     predicted = layout.peak(policy) - sum(layout.resident.values())
     assert predicted == pytest.approx(walked.peak_bytes, rel=0.015), walked.at_peak
@@ -161,8 +161,8 @@ def test_the_peak_of_an_update_is_that_of_its_tensors(alias, tokens, policy, til
 def test_every_alias_is_counted_offline(alias):
     found = architecture_named(alias)
     assert found.parameters == PARAMETERS[alias]
-    assert found.is_plain
-    assert found.caps_scores == (alias == "gemma-2-9b")
+    assert found.is_standard
+    assert found.attn_softcap == (alias == "gemma-2-9b")
     assert found.query_key_norms == (alias == "qwen3-8b")
 
 
@@ -271,10 +271,10 @@ def test_an_update_as_planned_is_the_same_update():
         model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
         llama = architecture_of(model, "tiny")
         made = plan(
-            llama, Training(entry_bytes=4), card_of("1"), Workload(256, 256), host_bytes=GIB
+            llama, Training(entry_bytes=4), gpu_spec("1"), Workload(256, 256), host_bytes=GIB
         )
         made = replace(
-            made, layer_policy=policy, norm_tile_tokens=tiles, mlp_tile_tokens=tiles,
+            made, activation_plan=policy, norm_tile_tokens=tiles, mlp_tile_tokens=tiles,
             embeddings_on_host=on_host,
         )  # fmt: skip
         qlora.carry_out(model, made)

@@ -17,14 +17,14 @@ from fastdpo.planner import (
     Training,
     Workload,
     architecture_named,
-    card_of,
     compare,
+    gpu_spec,
     longest_pair,
     plan,
     plan_for_run,
     training_of,
 )
-from fastdpo.planner.search import Layout, Means, allocatable_bytes
+from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
 from fastdpo.planner.terms import GIB
 
 
@@ -36,7 +36,7 @@ def llama():
 def planned(architecture, size, longest=2048, update=65536, host=64, **options) -> Plan:
     training = options.pop("training", Training())
     return plan(
-        architecture, training, card_of(size), Workload(longest, update),
+        architecture, training, gpu_spec(size), Workload(longest, update),
         host_bytes=int(host * GIB), **options,
     )  # fmt: skip
 
@@ -54,25 +54,25 @@ def test_more_memory_is_never_slower_and_the_card_is_nearly_full(llama):
 
 def test_the_kept_layers_are_the_last_and_another_one_would_not_fit(llama):
     made = planned(llama, "12 GB", micro_batch_tokens=4096)
-    kept = made.layer_policy.count("keep")
+    kept = made.activation_plan.count("keep")
     assert 1 < kept < 32
-    assert made.layer_policy == ("recompute",) * (32 - kept) + ("keep",) * kept
-    layout = Layout(
+    assert made.activation_plan == ("recompute",) * (32 - kept) + ("keep",) * kept
+    layout = MemoryLayout(
         llama, Training(), Workload(2048, 65536).row(4096),
-        Means(
+        MemoryStrategy(
             made.optimizer, made.embeddings_on_host, made.norm_tile_tokens, made.mlp_tile_tokens
         ),
     )  # fmt: skip
     allocatable = allocatable_bytes(12 * GIB)
-    assert layout.peak(made.layer_policy) == made.allocated_bytes <= allocatable
+    assert layout.peak(made.activation_plan) == made.allocated_bytes <= allocatable
     assert layout.peak(("recompute",) * (31 - kept) + ("keep",) * (kept + 1)) > allocatable
 
 
 def test_long_pairs_go_to_the_host_as_far_as_it_has_room(llama):
     made = planned(llama, "24 GB", 65536)
     assert made.fits, made.describe()
-    assert made.layer_policy.count("offload") > 10
-    assert made.pinned_host_bytes >= made.layer_policy.count("offload") * 65536 * 4096 * 2
+    assert made.activation_plan.count("offload") > 10
+    assert made.pinned_host_bytes >= made.activation_plan.count("offload") * 65536 * 4096 * 2
     less = planned(llama, "24 GB", 65536, host=8)
     assert less.fits
     assert less.pinned_host_bytes <= 8 * GIB < made.pinned_host_bytes
@@ -122,7 +122,7 @@ def test_the_aims_of_the_project_are_within_reach():
     for alias, cards in aims.items():
         architecture = architecture_named(alias)
         for size, length in cards.items():
-            found = longest_pair(architecture, Training(), card_of(size), host_bytes=64 * GIB)
+            found = longest_pair(architecture, Training(), gpu_spec(size), host_bytes=64 * GIB)
             assert found is not None
             assert found.fits
             assert found.micro_batch_tokens // 2 >= length, (alias, size)
@@ -150,12 +150,12 @@ def test_predicted_and_measured_are_compared(llama):
 
 
 def test_cards_by_size_and_name():
-    assert card_of("24GiB").memory_bytes == card_of("24 GB").memory_bytes == 24 * GIB
-    assert card_of("rtx-4090").tflops == card_of("24").tflops
-    assert card_of("7.5").name.startswith("7.5 GiB, rates of an RTX 2060")
+    assert gpu_spec("24GiB").memory_bytes == gpu_spec("24 GB").memory_bytes == 24 * GIB
+    assert gpu_spec("rtx-4090").tflops == gpu_spec("24").tflops
+    assert gpu_spec("7.5").name.startswith("7.5 GiB, rates of an RTX 2060")
     for wrong in ("huge", "", "0", "24 MB"):
         with pytest.raises(ValueError, match=r"--gpu is .* auto, a size such as 24GiB"):
-            card_of(wrong)
+            gpu_spec(wrong)
 
 
 def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
@@ -168,13 +168,13 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     config = DPOConfig(str(tmp_path), use_cpu=True, optim="adamw_torch")
     scored = {"pairs_per_update": 4, "scored_tokens": 300}
     assert plan_for_run(model, config, lengths, **scored) is None
-    made = plan_for_run(model, config, lengths, card=card_of("1 GB"), host_bytes=GIB, **scored)
+    made = plan_for_run(model, config, lengths, card=gpu_spec("1 GB"), host_bytes=GIB, **scored)
     assert made is not None
     assert made.fits
     assert made.micro_batch_tokens == 384  # four groups of 88 tokens, rounded up to 128
-    assert made.layer_policy == ("keep",) * 3
+    assert made.activation_plan == ("keep",) * 3
     config = DPOConfig(str(tmp_path), use_cpu=True, micro_batch_tokens=128)
-    made = plan_for_run(model, config, lengths, card=card_of("1 GB"), host_bytes=GIB, **scored)
+    made = plan_for_run(model, config, lengths, card=gpu_spec("1 GB"), host_bytes=GIB, **scored)
     assert made is not None
     assert made.micro_batch_tokens == 128
 
@@ -186,7 +186,7 @@ def test_pairs_that_do_not_fit_whole_are_planned_row_by_row(tmp_path):
     )
     config = DPOConfig(str(tmp_path), use_cpu=True)
     run = {"pairs_per_update": 2, "scored_tokens": 100_000, "host_bytes": 0}
-    card = card_of("2")
+    card = gpu_spec("2")
     whole = plan_for_run(model, config, [100_000], card=card, **run)
     assert whole is not None
     size = whole.card_bytes

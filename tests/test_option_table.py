@@ -22,21 +22,22 @@ from tiny_trainer import CONFIG, TOKENIZER, preference_rows
 from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import (
+    BatchingOptions,
     DataOptions,
     LossOptions,
     ModelOptions,
-    PassOptions,
     ReferenceOptions,
-    RowOptions,
+    TokenizationOptions,
     TrlOptions,
 )
 from fastdpo.trainer.from_options import make_trainer
 
 HERE = Path(__file__).parent
 KINDS = (
-    ModelOptions, DataOptions, LossOptions, RowOptions, PassOptions, ReferenceOptions, TrlOptions
+    ModelOptions, DataOptions, LossOptions, TokenizationOptions, BatchingOptions,
+    ReferenceOptions, TrlOptions,
 )  # fmt: skip
 
 
@@ -158,7 +159,7 @@ TABLE: dict[str, Changes | str] = {
 
 def loaded(trainer, calls):
     """The base as it came from the loader, and what the loader was asked for."""
-    model = causal_lm_of(trainer.policy)
+    model = unwrap_model(trainer.policy)
     embedding = model.get_input_embeddings()
     dropouts = {getattr(module, "attention_dropout", None) for module in model.modules()}
     rows = embedding(torch.arange(4)).float().sum().item()
@@ -195,7 +196,7 @@ def curve(trainer, calls):
 def work(trainer, calls):
     """Shapes that go through the first layer and its MLP."""
     shapes = []
-    layer = causal_lm_of(trainer.policy).model.layers[0]
+    layer = unwrap_model(trainer.policy).model.layers[0]
 
     def look(module, arguments):
         shapes.append((type(module).__name__, tuple(arguments[0].shape)))

@@ -22,18 +22,18 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     PreferenceOptions,
-    RunOptions,
+    TrainerDefaults,
     passes,
     presets,
     reference_folder,
     resolve_model,
 )
-from fastdpo.options.removed import REMOVED_OPTIONS, explain_unknown
+from fastdpo.options.removed import REMOVED_OPTIONS, suggest_option
 from fastdpo.plan import PlanningOptions
 from fastdpo.score import ScoringOptions
 
 OWN = (
-    ModelOptions, DataOptions, PreferenceOptions, RunOptions,
+    ModelOptions, DataOptions, PreferenceOptions, TrainerDefaults,
     ComparisonOptions, EvaluationOptions, MergingOptions, PlanningOptions, ScoringOptions,
 )  # fmt: skip
 
@@ -71,11 +71,11 @@ def test_removed_options_are_really_gone():
 
 
 def test_nearest_name_and_none():
-    assert explain_unknown("lerning_rate", ["learning_rate"], "--") == (
+    assert suggest_option("lerning_rate", ["learning_rate"], "--") == (
         "the nearest is --learning_rate"
     )
-    assert explain_unknown("xyzzy", ["learning_rate"]) == "no option has a name like it"
-    assert "max_completion_length" in explain_unknown("max_target_length", [])
+    assert suggest_option("xyzzy", ["learning_rate"]) == "no option has a name like it"
+    assert "max_completion_length" in suggest_option("max_target_length", [])
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_presets_and_what_makes_one_give_way():
 
 
 def test_run_options_are_inherited_options_of_the_config(config):
-    assert names(RunOptions) <= names(DPOConfig) - names(PreferenceOptions)
+    assert names(TrainerDefaults) <= names(DPOConfig) - names(PreferenceOptions)
     DPOConfig(**presets({}))
 
 

@@ -25,9 +25,9 @@ from transformers import (
     SmolLM3Config,
 )
 
-from fastdpo.batching import Group, pack_update
+from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import pass_mode
+from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.logprobs import packed_logprobs
 
 SIZES = {
@@ -88,16 +88,18 @@ def random_groups(count=7, completions=2, seed=0):
         return draw.integers(5, 131, draw.integers(low, high)).astype(np.int32)
 
     groups = [
-        Group(ids(1, 20), tuple(ids(1, 16) for _ in range(completions))) for _ in range(count)
+        PromptGroup(ids(1, 20), tuple(ids(1, 16) for _ in range(completions))) for _ in range(count)
     ]
     begins_alike, prompt = ids(6, 7), ids(4, 5)
     # Completions that begin alike; one that is the beginning of the other; equal ones.
     tails = [ids(3, 9) for _ in range(completions)]
-    groups.append(Group(prompt, tuple(np.concatenate([begins_alike, tail]) for tail in tails)))
     groups.append(
-        Group(prompt, (begins_alike, *[np.concatenate([begins_alike, t]) for t in tails[1:]]))
+        PromptGroup(prompt, tuple(np.concatenate([begins_alike, tail]) for tail in tails))
     )
-    groups.append(Group(ids(1, 2), (begins_alike,) * completions))
+    groups.append(
+        PromptGroup(prompt, (begins_alike, *[np.concatenate([begins_alike, t]) for t in tails[1:]]))
+    )
+    groups.append(PromptGroup(ids(1, 2), (begins_alike,) * completions))
     return groups
 
 
@@ -124,11 +126,11 @@ def separate(model, groups):
 
 
 def packed(model, groups, tokens=160, **layout):
-    """The same by `pack_update` with the layout of `pass_mode`, or the one that is asked for."""
+    """The same by `pack_update` with the layout of `choose_packing`, or a requested one."""
     model.zero_grad()
     weights = weights_of(groups)
     found = [None] * len(groups)
-    mode = pass_mode(model)
+    mode = choose_packing(model)
     chosen = {"packing": mode.packing, "shared_prefix": mode.shared_prefix}
     micro_batches = pack_update(groups, tokens, **chosen | layout)
     with packed_attention(model.config, mode.attention):
@@ -181,12 +183,12 @@ def test_unshared_padded_and_more_completions(family):
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gpt-oss"])
 def test_groups_of_one_prompt_merged(family):
     model, groups = model_of(family), random_groups(count=5)
-    same = [Group(groups[i % 2].prompt_ids, g.completions) for i, g in enumerate(groups)]
+    same = [PromptGroup(groups[i % 2].prompt_ids, g.completions) for i, g in enumerate(groups)]
     truth = separate(model, same)
     assert_same(packed(model, same, tokens=512, merge_prompts=True), truth)
     (merged,) = pack_update(same, 4096, merge_prompts=True)
     (alone,) = pack_update(same, 4096)
-    assert merged.real_tokens < alone.real_tokens
+    assert merged.num_tokens < alone.num_tokens
 
 
 def test_order_size_and_sides_change_nothing_beyond_rounding():
@@ -197,7 +199,7 @@ def test_order_size_and_sides_change_nothing_beyond_rounding():
     order = np.random.default_rng(1).permutation(len(groups))
     mixed, _ = packed(model, [groups[i] for i in order])
     assert_same((mixed, {}), ([logps[i] for i in order], {}))
-    swapped, _ = packed(model, [Group(g.prompt_ids, g.completions[::-1]) for g in groups])
+    swapped, _ = packed(model, [PromptGroup(g.prompt_ids, g.completions[::-1]) for g in groups])
     assert_same((swapped, {}), ([row[::-1] for row in logps], {}))
 
 

@@ -11,7 +11,7 @@ from test_packed_pairs import random_groups
 
 from bench import layers
 from bench.packing import PAIRS, TOKENS, fill, pair_lengths, real_groups, updates_of
-from fastdpo.batching import Group, group_tokens, pack_in_order, pack_update
+from fastdpo.batching import PromptGroup, group_tokens, pack_in_order, pack_update
 from fastdpo.batching.bin_packing import fill_evenly, rounded_length
 
 
@@ -20,7 +20,7 @@ def group_of(prompt, *completions, seed=0):
     sides = [draw.integers(1, 500, n, dtype=np.int32) for n in (prompt, *completions)]
     for number, side in enumerate(sides[1:]):
         side[0] = 500 + number  # nothing shared beyond the prompt
-    return Group(sides[0], tuple(sides[1:]))
+    return PromptGroup(sides[0], tuple(sides[1:]))
 
 
 @given(st.lists(st.integers(1, 700), min_size=1, max_size=60), st.integers(128, 600))
@@ -61,7 +61,7 @@ def test_a_limit_that_is_no_step_is_kept():
 @pytest.mark.parametrize("layout", [{}, {"shared_prefix": False}, {"packing": False}])
 def test_what_a_micro_batch_says_of_itself(layout):
     groups = [
-        Group(g.prompt_ids, g.completions, np.array([i, i + 0.5]))
+        PromptGroup(g.prompt_ids, g.completions, np.array([i, i + 0.5]))
         for i, g in enumerate(random_groups(9))
     ]
     seen = []
@@ -71,11 +71,11 @@ def test_what_a_micro_batch_says_of_itself(layout):
         lengths = [len(c) for g in own for c in g.completions]
         assert micro_batch.completion_tokens.tolist() == lengths
         assert micro_batch.ref_logps.tolist() == [r for g in own for r in g.ref_logps]
-        assert micro_batch.real_mask.sum() == micro_batch.real_tokens
+        assert micro_batch.token_mask.sum() == micro_batch.num_tokens
         rows = [len(g.prompt_ids) + len(c) - 1 for g in own for c in g.completions]
-        assert micro_batch.longest_row == max(rows)
+        assert micro_batch.max_seqlen == max(rows)
         if layout:
-            assert micro_batch.real_tokens == sum(rows)
+            assert micro_batch.num_tokens == sum(rows)
         assert bool(micro_batch.segments) == layout.get("packing", True)
         # Each scored state is at the place before its target, in a row of the right tokens.
         targets = torch.cat([torch.from_numpy(c) for g in own for c in g.completions])
@@ -96,7 +96,7 @@ def test_padded_rows_hold_no_more_than_t():
     for micro_batch in laid:
         alone = len(micro_batch.group_indices) == 1
         assert micro_batch.input_ids.numel() <= 1024 or alone
-        assert len(micro_batch.row_tokens) == len(micro_batch.input_ids)
+        assert len(micro_batch.seq_lens) == len(micro_batch.input_ids)
 
 
 def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
@@ -104,13 +104,15 @@ def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
     groups = [
         story,
         group_of(60, 20, 20, seed=1),
-        Group(story.prompt_ids, group_of(9, 50, 10, seed=2).completions),
-        Group(story.prompt_ids, group_of(9, 8, 90, seed=3).completions),
+        PromptGroup(story.prompt_ids, group_of(9, 50, 10, seed=2).completions),
+        PromptGroup(story.prompt_ids, group_of(9, 8, 90, seed=3).completions),
     ]
-    groups = [Group(g.prompt_ids, g.completions, np.array([i, -i])) for i, g in enumerate(groups)]
+    groups = [
+        PromptGroup(g.prompt_ids, g.completions, np.array([i, -i])) for i, g in enumerate(groups)
+    ]
     (merged,) = pack_update(groups, 4096, merge_prompts=True)
     (alone,) = pack_update(groups, 4096)
-    assert alone.real_tokens - merged.real_tokens == 2 * len(story.prompt_ids)
+    assert alone.num_tokens - merged.num_tokens == 2 * len(story.prompt_ids)
     order = merged.group_indices
     assert sorted(order) == [0, 1, 2, 3]
     lengths = [len(c) for i in order for c in groups[i].completions]
@@ -121,8 +123,8 @@ def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
         laid = pack_update(groups, limit, merge_prompts=True)
         assert max(m.input_ids.shape[1] for m in laid) <= limit
     # Completions that begin alike share more with each other than three of them with the prompt.
-    alike = Group(story.prompt_ids[:2], (np.arange(1, 99, dtype=np.int32),) * 2)
-    other = Group(story.prompt_ids[:2], group_of(1, 20, 20, seed=4).completions)
+    alike = PromptGroup(story.prompt_ids[:2], (np.arange(1, 99, dtype=np.int32),) * 2)
+    other = PromptGroup(story.prompt_ids[:2], group_of(1, 20, 20, seed=4).completions)
     assert len(pack_update([alike, other], 4096, merge_prompts=True)[0].segments) == 3
 
 
@@ -134,7 +136,7 @@ def cells_of_the_table(sets, count):
                 for update in updates_of(groups, pairs, count):
                     laid = pack_update(update, tokens)
                     padded = pack_update(update, tokens, packing=False)
-                    found.append((sum(m.real_tokens for m in laid), fill(laid), fill(padded)))
+                    found.append((sum(m.num_tokens for m in laid), fill(laid), fill(padded)))
                 yield name, tokens, pairs, np.array(found)
 
 
@@ -198,7 +200,7 @@ def test_the_bound_counts_products():
     every = sum(layers.seen_keys(m) for m in layers.micro_batches_of(case, {"packing": False}))
     prompt, rows = len(group.prompt_ids), [len(c) - 1 for c in group.completions]
     own = sum(n * prompt + n * (n + 1) // 2 for n in rows) + prompt * (prompt + 1) // 2
-    filler = shared.input_ids.numel() - shared.real_tokens
+    filler = shared.input_ids.numel() - shared.num_tokens
     assert layers.seen_keys(shared) == own + filler * (filler + 1) // 2
     assert every >= own
     bounds = [

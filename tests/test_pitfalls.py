@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedTokenizerFast
 
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 from fastdpo.data import prepare_pairs, rows_from
 from fastdpo.modeling.adapters import add_adapter, load_adapter, load_second_adapter, lora_config
-from fastdpo.modeling.head import head_of
+from fastdpo.modeling.head import get_lm_head
 
 BOS, EOS = "<s>", "</s>"
 
@@ -95,7 +95,7 @@ def test_pairs_that_differ_in_one_token_and_token_0_are_scored():
     prompt = np.array([9, 0, 0], dtype=np.int32)
     first = [np.concatenate([[token], same]).astype(np.int32) for token in (0, 6)]
     last = [np.concatenate([same, [token]]).astype(np.int32) for token in (0, 6)]
-    groups = [Group(prompt, tuple(first)), Group(prompt, tuple(last))]
+    groups = [PromptGroup(prompt, tuple(first)), PromptGroup(prompt, tuple(last))]
     found = packed(model, groups)
     assert_same(found, separate(model, groups))
     assert all(abs(chosen - rejected) > 1e-3 for chosen, rejected in found[0])
@@ -111,25 +111,25 @@ def test_what_would_never_train_or_be_scored_wrongly_is_refused():
         LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     ):
         with pytest.raises(ValueError, match="an adapter lies on lm_head"):
-            head_of(get_peft_model(tiny_base(), config))
+            get_lm_head(get_peft_model(tiny_base(), config))
     for name in ("logit_bias_scale", "my_scale", "head_multiplier"):
         model = tiny_base()
         setattr(model.config, name, 0.5)
         with pytest.raises(ValueError, match=f"{name}=0.5, which may change the logits"):
-            head_of(model)
+            get_lm_head(model)
         setattr(model.config, name, 1.0)
-        assert head_of(model).logit_scale == 1.0
+        assert get_lm_head(model).logit_scale == 1.0
     with pytest.raises(ValueError, match="no output embeddings"):
-        head_of(tiny_base().model)
+        get_lm_head(tiny_base().model)
 
 
 def test_factors_on_the_logits_are_read():
     """R30: one family multiplies by the field that another divides by."""
     cohere = AutoModelForCausalLM.from_config(CohereConfig(**SIZES, logit_scale=0.25))
     granite = AutoModelForCausalLM.from_config(GraniteConfig(**SIZES, logits_scaling=4.0))
-    assert head_of(cohere).logit_scale == head_of(granite).logit_scale == 0.25
+    assert get_lm_head(cohere).logit_scale == get_lm_head(granite).logit_scale == 0.25
     granite.config.model_type = "hyperclovax"
-    assert head_of(granite).logit_scale == 4.0
+    assert get_lm_head(granite).logit_scale == 4.0
 
 
 # The kernel

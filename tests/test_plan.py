@@ -12,7 +12,7 @@ import torch
 from fastdpo import plan
 from fastdpo.options import MODEL_ALIASES
 from fastdpo.plan import PlanningOptions
-from fastdpo.planner import Plan, card_of
+from fastdpo.planner import Plan, gpu_spec
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--longest_pairs", "false", "--host_memory_gib", "32"]
@@ -59,7 +59,7 @@ def test_json_is_the_plan_and_nothing_else(said):
     assert made.fits
     assert made.card_bytes == 24 * 2**30
     assert made.allocated_bytes <= made.peak_bytes == sum(made.terms.values())
-    assert len(made.layer_policy) == 36
+    assert len(made.activation_plan) == 36
 
 
 def test_exit_code_3_says_what_would_make_it_fit(said):
@@ -143,7 +143,7 @@ def test_every_family_on_every_card(said):
         for size in (8, 12, 16, 24, 80):
             out, code = said("--model", alias, "--qlora", "--gpu", str(size), *SMALL)
             assert code in (0, 3)
-            assert f"of {card_of(str(size)).memory_bytes / 2**30:.2f} GiB" in out
+            assert f"of {gpu_spec(str(size)).memory_bytes / 2**30:.2f} GiB" in out
             assert code == 0 or size == 8
 
 

@@ -16,7 +16,7 @@ from fastdpo.trainer.checkpoint import CheckpointError
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
     trainer = build(tmp_path / "out")
-    trainer.before_updates = lambda: pytest.fail("work was begun")
+    trainer.on_before_train = lambda: pytest.fail("work was begun")
     for code in (errno.EACCES, errno.EROFS, errno.EDQUOT, FULL):
         for at in range(6):
             with failing(at, code), pytest.raises(CheckpointError, match="cannot be written to"):
@@ -48,7 +48,7 @@ def test_the_estimate_is_above_what_a_checkpoint_takes(whole):  # noqa: F811
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path, whole):  # noqa: F811
     trainer = build(tmp_path / "out")
     with (
-        files.only_writer(tmp_path / "out"),
+        files.exclusive_lock(tmp_path / "out"),
         pytest.raises(CheckpointError, match="another process is training into"),
     ):
         trainer.train()
@@ -60,5 +60,5 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path, whole):  # noqa:
 
 
 def hold_and_die(folder):
-    with files.only_writer(folder):
+    with files.exclusive_lock(folder):
         os.kill(os.getpid(), signal.SIGKILL)

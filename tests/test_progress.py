@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_trainer import tiny_base, tiny_trainer
 
-from fastdpo.trainer.callbacks import below_chance, displacement, loss_gone_early
+from fastdpo.trainer.callbacks import below_chance, displacement, loss_collapsed_early
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_displacement_is_named_when_both_rewards_fall():
 
 def test_no_loss_at_once_and_chance_are_named():
     gone = history([1.0], [9.0], accuracies=1.0, loss=0.001)
-    assert "something trivial" in loss_gone_early(gone, 0.05)
-    assert loss_gone_early(gone, 0.5) is None
+    assert "something trivial" in loss_collapsed_early(gone, 0.05)
+    assert loss_collapsed_early(gone, 0.5) is None
     worse = history([0.0] * 4, [-0.1] * 4, accuracies=0.4)
     assert "exchanged" in below_chance(worse, 0.5)
     assert below_chance(worse, 0.01) is None

@@ -19,12 +19,12 @@ from safetensors.numpy import load_file
 from test_packed_pairs import random_groups
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 from fastdpo.modeling import scoring
 from fastdpo.modeling.adapters import add_adapter, lora_config
-from fastdpo.modeling.families import PassMode
+from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.loading import load_model
-from fastdpo.modeling.reference_model import base_as_reference
+from fastdpo.modeling.reference_model import reference_from_base
 from fastdpo.ref_cache import ReferenceStore, compute, reference_identity, reference_logps
 from fastdpo.ref_cache.store import group_keys, row_key
 from fastdpo.system import files
@@ -71,7 +71,7 @@ def policy():
 def fill(model, groups, root, tokens=128, **options):
     store = ReferenceStore(root, IDENTITY)
     return reference_logps(
-        base_as_reference(model), groups, store, micro_batch_tokens=tokens, **options
+        reference_from_base(model), groups, store, micro_batch_tokens=tokens, **options
     )
 
 
@@ -122,7 +122,7 @@ def temporaries(root):
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
 def test_values_are_those_of_the_base_in_separate_sequences(policy, truth, tmp_path, shared_prefix):
-    found = fill(policy, GROUPS, tmp_path, mode=PassMode(shared_prefix=shared_prefix))
+    found = fill(policy, GROUPS, tmp_path, mode=PackingMode(shared_prefix=shared_prefix))
     assert found.dtype == np.float64
     assert found == pytest.approx(sums(truth), rel=1e-5)
     (shard,) = map(load_file, shards(tmp_path))
@@ -162,14 +162,14 @@ def test_any_other_choice_of_the_data_computes_only_what_is_new(policy, truth, t
     check([0, 1, 2, 3, 4, 5], 3)  # superset
     check(list(range(len(GROUPS)))[::-1], len(GROUPS) - 6)
     check([5] * 4 + [0], 0)
-    swapped = [Group(g.prompt_ids, g.completions[::-1]) for g in GROUPS]
+    swapped = [PromptGroup(g.prompt_ids, g.completions[::-1]) for g in GROUPS]
     before = len(scored)
     assert fill(policy, swapped, tmp_path) == pytest.approx(wanted[:, ::-1], rel=1e-5)
     assert len(scored) == before
 
 
 def test_no_group_is_scored_twice_in_one_pass(policy, truth, tmp_path, scored):
-    swapped = [Group(g.prompt_ids, g.completions[::-1]) for g in GROUPS]
+    swapped = [PromptGroup(g.prompt_ids, g.completions[::-1]) for g in GROUPS]
     mixed = [g for pair in zip(GROUPS, swapped, GROUPS, strict=True) for g in pair]
     found = fill(policy, mixed, tmp_path)
     assert [len(groups) for groups in scored] == [len(GROUPS)]
@@ -181,7 +181,7 @@ def test_no_group_is_scored_twice_in_one_pass(policy, truth, tmp_path, scored):
 def test_other_completions_of_a_known_prompt_are_computed(policy, truth, tmp_path, scored):
     fill(policy, GROUPS[:4], tmp_path)
     known, other = GROUPS[0], GROUPS[1].completions[1]
-    found = fill(policy, [Group(known.prompt_ids, (known.completions[0], other))], tmp_path)
+    found = fill(policy, [PromptGroup(known.prompt_ids, (known.completions[0], other))], tmp_path)
     assert len(scored) == 2
     assert found[0, 0] == pytest.approx(sums(truth)[0, 0], rel=1e-5)
     assert found[0, 1] != pytest.approx(sums(truth)[1, 1], rel=1e-3)
@@ -265,10 +265,10 @@ def test_a_full_disk_leaves_the_model_as_it_was(policy, tmp_path, monkeypatch):
     ReferenceStore(tmp_path, IDENTITY)
     before = model_state(policy)
 
-    def sync(path):
+    def fsync(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "sync", sync)
+    monkeypatch.setattr(files, "fsync", fsync)
     with pytest.raises(OSError, match="No space left") as held:
         fill(policy, GROUPS, tmp_path)
     assert model_state(policy) == before, "put back only when the exception is forgotten"

@@ -14,11 +14,11 @@ from fastdpo.batching import PairGroups
 from fastdpo.data import Pair, PairDataset
 from fastdpo.modeling import loading
 from fastdpo.modeling import weight_hash as weights_module
-from fastdpo.modeling.reference_model import base_as_reference
-from fastdpo.modeling.weight_hash import MEMORY
+from fastdpo.modeling.reference_model import reference_from_base
+from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.ref_cache import (
-    ReferenceSource,
     ReferenceStore,
+    RefLogpsProvider,
     compute,
     load_identified,
     reference_identity,
@@ -56,49 +56,54 @@ def said(caplog):
 def fill(model, groups, root, *, identity=IDENTITY, versions=NOW, strict=False, **options):
     store = ReferenceStore(root, identity, versions=versions, strict_versions=strict)
     return reference_logps(
-        base_as_reference(model), groups, store, micro_batch_tokens=128, **options
+        reference_from_base(model), groups, store, micro_batch_tokens=128, **options
     )
 
 
 def test_hit_partial_and_miss_are_said_with_the_reason(policy, tmp_path, said):
-    fill(policy, GROUPS[:4], tmp_path, asked=ASKED)
+    fill(policy, GROUPS[:4], tmp_path, requested=ASKED)
     line, rate = (line for line in said() if "eference" in line)  # what attends is said once
     assert line.startswith("Reference log-probs of train: all 4 pairs missing in")
     assert "(nothing was stored before); computing them" in line
     assert "4 distinct pairs in " in rate
     assert rate.endswith("tokens/s")
-    fill(policy, GROUPS[:4], tmp_path, asked=ASKED)
+    fill(policy, GROUPS[:4], tmp_path, requested=ASKED)
     (line,) = said()
     assert "all 4 pairs found in" in line
-    fill(policy, GROUPS, tmp_path, asked=ASKED | {"max_length": 2048})
+    fill(policy, GROUPS, tmp_path, requested=ASKED | {"max_length": 2048})
     assert "5 of 9 pairs missing" in (line := said()[0])
     assert "(max_length 1024 -> 2048)" in line
-    fill(policy, GROUPS, tmp_path, identity={"model": "tiny", "dtype": "bf16"}, asked=ASKED)
+    fill(policy, GROUPS, tmp_path, identity={"model": "tiny", "dtype": "bf16"}, requested=ASKED)
     assert "(a new reference: dtype none -> bf16)" in said()[0]
     four_bit = IDENTITY | {"weights": "ab" * 32, "config": {"quant": {"method": 4, "double": True}}}
-    fill(policy, GROUPS, tmp_path, identity=four_bit | {"config": {}}, asked=ASKED)
+    fill(policy, GROUPS, tmp_path, identity=four_bit | {"config": {}}, requested=ASKED)
     assert "weights none -> abababababab" in said()[0]
-    fill(policy, GROUPS, tmp_path, identity=four_bit, asked=ASKED)
+    fill(policy, GROUPS, tmp_path, identity=four_bit, requested=ASKED)
     assert "(a new reference: config.quant none -> set)" in said()[0]
     for path in shards(tmp_path):
         path.unlink()
-    fill(policy, GROUPS, tmp_path, asked=ASKED)
+    fill(policy, GROUPS, tmp_path, requested=ASKED)
     assert "asked for the same and kept nothing" in said()[0]
     path = sorted(shards(tmp_path))[0]
     path.write_bytes(path.read_bytes()[:-1])
-    fill(policy, GROUPS, tmp_path, asked=ASKED)
+    fill(policy, GROUPS, tmp_path, requested=ASKED)
     assert any("(1 damaged shards were set aside)" in line for line in said())
 
 
 def test_an_interrupted_pass_and_other_data_are_reasons_too(policy, tmp_path, said):
-    fill(policy, GROUPS[:4], tmp_path, asked=ASKED)
+    fill(policy, GROUPS[:4], tmp_path, requested=ASKED)
     said()
-    fill(policy, GROUPS[:6], tmp_path, asked=ASKED)
+    fill(policy, GROUPS[:6], tmp_path, requested=ASKED)
     assert "did not finish, or the rows themselves changed" in said()[0]
-    fill(policy, GROUPS, tmp_path, asked=ASKED | {"data": "more.jsonl", "chat_template": "x" * 64})
+    fill(
+        policy,
+        GROUPS,
+        tmp_path,
+        requested=ASKED | {"data": "more.jsonl", "chat_template": "x" * 64},
+    )
     reason = "data pairs.jsonl -> more.jsonl, chat_template none -> ..." + "x" * 24
     assert reason in said()[0]
-    fill(policy, ALL_GROUPS[9:], tmp_path, asked=ASKED, name="eval")
+    fill(policy, ALL_GROUPS[9:], tmp_path, requested=ASKED, name="eval")
     assert "(no earlier run asked for eval data)" in said()[0]
     folder = ReferenceStore(tmp_path, IDENTITY).folder
     for at, text in enumerate(("[]", "{", "[" * 100_000, '{"at": "x", "asked": {}}')):
@@ -107,11 +112,11 @@ def test_an_interrupted_pass_and_other_data_are_reasons_too(policy, tmp_path, sa
 
 
 def test_notes_are_no_part_of_the_key(policy, tmp_path):
-    first = fill(policy, GROUPS, tmp_path, asked=ASKED)
+    first = fill(policy, GROUPS, tmp_path, requested=ASKED)
     count = len(shards(tmp_path))
     for path in tmp_path.glob("*/asked-*"):
         path.unlink()
-    assert np.array_equal(fill(policy, GROUPS, tmp_path, asked={"other": 1}), first)
+    assert np.array_equal(fill(policy, GROUPS, tmp_path, requested={"other": 1}), first)
     assert len(shards(tmp_path)) == count
     assert len(list(tmp_path.glob("*/manifest.json"))) == 1
 
@@ -122,7 +127,7 @@ def test_notes_are_no_part_of_the_key(policy, tmp_path):
 def check(model, store, count, dtype=torch.float32):
     keys = [group_keys(group) for group in GROUPS]
     options = {"compute_dtype": dtype, "micro_batch_tokens": 128}
-    return spot_check(base_as_reference(model), GROUPS, keys, store, count=count, **options)
+    return spot_check(reference_from_base(model), GROUPS, keys, store, count=count, **options)
 
 
 def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy, tmp_path, said):
@@ -147,7 +152,7 @@ def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
     store = ReferenceStore(tmp_path, IDENTITY, keep_token_logps=kept)
-    reference_logps(base_as_reference(policy), GROUPS, store, micro_batch_tokens=128)
+    reference_logps(reference_from_base(policy), GROUPS, store, micro_batch_tokens=128)
     other = base()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
@@ -155,7 +160,7 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
         check(other, store, 2)
     with pytest.raises(ValueError, match=r"at most 1e-05 in torch\.float32"):
         reference_logps(
-            base_as_reference(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=2
+            reference_from_base(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=2
         )
     with torch.no_grad():  # rounding: too much for fp32, allowed in bf16
         other.model.layers[0].mlp.up_proj.weight.div_(1.01).mul_(1.004)
@@ -163,7 +168,7 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
         check(other, store, 9)
     assert 1e-5 < check(other, store, 9, torch.bfloat16).largest_rms < 0.03
     reference_logps(
-        base_as_reference(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=0
+        reference_from_base(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=0
     )
 
 
@@ -248,12 +253,12 @@ def test_versions_name_libraries_and_device():
 def test_without_token_logps_the_sums_stay_and_whoever_needs_tokens_says_so(policy, tmp_path):
     keys = [key for group in GROUPS for key in group_keys(group)]
     kept = ReferenceStore(tmp_path / "kept", IDENTITY)
-    sums = reference_logps(base_as_reference(policy), GROUPS, kept, micro_batch_tokens=128)
+    sums = reference_logps(reference_from_base(policy), GROUPS, kept, micro_batch_tokens=128)
     tokens = kept.token_logps(keys)
     assert [len(each) for each in tokens] == [len(c) for g in GROUPS for c in g.completions]
     assert [each.astype(float).sum() for each in tokens] == pytest.approx(sums.reshape(-1))
     bare = ReferenceStore(tmp_path / "bare", IDENTITY, keep_token_logps=False)
-    found = reference_logps(base_as_reference(policy), GROUPS, bare, micro_batch_tokens=128)
+    found = reference_logps(reference_from_base(policy), GROUPS, bare, micro_batch_tokens=128)
     assert np.array_equal(found, sums)
     (small,), (large,) = shards(tmp_path / "bare"), shards(tmp_path / "kept")
     assert large.stat().st_size - small.stat().st_size >= 4 * sum(map(len, tokens))
@@ -281,7 +286,7 @@ def hashed(monkeypatch):
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_unchanged_files_are_not_hashed_again(tmp_path, hashed, load_in_4bit):
-    folder, memory = tmp_path / "model", tmp_path / MEMORY
+    folder, hash_cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
     options = {"dtype": torch.float32, "load_in_4bit": load_in_4bit}
 
@@ -290,7 +295,7 @@ def test_unchanged_files_are_not_hashed_again(tmp_path, hashed, load_in_4bit):
         if change is not None:
             with torch.no_grad():
                 change(model)
-        return reference_identity(adapted(model) if wrap else model, torch.float32, memory)
+        return reference_identity(adapted(model) if wrap else model, torch.float32, hash_cache)
 
     first = identity()
     assert len(hashed) == 1
@@ -313,25 +318,25 @@ def test_unchanged_files_are_not_hashed_again(tmp_path, hashed, load_in_4bit):
 
 
 def test_a_damaged_memory_is_not_believed(tmp_path, hashed):
-    folder, memory = tmp_path / "model", tmp_path / MEMORY
+    folder, hash_cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
 
     def identity():
         model = load_identified(str(folder), dtype=torch.float32)
-        return reference_identity(model, torch.float32, memory)
+        return reference_identity(model, torch.float32, hash_cache)
 
     first = identity()
-    content = json.loads(memory.read_text())
+    content = json.loads(hash_cache.read_text())
     (entry,) = content.values()
     entry["weights"] = "0" * 64
     for text in (json.dumps(content), "", "{", "[]", '{"a": 1}', "[" * 100_000):
-        memory.write_text(text)
+        hash_cache.write_text(text)
         assert identity() == first
     assert len(hashed) == 7
 
 
 def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, hashed):
-    folder, memory = tmp_path / "model", tmp_path / MEMORY
+    folder, hash_cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
 
     def load(name, **options):
@@ -342,8 +347,8 @@ def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, hashed)
     from fastdpo.modeling.weight_hash import base_tensors, load_noting_files
 
     model = load_noting_files(load, str(folder), base_tensors, dtype=torch.float32)
-    reference_identity(model, torch.float32, memory)
-    assert not memory.exists()
+    reference_identity(model, torch.float32, hash_cache)
+    assert not hash_cache.exists()
 
 
 # Progress and the source
@@ -355,8 +360,8 @@ def test_the_source_passes_its_options_on(policy, tmp_path, said, monkeypatch):
     real = compute.progress_bar
     monkeypatch.setattr(compute, "progress_bar", lambda *a: bars.append(a) or real(*a))
     for at in range(2):
-        source = ReferenceSource(
-            base_as_reference(policy), tmp_path, compute_dtype=torch.float32,
+        source = RefLogpsProvider(
+            reference_from_base(policy), tmp_path, compute_dtype=torch.float32,
             micro_batch_tokens=128, keep_token_logps=False, spot_check_pairs=2,
         )  # fmt: skip
         groups = PairGroups(PairDataset.from_pairs(pairs))

@@ -225,7 +225,7 @@ def test_every_operation_of_a_build_may_fail(tmp_path, monkeypatch, code):
             fail_at(patch, countdown, code)
             caught = None
             try:
-                fill(model, groups, root, asked={"max_length": 8})
+                fill(model, groups, root, requested={"max_length": 8})
             except OSError as error:
                 caught = error
         if caught is None and countdown > 30:
@@ -267,5 +267,5 @@ def test_a_read_only_store_serves_a_hit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_write_bytes", refuse)
     monkeypatch.setattr(os, "utime", refuse)
-    found = fill(model, groups, tmp_path, asked={"max_length": 8}, spot_check_pairs=2)
+    found = fill(model, groups, tmp_path, requested={"max_length": 8}, spot_check_pairs=2)
     assert np.array_equal(found, whole)

@@ -89,14 +89,14 @@ def test_only_the_policys_adapter_is_saved(train_on, tmp_path, folders):
 
 @pytest.mark.parametrize("kind", ["base", "adapter", "a model", "an adapter", "an object"])
 def test_what_the_reference_is_can_be_asked_for(train_on, folders, kind):
-    asked = {
+    requested = {
         "base": {"reference": "base"},
         "adapter": {"reference": "adapter"},
         "a model": {"reference": str(folders / "base")},
         "an adapter": {"ref_model": str(folders / "sft")},
         "an object": {"ref_model": base_of(folders)},
     }[kind]
-    trainer = train_on(**asked)
+    trainer = train_on(**requested)
     expected = start(folders) if "adapter" in kind else base_of(folders)
     torch.testing.assert_close(ref_logps(trainer), logps(expected, trainer), rtol=1e-6, atol=1e-4)
     trainer.train()
@@ -105,8 +105,8 @@ def test_what_the_reference_is_can_be_asked_for(train_on, folders, kind):
 
 def test_the_store_keeps_the_adapters_apart(train_on, tmp_path):
     """Base and base with adapter are two references; the same adapter again is found."""
-    for at, asked in enumerate(({}, {"reference": "base"}, {})):
-        trainer = train_on(**asked)
+    for at, requested in enumerate(({}, {"reference": "base"}, {})):
+        trainer = train_on(**requested)
         trainer.compute_references()
         stores = sorted((tmp_path / "cache" / "reference").glob("*/manifest.json"))
         assert len(stores) == (1, 2, 2)[at]

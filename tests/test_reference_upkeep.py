@@ -16,7 +16,7 @@ from test_reference_store import keys_of, logps_of, lookup, some_rows, written
 from fastdpo.cli.parser import command
 from fastdpo.ref_cache import ReferenceStore, archive, compute, maintenance
 from fastdpo.ref_cache.archive import ArchiveError, export_store, import_store
-from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarise
+from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarize
 from fastdpo.ref_cache.store import ScoredCompletion
 from fastdpo.reference import main
 from fastdpo.system import files
@@ -43,7 +43,7 @@ def test_export_and_import_carry_a_store(tmp_path, exported):
     assert new == 2
     assert folder == ReferenceStore(there, IDENTITY).folder
     assert lookup(there, ROWS + MORE).tolist() == logps_of(ROWS + MORE)
-    assert summarise(folder).models == ("tiny",)
+    assert summarize(folder).models == ("tiny",)
     assert import_store(exported, there)[1] == 0, "a second time nothing is new"
     assert not temporaries(there)
     again = tmp_path / "again.tar"
@@ -160,7 +160,7 @@ def test_prune_removes_leftovers_and_keeps_what_lives(tmp_path):
         each.write_bytes(b"xx")
     os.utime(old, (0, 0))
     dry = prune(tmp_path, dry_run=True)
-    assert set(dry.leftovers) == {bad, old}
+    assert set(dry.stale_files) == {bad, old}
     assert (dry.bytes, dry.stores) == (3, ())
     assert bad.exists()
     assert old.exists()
@@ -216,7 +216,7 @@ def test_summary_counts_and_changes_nothing(tmp_path):
     written(tmp_path, MORE)
     path.write_bytes(path.read_bytes()[:-1])
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    found = summarise(path.parent)
+    found = summarize(path.parent)
     assert (found.rows, found.shards, list(found.damaged)) == (3, 2, [path.name])
     assert found.bytes == sum(p.stat().st_size for p in path.parent.iterdir())
     assert 0 <= found.unused_s <= found.age_s < 60

@@ -212,14 +212,14 @@ def test_moments_of_another_parameter_name_are_refused(run, whole, tmp_path):
     path = folder / "optimizer.json"
     path.write_text(path.read_text().replace("q_proj.lora_A", "q_proy.lora_A"))
     sealed = checkpoint.verify(whole[0] / "checkpoint-5")
-    checkpoint.seal(folder, sealed.run)
+    checkpoint.write_manifest(folder, sealed.run)
     with pytest.raises(CheckpointError, match="is of other parameters"):
         run(tmp_path / "out", str(folder))
 
 
 def test_the_plan_of_the_checkpoint_is_followed(tmp_path):
     trainer = build(tmp_path / "out")
-    trainer.work_plan = lambda: {"micro_batch_tokens": 256}
+    trainer.layout_state = lambda: {"micro_batch_tokens": 256}
     trainer.train()
     followed = []
     trainer = build(tmp_path / "out")

@@ -25,7 +25,7 @@ WRITES = {
 }  # fmt: skip
 METHODS = {"write_text", "write_bytes", "unlink", "mkdir", "rmdir", "symlink_to", "hardlink_to"}
 LIBRARY_WRITERS = {"save_file", "save_pretrained", "save_to_disk", "to_parquet"}
-"""Allowed as what `files.let_write` is given."""
+"""Allowed as what `files.call_writer` is given."""
 
 
 def faults(source: str, name: str, writes_itself: bool = False) -> list[str]:
@@ -83,7 +83,7 @@ LENT = {
     "fastdpo/merging/tensor_files.py": ("path.open",),
     "fastdpo/evaluation/scored_rows.py": ("path.open",),
 }
-"""Functions that are handed to `files.let_write` or `files.write_atomically` by name."""
+"""Functions that are handed to `files.call_writer` or `files.write_atomically` by name."""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -192,7 +192,7 @@ def test_a_failing_disk_leaves_the_earlier_file(workplace, monkeypatch):
     def fail(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "sync", fail)
+    monkeypatch.setattr(files, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         score.main(ADAPTER)
     assert Path("scores.jsonl").read_text() == "earlier"

@@ -28,8 +28,8 @@ def memory_for(monkeypatch):
         real = scoring.packed_logprobs
 
         def packed_logprobs(model, micro_batch, outputs):
-            tried.append(micro_batch.real_tokens)
-            if micro_batch.real_tokens > tokens:
+            tried.append(micro_batch.num_tokens)
+            if micro_batch.num_tokens > tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return real(model, micro_batch, outputs)
 
@@ -48,9 +48,9 @@ def sizes(groups):
 def test_memory_that_runs_out_changes_nothing_but_the_work(model, memory_for, part, caplog):
     groups = random_groups()
     expected = score_pairs(model, groups, micro_batch_tokens=T, outputs=("entropy",))
-    longest_group, longest_row = sizes(groups)
-    assert longest_row < longest_group
-    bound = longest_group if part == "micro-batches" else longest_row
+    longest_group, max_seqlen = sizes(groups)
+    assert max_seqlen < longest_group
+    bound = longest_group if part == "micro-batches" else max_seqlen
     tried = memory_for(bound)
     with caplog.at_level(logging.WARNING):
         found = score_pairs(model, groups, micro_batch_tokens=4 * T, outputs=("entropy",))

@@ -27,14 +27,14 @@ def send(number, times=1):
 def test_the_first_signal_waits_and_the_second_does_not(capfd):
     before = [signal.getsignal(number) for number in SIGNALS]
     for number, (kind, _) in SIGNALS.items():
-        with signals.held() as stop:
-            stop.raise_if_asked()
+        with signals.graceful_shutdown() as stop:
+            stop.raise_if_requested()
             send(number)
             assert stop.signal == number
-            with signals.held() as inner:
+            with signals.graceful_shutdown() as inner:
                 assert inner is stop
             with pytest.raises(kind):
-                stop.raise_if_asked()
+                stop.raise_if_requested()
             with pytest.raises(kind):
                 send(number)
             assert stop.signals == 2
@@ -44,13 +44,13 @@ def test_the_first_signal_waits_and_the_second_does_not(capfd):
 
 def test_what_is_worth_nothing_stops_at_the_first_signal():
     for number, (kind, _) in SIGNALS.items():
-        with signals.held() as stop:
-            with pytest.raises(kind), stop.at_once():
+        with signals.graceful_shutdown() as stop:
+            with pytest.raises(kind), stop.interruptible():
                 send(number)
             assert stop.signals == 1
-            with pytest.raises(kind), stop.at_once():
+            with pytest.raises(kind), stop.interruptible():
                 pytest.fail("a signal had come before")
-        with signals.held() as stop, stop.at_once(), signals.held():
+        with signals.graceful_shutdown() as stop, stop.interruptible(), signals.graceful_shutdown():
             send(number)  # who is inside and cannot be cut is not
             assert stop.signal == number
 
@@ -58,7 +58,7 @@ def test_what_is_worth_nothing_stops_at_the_first_signal():
 def test_ignored_signals_stay_ignored_and_threads_change_nothing():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with signals.held() as stop:
+        with signals.graceful_shutdown() as stop:
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
             send(signal.SIGTERM)
             assert stop.signal is None
@@ -67,7 +67,7 @@ def test_ignored_signals_stay_ignored_and_threads_change_nothing():
     found = []
 
     def work():
-        with signals.held() as stop, stop.at_once():
+        with signals.graceful_shutdown() as stop, stop.interruptible():
             found.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

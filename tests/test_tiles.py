@@ -16,7 +16,7 @@ from test_activations import (
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fastdpo.batching import pack_update
-from fastdpo.modeling.activations import apply_policy, decoder_layers
+from fastdpo.modeling.activations import apply_activation_plan, decoder_layers
 from fastdpo.modeling.tiles import run_in_tiles, tile_mlps, tile_norms
 
 
@@ -32,13 +32,13 @@ def test_tiles_change_nothing_but_rounding(base_folder, kind):
     assert tile_mlps(model, 50) == LAYERS
     bound = 2e-2 if kind == "qlora" else 1e-5
     for policy in (KEEP_ALL, ("recompute", "offload", "keep")):
-        apply_policy(model, policy)
+        apply_activation_plan(model, policy)
         found = gradients(model)
         assert found.keys() == wanted.keys()
         for name in wanted.keys() - {"random state"}:
             error = (found[name] - wanted[name]).norm() / wanted[name].norm()
             assert error <= bound, f"{name}: {error:.1e}"
-    apply_policy(model, KEEP_ALL)
+    apply_activation_plan(model, KEEP_ALL)
     tile_mlps(model, None)
     assert_equal(gradients(model), wanted)
 
@@ -49,7 +49,7 @@ def test_norms_in_tiles_change_nothing_but_the_order_of_sums(base_folder, kind):
     wanted = gradients(model)
     assert tile_norms(model, 50) == 2 * LAYERS + 1
     for policy in (KEEP_ALL, ("recompute", "offload", "keep")):
-        apply_policy(model, policy)
+        apply_activation_plan(model, policy)
         found = gradients(model)
         assert torch.equal(found["log-probs"], wanted["log-probs"])
         if kind == "qlora":
@@ -130,7 +130,7 @@ def test_the_inside_of_a_tiled_mlp_is_never_there_whole(base_folder):
     sizes = []
     for layer in decoder_layers(model):
         layer.mlp.act_fn.register_forward_hook(lambda _, args, out: sizes.append(out.shape[-2]))
-    apply_policy(model, ("recompute",) * LAYERS)
+    apply_activation_plan(model, ("recompute",) * LAYERS)
     gradients(model)
     tokens = pack_update(GROUPS, 512)[0].input_ids.shape[1]
     assert max(sizes) == 64 < tokens

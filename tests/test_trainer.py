@@ -450,7 +450,7 @@ def test_a_resumed_run_is_laid_out_as_the_one_before(train_with, tmp_path):
     assert resumed.update.micro_batch_tokens == 192
     assert resumed.update.most_group_tokens == 100
     assert resumed.layout.mlp_tile_tokens == 128
-    assert resumed.layout.layer_policy == ("recompute", "recompute")
+    assert resumed.layout.activation_plan == ("recompute", "recompute")
     assert [line["num_tokens"] for line in training_log(resumed)] == [
         line["num_tokens"] for line in training_log(first)
     ]

@@ -183,12 +183,12 @@ def test_the_script_trains_an_adapter_over_4_bits_from_a_yaml_file(
 def test_revision_and_remote_code_reach_model_and_tokenizer(
     model_folder, tmp_path, monkeypatch, place
 ):
-    asked = []
+    requested = []
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         real = kind.from_pretrained
 
         def from_pretrained(name, real=real, **options):
-            asked.append((options["revision"], options["trust_remote_code"]))
+            requested.append((options["revision"], options["trust_remote_code"]))
             return real(name, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
@@ -198,7 +198,7 @@ def test_revision_and_remote_code_reach_model_and_tokenizer(
         loading["trust_remote_code"] = True
     args = DPOConfig(str(tmp_path / "out"), use_cpu=True, model_init_kwargs=loading, **options)
     fastdpo.DPOTrainer(model_folder, args=args, train_dataset=preference_rows(3))
-    assert asked == [("v2", True)] * 2
+    assert requested == [("v2", True)] * 2
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

@@ -33,7 +33,7 @@ def trainer_with(base, tmp_path, monkeypatch):
         for name, parameter in trainer.policy.named_parameters():
             if "lora_B" in name:  # the policy is no more the reference
                 parameter.data.normal_(0, 0.05, generator=moved)
-        trainer.before_updates()
+        trainer.on_before_train()
         return trainer
 
     return build
@@ -107,18 +107,18 @@ def test_dropout_is_the_same_in_both_passes(trainer_with):
     """The second pass by coefficients repeats the first one's masks, so the margins agree."""
     trainer = trainer_with(dropout=0.5, loss_type="aot")
     seen = []
-    real = update_room._Attempt._figures
+    real = update_room._StepAttempt._figures
 
     def figures(self, micro_batch, rows, outputs):
         found = real(self, micro_batch, rows, outputs)
         seen.append(found[0]["logps"].detach().clone())
         return found
 
-    update_room._Attempt._figures = figures
+    update_room._StepAttempt._figures = figures
     try:
         updated(trainer, micro_batch_tokens=128)
     finally:
-        update_room._Attempt._figures = real
+        update_room._StepAttempt._figures = real
     half = len(seen) // 2
     assert half > 1
     assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
@@ -250,7 +250,7 @@ def test_the_routers_loss_is_over_the_tokens_of_the_whole_update(tmp_path, monke
             tiny_base(config), tmp_path / "out", tuning="full", router_aux_loss_coef=coef,
             micro_batch_tokens=T,
         )  # fmt: skip
-        trainer.before_updates()
+        trainer.on_before_train()
         found[coef] = updated(trainer)
         if coef:
             split = updated(trainer, most_group_tokens=0)

@@ -1,11 +1,11 @@
 """Pairs to packed micro-batches: groups, their layout, bin packing, and the order of an epoch."""
 
-from fastdpo.batching.groups import Group, PairGroups, group_tokens, trunk_length
+from fastdpo.batching.groups import PairGroups, PromptGroup, group_tokens, shared_prefix_length
 from fastdpo.batching.micro_batch import MicroBatch, Segment
 from fastdpo.batching.pack import default_micro_batch_tokens, pack_in_order, pack_update
 
 __all__ = [
-    "Group",
+    "PromptGroup",
     "MicroBatch",
     "PairGroups",
     "Segment",
@@ -13,5 +13,5 @@ __all__ = [
     "group_tokens",
     "pack_in_order",
     "pack_update",
-    "trunk_length",
+    "shared_prefix_length",
 ]

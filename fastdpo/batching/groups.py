@@ -12,7 +12,7 @@ from fastdpo.data.pairs import PairDataset
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class PromptGroup:
     """One prompt and its completions, with their reference log-probs when they are known."""
 
     prompt_ids: np.ndarray  # (P,) int32, P >= 1
@@ -21,7 +21,7 @@ class Group:
     row: int = -1  # of the source, counted from 0; -1 where there is none
 
 
-class PairGroups(Dataset[Group], Sequence[Group]):
+class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
     """The pairs of a data set as groups, with their reference log-probs once they are known.
 
     Args:
@@ -47,13 +47,13 @@ class PairGroups(Dataset[Group], Sequence[Group]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> Group:  # pyrefly: ignore[bad-override]
+    def __getitem__(self, index: int) -> PromptGroup:  # pyrefly: ignore[bad-override]
         pair = self.pairs[index]
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
-        return Group(pair.prompt_ids, pair.completions, ref_logps, pair.row)
+        return PromptGroup(pair.prompt_ids, pair.completions, ref_logps, pair.row)
 
 
-def trunk_length(group: Group) -> int:
+def shared_prefix_length(group: PromptGroup) -> int:
     """Input tokens that all rows of the group share.
 
     A row's last token is never an input (nothing is predicted from it), so the trunk ends before
@@ -67,9 +67,9 @@ def trunk_length(group: Group) -> int:
     return len(group.prompt_ids) + common
 
 
-def group_tokens(group: Group, *, shared_prefix: bool = True, packing: bool = True) -> int:
+def group_tokens(group: PromptGroup, *, shared_prefix: bool = True, packing: bool = True) -> int:
     """Tokens that the group takes in a micro-batch."""
     rows = [len(group.prompt_ids) + len(completion) - 1 for completion in group.completions]
     if not packing:
         return len(rows) * max(rows)
-    return sum(rows) - ((len(rows) - 1) * trunk_length(group) if shared_prefix else 0)
+    return sum(rows) - ((len(rows) - 1) * shared_prefix_length(group) if shared_prefix else 0)

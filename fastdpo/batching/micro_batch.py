@@ -11,13 +11,13 @@ class Segment:
     """Where one group lies in the row: its trunk from `start`, then its branches, one by one."""
 
     start: int
-    trunk_tokens: int
-    branch_tokens: tuple[int, ...]
+    prefix_tokens: int
+    suffix_tokens: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens of the whole group."""
-        return self.trunk_tokens + sum(self.branch_tokens)
+        return self.prefix_tokens + sum(self.suffix_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,24 +37,24 @@ class MicroBatch:
     completion_tokens: Tensor  # (C,) int64: scored tokens of each completion
     ref_logps: Tensor | None  # (C,) float64
     group_indices: tuple[int, ...]  # which of the groups lie here, in order
-    row_tokens: tuple[int, ...]  # R: tokens computed for a group; what follows them is filler
+    seq_lens: tuple[int, ...]  # R: tokens computed for a group; what follows them is filler
 
     @property
-    def real_tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens computed for a group: R * L less the filler."""
-        return sum(self.row_tokens)
+        return sum(self.seq_lens)
 
     @property
-    def longest_row(self) -> int:
+    def max_seqlen(self) -> int:
         """Tokens of the longest sequence: a prompt with one completion."""
         if not self.segments:
-            return max(self.row_tokens)
-        return max(s.trunk_tokens + max(s.branch_tokens, default=0) for s in self.segments)
+            return max(self.seq_lens)
+        return max(s.prefix_tokens + max(s.suffix_tokens, default=0) for s in self.segments)
 
     @property
-    def real_mask(self) -> Tensor:
+    def token_mask(self) -> Tensor:
         """(R, L) bool: what is not filler."""
-        lengths = torch.tensor(self.row_tokens, device=self.input_ids.device)
+        lengths = torch.tensor(self.seq_lens, device=self.input_ids.device)
         columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return columns < lengths[:, None]
 

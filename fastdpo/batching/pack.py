@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from fastdpo.batching.bin_packing import fill_evenly, rounded_length
-from fastdpo.batching.groups import Group, group_tokens, trunk_length
+from fastdpo.batching.groups import PromptGroup, group_tokens, shared_prefix_length
 from fastdpo.batching.micro_batch import MicroBatch, Segment
 
 PADDED_STEP_TOKENS = 8
@@ -33,7 +33,7 @@ def default_micro_batch_tokens(device: torch.device) -> int:
 
 
 def pack_update(
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     micro_batch_tokens: int,
     *,
     shared_prefix: bool = True,
@@ -56,18 +56,18 @@ def pack_update(
     """
     alone: list[_Entry] = [((index,), group) for index, group in enumerate(groups)]
     if not packing:
-        order = sorted(alone, key=lambda entry: -_longest_row(entry[1]))
+        order = sorted(alone, key=lambda entry: -_max_seqlen(entry[1]))
         return list(_in_order(order, micro_batch_tokens, shared_prefix, packing))
     entries = _merged_entries(alone, micro_batch_tokens) if merge_prompts else alone
     sizes = [group_tokens(group, shared_prefix=shared_prefix) for _, group in entries]
     return [
-        _lay_out([entries[i] for i in sorted(indices)], micro_batch_tokens, shared_prefix)
+        _collate([entries[i] for i in sorted(indices)], micro_batch_tokens, shared_prefix)
         for indices in fill_evenly(sizes, micro_batch_tokens)
     ]
 
 
 def pack_in_order(
-    groups: Iterable[Group],
+    groups: Iterable[PromptGroup],
     micro_batch_tokens: int,
     *,
     shared_prefix: bool = True,
@@ -78,7 +78,7 @@ def pack_in_order(
     return _in_order(alone, micro_batch_tokens, shared_prefix, packing)
 
 
-_Entry = tuple[tuple[int, ...], Group]
+_Entry = tuple[tuple[int, ...], PromptGroup]
 """What is laid as one: groups of one prompt, by their indices, and the group they make."""
 
 
@@ -89,15 +89,15 @@ def _in_order(
     filled = rows = longest = 0
     for entry in entries:
         size = group_tokens(entry[1], shared_prefix=shared_prefix)
-        count, own = len(entry[1].completions), _longest_row(entry[1])
+        count, own = len(entry[1].completions), _max_seqlen(entry[1])
         needed = filled + size if packing else (rows + count) * _padded(max(longest, own))
         if waiting and needed > limit:
-            yield _lay_out(waiting, limit, shared_prefix, packing)
+            yield _collate(waiting, limit, shared_prefix, packing)
             waiting, filled, rows, longest = [], 0, 0, 0
         waiting.append(entry)
         filled, rows, longest = filled + size, rows + count, max(longest, own)
     if waiting:
-        yield _lay_out(waiting, limit, shared_prefix, packing)
+        yield _collate(waiting, limit, shared_prefix, packing)
 
 
 def _merged_entries(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
@@ -107,7 +107,7 @@ def _merged_entries(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
     for indices, group in entries:
         at = open_at.get(group.prompt_ids.tobytes())
         if at is not None:
-            joined = _joined(merged[at][1], group)
+            joined = _merge_groups(merged[at][1], group)
             size = group_tokens(joined)
             if size <= limit and size < group_tokens(merged[at][1]) + group_tokens(group):
                 merged[at] = (merged[at][0] + indices, joined)
@@ -117,15 +117,15 @@ def _merged_entries(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
     return merged
 
 
-def _joined(first: Group, second: Group) -> Group:
+def _merge_groups(first: PromptGroup, second: PromptGroup) -> PromptGroup:
     """One group of the completions of two."""
     known = [group.ref_logps for group in (first, second) if group.ref_logps is not None]
     assert len(known) in (0, 2), "reference log-probs are known for some groups only"
     ref_logps = np.concatenate(known) if known else None
-    return Group(first.prompt_ids, first.completions + second.completions, ref_logps)
+    return PromptGroup(first.prompt_ids, first.completions + second.completions, ref_logps)
 
 
-def _lay_out(
+def _collate(
     entries: Sequence[_Entry], limit: int, shared_prefix: bool, packing: bool = True
 ) -> MicroBatch:
     """One micro-batch of all the entries."""
@@ -146,7 +146,7 @@ def _lay_out(
         completion_tokens=torch.tensor([len(completion) for completion in completions]),
         ref_logps=torch.from_numpy(np.concatenate(known)) if known else None,
         group_indices=tuple(index for indices, _ in entries for index in indices),
-        row_tokens=laid.row_tokens,
+        seq_lens=laid.seq_lens,
     )
 
 
@@ -154,27 +154,27 @@ def _padded(tokens: int) -> int:
     return -(-tokens // PADDED_STEP_TOKENS) * PADDED_STEP_TOKENS
 
 
-def _longest_row(group: Group) -> int:
+def _max_seqlen(group: PromptGroup) -> int:
     return len(group.prompt_ids) + max(map(len, group.completions)) - 1
 
 
-def _rows(group: Group) -> list[np.ndarray]:
+def _rows(group: PromptGroup) -> list[np.ndarray]:
     """What is computed for each completion: all of its row but the last token."""
     return [np.concatenate([group.prompt_ids, c[:-1]]) for c in group.completions]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Laid:
+class _PackedArrays:
     """Where tokens lie, before there are tensors."""
 
     input_ids: np.ndarray  # (R, L) int64
     position_ids: np.ndarray  # (R, L) int64
     segments: list[Segment]
     scored: list[np.ndarray]  # (C,) int64 each: place in the R * L << 32 | target id
-    row_tokens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
 
 
-def _packed_row(groups: Sequence[Group], limit: int, shared_prefix: bool) -> _Laid:
+def _packed_row(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _PackedArrays:
     """Groups one after another, and a filler segment."""
     size = sum(group_tokens(group, shared_prefix=shared_prefix) for group in groups)
     length = rounded_length(size)
@@ -184,12 +184,14 @@ def _packed_row(groups: Sequence[Group], limit: int, shared_prefix: bool) -> _La
             row.append(group)
         else:
             for completion in group.completions:
-                row.append(Group(group.prompt_ids, (completion,)))
+                row.append(PromptGroup(group.prompt_ids, (completion,)))
     row.fill_up()
-    return _Laid(row.input_ids[None], row.position_ids[None], row.segments, row.scored, (size,))
+    return _PackedArrays(
+        row.input_ids[None], row.position_ids[None], row.segments, row.scored, (size,)
+    )
 
 
-def _padded_rows(groups: Sequence[Group], limit: int, shared_prefix: bool) -> _Laid:
+def _padded_rows(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _PackedArrays:
     """Every completion in a row of its own; what is shared is computed for each."""
     rows = [row for group in groups for row in _rows(group)]
     lengths = tuple(map(len, rows))
@@ -204,7 +206,7 @@ def _padded_rows(groups: Sequence[Group], limit: int, shared_prefix: bool) -> _L
         where = at * length + np.arange(prompt - 1, len(row))
         scored.append(where << 32 | completion.astype(np.int64))
     position_ids = np.tile(np.arange(length), (len(rows), 1))
-    return _Laid(input_ids, position_ids, [], scored, lengths)
+    return _PackedArrays(input_ids, position_ids, [], scored, lengths)
 
 
 class _Row:
@@ -217,20 +219,20 @@ class _Row:
         self.scored: list[np.ndarray] = []  # (C,) int64 each: state position << 32 | target id
         self.filled = 0
 
-    def append(self, group: Group) -> None:
+    def append(self, group: PromptGroup) -> None:
         """Lay one group: its trunk, then its branches."""
-        trunk, prompt = trunk_length(group), len(group.prompt_ids)
+        prefix, prompt = shared_prefix_length(group), len(group.prompt_ids)
         rows = _rows(group)
         start = self.filled
-        self._write(rows[0][:trunk], 0)
+        self._write(rows[0][:prefix], 0)
         for row, completion in zip(rows, group.completions, strict=True):
-            branch = self.filled
-            self._write(row[trunk:], trunk)
+            suffix = self.filled
+            self._write(row[prefix:], prefix)
             where = np.concatenate(
-                [np.arange(start, start + trunk), np.arange(branch, self.filled)]
+                [np.arange(start, start + prefix), np.arange(suffix, self.filled)]
             )
             self.scored.append(where[prompt - 1 :] << 32 | completion.astype(np.int64))
-        self.segments.append(Segment(start, trunk, tuple(len(row) - trunk for row in rows)))
+        self.segments.append(Segment(start, prefix, tuple(len(row) - prefix for row in rows)))
 
     def fill_up(self) -> None:
         """Give the rest of the row to a segment of its own that nothing reads."""

@@ -31,9 +31,9 @@ from typing import (
 
 from transformers import HfArgumentParser
 
-from fastdpo.cli.yaml_file import read_options_file
-from fastdpo.options import PARTS, DataOptions, ModelOptions, RunOptions, presets
-from fastdpo.options.removed import explain_unknown
+from fastdpo.cli.yaml_file import load_yaml_config
+from fastdpo.options import DPO_OPTION_GROUPS, DataOptions, ModelOptions, TrainerDefaults, presets
+from fastdpo.options.removed import suggest_option
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def parse(
         given = parser.read(argv)
         return Parsed(_build(groups, training, given), frozenset(given))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(_plainly(error).split())}\n")
+        sys.stderr.write(f"error: {' '.join(_format_error(error).split())}\n")
         raise SystemExit(EXIT_BAD_OPTION) from None
 
 
@@ -156,7 +156,7 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("FASTDPO_DEBUG"):
             raise
-        sys.stderr.write(f"error: {_plainly(error)}\n")
+        sys.stderr.write(f"error: {_format_error(error)}\n")
         return EXIT_BAD_OPTION
     except FloatingPointError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -175,7 +175,7 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     return 0
 
 
-def _plainly(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     """What went wrong; of a file which one, and what to do."""
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return str(error)
@@ -185,15 +185,15 @@ def _plainly(error: Exception) -> str:
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:
     """An instance of each dataclass from the values that belong to it."""
-    built = {kind: kind(**_belonging(kind, given)) for kind in groups}
+    built = {kind: kind(**_fields_of(kind, given)) for kind in groups}
     if training:
         from fastdpo.config import DPOConfig
 
-        built[DPOConfig] = DPOConfig(**_belonging(DPOConfig, {**presets(given), **given}))
+        built[DPOConfig] = DPOConfig(**_fields_of(DPOConfig, {**presets(given), **given}))
     return built
 
 
-def _belonging(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     names = {entry.name for entry in dataclasses.fields(kind)}
     return {name: value for name, value in values.items() if name in names}
 
@@ -202,7 +202,11 @@ def _inherited_options(groups: Sequence[type]) -> type:
     """A dataclass of the DPOConfig options that the brief help does not show."""
     from fastdpo.config import DPOConfig
 
-    shown = {e.name for kind in (*groups, *PARTS, RunOptions) for e in dataclasses.fields(kind)}
+    shown = {
+        e.name
+        for kind in (*groups, *DPO_OPTION_GROUPS, TrainerDefaults)
+        for e in dataclasses.fields(kind)
+    }
     hints = get_type_hints(DPOConfig)
     rest = [e for e in dataclasses.fields(DPOConfig) if e.init and e.name not in shown]
     return dataclasses.make_dataclass(
@@ -226,7 +230,7 @@ class _Parser(HfArgumentParser):
     ) -> None:
         kinds = list(groups)
         if training:
-            kinds += [*PARTS, RunOptions]
+            kinds += [*DPO_OPTION_GROUPS, TrainerDefaults]
             kinds += [_inherited_options(groups)] if inherited else []
         program = f"python -m fastdpo.{command}"
         super().__init__(
@@ -296,7 +300,7 @@ class _Parser(HfArgumentParser):
         if unknown is None:
             return f"{rest[0]!r} stands alone; name the option it belongs to, as in --model NAME"
         name = unknown.removeprefix("--").split("=")[0].replace("-", "_")
-        return f"unknown option --{name}; {explain_unknown(name, self._names(), '--')}"
+        return f"unknown option --{name}; {suggest_option(name, self._names(), '--')}"
 
     def _names(self) -> Iterable[str]:
         return [*self.hints, *self.aliases, "config"]
@@ -304,12 +308,12 @@ class _Parser(HfArgumentParser):
     def _read_file(self, path: Path) -> dict[str, Any]:
         """The options of a YAML file, converted and checked like those of the command line."""
         values: dict[str, Any] = {}
-        for key, value in read_options_file(path).items():
+        for key, value in load_yaml_config(path).items():
             name = str(key).replace("-", "_")
             name = self.aliases.get(name, name)
             if name not in self.hints:
                 raise ValueError(
-                    f"{path}: unknown key {key}; {explain_unknown(name, self._names())}"
+                    f"{path}: unknown key {key}; {suggest_option(name, self._names())}"
                 )
             if name in values:
                 raise ValueError(f"{path}: {name} is set twice; keep one")

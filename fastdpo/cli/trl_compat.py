@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
 
-from fastdpo.cli.yaml_file import read_options_file
+from fastdpo.cli.yaml_file import load_yaml_config
 from fastdpo.options.checks import check_choice, check_number, check_whole, option
 from fastdpo.options.model import DTYPES
-from fastdpo.options.removed import explain_unknown
+from fastdpo.options.removed import suggest_option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -225,7 +225,7 @@ class TrlParser(HfArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         remaining: list[str] = []
         if path := _take_config(words):
-            values = read_options_file(Path(path))
+            values = load_yaml_config(Path(path))
             _set_environment(values.pop("env", None) or {}, path)
             remaining = self.set_defaults_with_config(**{str(key): values[key] for key in values})
             unknown = [self._advice(word) for word in remaining[::2]]
@@ -268,7 +268,7 @@ class TrlParser(HfArgumentParser):
     def _advice(self, word: str) -> str:
         name = word.removeprefix("--").split("=")[0].replace("-", "_")
         known = {action.dest for parser in self._with_subparsers() for action in parser._actions}
-        return f"unknown option --{name}; {explain_unknown(name, known, '--')}"
+        return f"unknown option --{name}; {suggest_option(name, known, '--')}"
 
 
 def _take_config(words: list[str]) -> str | None:

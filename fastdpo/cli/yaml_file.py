@@ -15,7 +15,7 @@ MAX_VALUES = 100_000
 """Scalars, lists and mappings of a file, each alias counted as all that it stands for."""
 
 
-def read_options_file(path: Path) -> dict[Any, Any]:
+def load_yaml_config(path: Path) -> dict[Any, Any]:
     """The mapping that a YAML file holds; an empty file is an empty one.
 
     Raises:
@@ -78,7 +78,7 @@ def _check(root: yaml.Node, path: Path) -> None:
             opened.add(id(node))
             parts: list[yaml.Node] = []
             if isinstance(node, yaml.MappingNode):
-                _refuse_twice(node, where)
+                _reject_duplicate_keys(node, where)
                 parts = [part for pair in node.value for part in pair]
             elif isinstance(node, yaml.SequenceNode):
                 parts = list(node.value)
@@ -94,7 +94,7 @@ def _check(root: yaml.Node, path: Path) -> None:
     size(root)
 
 
-def _refuse_twice(node: yaml.MappingNode, where: str) -> None:
+def _reject_duplicate_keys(node: yaml.MappingNode, where: str) -> None:
     keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
     for key in keys:
         if keys.count(key) > 1:

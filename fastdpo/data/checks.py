@@ -12,7 +12,7 @@ OVER_LONG_SHARE = 0.05
 _BIAS_FROM_PAIRS = 50
 
 
-def examine(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
+def check_pairs(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
     """Plain sentences on a prepared set, warnings among them; the lengths always.
 
     Args:

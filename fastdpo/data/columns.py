@@ -49,7 +49,7 @@ RECOGNISED = (
 )
 
 
-class RowReader:
+class SchemaReader:
     """Reads the rows of one set in the shape that its first row shows.
 
     Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastdpo.data.columns import RowReader
+from fastdpo.data.columns import SchemaReader
 from fastdpo.data.errors import ROW_SHAPE, DataError, UnknownSplitError
 from fastdpo.data.json_lines import MAX_LINE_MIB, read_json, read_json_lines
 from fastdpo.data.normalize import PreferenceRow
@@ -87,7 +87,7 @@ class Rows:
             DataError: a row is malformed or of another shape; the text begins with its place and
                 ends with how many later rows are malformed too.
         """
-        reader: RowReader | None = None
+        reader: SchemaReader | None = None
         rows: Any = self.rows
         if hasattr(rows, "column_names") and not self.is_stream and len(self):
             reader = self._reader(0, rows[0])
@@ -106,14 +106,14 @@ class Rows:
                 verdicts.append(reader.verdict())
             yield number, preferences
 
-    def _reader(self, number: int, first: Any) -> RowReader:
+    def _reader(self, number: int, first: Any) -> SchemaReader:
         try:
-            return RowReader(first, self.columns, self.rated_pairs)
+            return SchemaReader(first, self.columns, self.rated_pairs)
         except DataError as error:
             raise DataError(f"{self.where(number)}: {error}") from error
 
 
-def _fails(reader: RowReader, row: Any) -> bool:
+def _fails(reader: SchemaReader, row: Any) -> bool:
     try:
         reader.read(row)
     except DataError:

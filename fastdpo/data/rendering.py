@@ -8,7 +8,7 @@ from fastdpo.data.chat_template import ensure_chat_template
 from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
-from fastdpo.data.special_tokens import ControlTokens
+from fastdpo.data.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ class Renderer:
         self._policy = policy
         self._report = report
         self._looked_for: set[str] = set()
-        self._control_tokens = ControlTokens(tokenizer)
+        self._control_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
@@ -126,7 +126,7 @@ class Renderer:
         parts = [prompt, *(self.without_eos(str(text)) for text in (row.chosen, row.rejected))]
         mark = self._mark("allow", parts)
         if mark is not None:
-            parts = self._control_tokens.shield(parts, mark)
+            parts = self._control_tokens.escape(parts, mark)
         prompt, chosen, rejected = (head + parts[0], parts[1] + eos, parts[2] + eos)
         return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, mark)
 
@@ -134,7 +134,7 @@ class Renderer:
         content: Any = [row.prompt, row.chosen, row.rejected, row.tools, row.chat_template_kwargs]
         mark = self._mark("literal", content)
         if mark is not None:
-            content = self._control_tokens.shield(content, mark)
+            content = self._control_tokens.escape(content, mark)
         prompt, chosen, rejected, tools, variables = content
         texts = (
             self._apply_template(prompt, tools, variables, add_generation_prompt=True),
@@ -195,7 +195,7 @@ class Renderer:
         self._report.control_token_rows += 1
         known = self._report.control_token_policy
         self._report.control_token_policy = policy if known in ("", policy) else "literal or allow"
-        return self._control_tokens.free_mark(content) if policy == "literal" else None
+        return self._control_tokens.unused_char(content) if policy == "literal" else None
 
     def _bos_and_eos_once(self, ids: Ids) -> Ids:
         """Take back what the tokenizer added to a text that already had it."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MARKS = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
 
 
-class ControlTokens:
+class SpecialTokens:
     """The control tokens of a tokenizer: its added tokens that are flagged special.
 
     Added tokens without that flag (`<think>`, `<tool_call>`, runs of spaces) are vocabulary that
@@ -44,12 +44,12 @@ class ControlTokens:
                 return match.group()
         return None
 
-    def free_mark(self, *values: Any) -> str:
+    def unused_char(self, *values: Any) -> str:
         """A character that occurs neither in `values` nor in the chat template."""
         texts = [*_strings(values), *_strings(self._tokenizer.chat_template)]
         return next(mark for mark in _MARKS if not any(mark in text for text in texts))
 
-    def shield(self, value: Any, mark: str) -> Any:
+    def escape(self, value: Any, mark: str) -> Any:
         """A copy of `value` with `mark` inside every control token that is spelled in it."""
         if isinstance(value, str):
             # Again until none is left: breaking one string can leave a shorter one inside it.
@@ -57,9 +57,9 @@ class ControlTokens:
                 value = self._pattern.sub(lambda match: _break(match.group(), mark), value)
             return value
         if isinstance(value, Mapping):
-            return {self.shield(k, mark): self.shield(v, mark) for k, v in value.items()}
+            return {self.escape(k, mark): self.escape(v, mark) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self.shield(item, mark) for item in value]
+            return [self.escape(item, mark) for item in value]
         return value
 
     def encode(self, texts: list[str], mark: str, *, add_special_tokens: bool) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from fastdpo.data.checks import examine
+from fastdpo.data.checks import check_pairs
 from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import PreferenceRow, is_blank
 from fastdpo.data.pairs import (
@@ -175,7 +175,7 @@ class _Preparation:
                 "prompts are over-long; otherwise correct the rows named above"
             )
         pairs = self.builder.build(self.report)
-        self.report.findings += examine(pairs, self.rows.where)
+        self.report.findings += check_pairs(pairs, self.rows.where)
         if self._rows_with_nul:
             self.report.findings.append(
                 f"warning: {self._rows_with_nul:,} rows hold the character NUL, which is no text"

@@ -191,8 +191,8 @@ def _teach(
     ):
         decay = 0.5 + 0.5 * math.cos(math.pi * update / recipe.updates)
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(decay, (update + 1) / 20)
-        asked = rng.choices(requests, k=recipe.texts_per_update)
-        texts = [request.prompt + speak(request, rng) + "</s>" for request in asked]
+        requested = rng.choices(requests, k=recipe.texts_per_update)
+        texts = [request.prompt + speak(request, rng) + "</s>" for request in requested]
         ids = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").input_ids
         labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -235,9 +235,9 @@ def _pairs(
     rows: list[dict[str, str]] = []
     with tqdm(total=wanted, desc="sampling", unit="pair", leave=False, disable=None) as bar:
         for first in range(0, len(requests), recipe.prompts_per_batch):
-            asked = requests[first : first + recipe.prompts_per_batch]
-            samples = _sample(model, tokenizer, asked, recipe.samples_per_prompt)
-            found = (pair_of(*both) for both in zip(asked, samples, strict=True))
+            requested = requests[first : first + recipe.prompts_per_batch]
+            samples = _sample(model, tokenizer, requested, recipe.samples_per_prompt)
+            found = (pair_of(*both) for both in zip(requested, samples, strict=True))
             rows += [row for row in found if row is not None]
             bar.update(min(len(rows), wanted) - bar.n)
             if len(rows) >= wanted:
@@ -277,16 +277,16 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     """Model and tokenizer in `folder`, whole or not at all."""
     temporary = files.temporary_name(folder)
     try:
-        files.make_folder(temporary)
-        files.let_write(temporary, model.config.save_pretrained)
-        files.let_write(
+        files.mkdir(temporary)
+        files.call_writer(temporary, model.config.save_pretrained)
+        files.call_writer(
             temporary / "model.safetensors",
             lambda path: save_file(model.state_dict(), path, {"format": "pt"}),
         )
-        files.let_write(temporary, tokenizer.save_pretrained)
+        files.call_writer(temporary, tokenizer.save_pretrained)
         for path in temporary.iterdir():
-            files.sync(path)
-        files.remove_quietly(folder)
+            files.fsync(path)
+        files.remove_if_possible(folder)
         files.replace(temporary, folder)
     finally:
-        files.remove_quietly(temporary)
+        files.remove_if_possible(temporary)

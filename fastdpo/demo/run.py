@@ -9,7 +9,7 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
 )
-from fastdpo.system.console import say
+from fastdpo.system.console import print_line
 from fastdpo.trainer.from_options import (
     run,
 )
@@ -23,12 +23,19 @@ def demonstrate(folder: Path) -> "Evaluation":
     from fastdpo.batching import PairGroups
     from fastdpo.config import DPOConfig
     from fastdpo.demo.build import make_demo
-    from fastdpo.evaluation.evaluate_pairs import Completion, complete, evaluate_scored, score_both
+    from fastdpo.evaluation.evaluate_pairs import (
+        Completion,
+        evaluate_scored,
+        generate_completions,
+        score_both,
+    )
     from fastdpo.modeling.loading import load_tokenizer
 
-    say("No arguments: the demo. It makes a tiny Llama, teaches it a small language, lets it write")
-    say("answers, and aligns it with preferences between them. --help shows the options.\n")
-    demo = make_demo(folder, report=say)
+    print_line(
+        "No arguments: the demo. It makes a tiny Llama, teaches it a small language, lets it write"
+    )
+    print_line("answers, and aligns it with preferences between them. --help shows the options.\n")
+    demo = make_demo(folder, report=print_line)
     model = ModelOptions(model_name_or_path=str(demo.model_dir), lora=True)
     data = DataOptions(dataset_name=str(demo.train_file), eval_dataset=str(demo.dev_file))
     config = DPOConfig(
@@ -52,12 +59,14 @@ def demonstrate(folder: Path) -> "Evaluation":
     )
     completion = Completion(
         demo.prompt,
-        *complete(trainer.policy, tokenizer, [prompt], max_new_tokens=64, reference=True),
-        *complete(trainer.policy, tokenizer, [prompt], max_new_tokens=64),
+        *generate_completions(
+            trainer.policy, tokenizer, [prompt], max_new_tokens=64, reference=True
+        ),
+        *generate_completions(trainer.policy, tokenizer, [prompt], max_new_tokens=64),
     )
     evaluation = evaluate_scored(policy, reference, beta=config.beta, completions=[completion])
-    say(f"\n{evaluation.describe()}")
-    say(
+    print_line(f"\n{evaluation.describe()}")
+    print_line(
         "\nBefore training policy and reference are one: largest margin of the first update "
         f"{trainer.first_update_margin} nats."
     )

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdpo import losses
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 from fastdpo.losses.pairs import preference_accuracy
-from fastdpo.modeling.adapters import adapters_off
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.adapters import adapters_disabled
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
@@ -46,7 +46,7 @@ class PreferenceFigures:
 
 
 @dataclass(frozen=True)
-class Share:
+class MetricSlice:
     """A part of the pairs, and how the policy does on it."""
 
     name: str
@@ -74,7 +74,7 @@ class Evaluation:
     reference: LogprobFigures
     policy: LogprobFigures
     preference: PreferenceFigures
-    shares: tuple[Share, ...] = ()
+    shares: tuple[MetricSlice, ...] = ()
     completions: tuple[Completion, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -150,23 +150,23 @@ def evaluate_scored(
             rewards_chosen=float(rewards[0]),
             rewards_rejected=float(rewards[1]),
         ),
-        shares=_shares(margins, policy.tokens, sources, beta),
+        shares=_metrics_by_slice(margins, policy.tokens, sources, beta),
         completions=tuple(completions),
     )
 
 
 def score_both(
-    model: nn.Module, groups: Sequence[Group], *, micro_batch_tokens: int
+    model: nn.Module, groups: Sequence[PromptGroup], *, micro_batch_tokens: int
 ) -> tuple[ScoredPairs, ScoredPairs]:
     """Policy and reference of one model: its adapters on, then off."""
     options = {"micro_batch_tokens": micro_batch_tokens}
     policy = score_pairs(model, groups, description="Scoring with the policy", **options)
-    with adapters_off(model):
+    with adapters_disabled(model):
         reference = score_pairs(model, groups, description="Scoring with the reference", **options)
     return policy, reference
 
 
-def complete(
+def generate_completions(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[np.ndarray],
@@ -175,8 +175,8 @@ def complete(
     reference: bool = False,
 ) -> list[str]:
     """What the model writes after each prompt, greedily, with its adapters on or off."""
-    causal_lm = causal_lm_of(model)
-    off: AbstractContextManager[None] = adapters_off(model) if reference else nullcontext()
+    causal_lm = unwrap_model(model)
+    off: AbstractContextManager[None] = adapters_disabled(model) if reference else nullcontext()
     texts = []
     with off, eval_mode(model), torch.no_grad():
         for prompt in prompts:
@@ -194,12 +194,12 @@ def complete(
     return texts
 
 
-def _shares(
+def _metrics_by_slice(
     margins: Tensor,  # (n,) nats
     tokens: np.ndarray,  # (n, 2)
     sources: Sequence[Any],
     beta: float,
-) -> tuple[Share, ...]:
+) -> tuple[MetricSlice, ...]:
     """Pairs whose chosen side is shorter, equal, longer; then one share for each source.
 
     A policy that has learned length alone is right where chosen is longer and wrong elsewhere.
@@ -214,7 +214,7 @@ def _shares(
     for name in sorted({name for name in named if name is not None}):
         parts[f"source {name}"] = named == name
     return tuple(
-        Share(
+        MetricSlice(
             name,
             int(part.sum()),
             preference_accuracy(margins[torch.from_numpy(part)]),

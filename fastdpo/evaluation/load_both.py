@@ -13,22 +13,28 @@ from fastdpo.data import PairDataset, Rows, prepare_pairs, read_held_out
 from fastdpo.modeling.adapters import (
     BASE_IN_4BIT,
     TRAINING_ARGUMENTS,
-    adapters_off,
-    fuse,
+    adapters_disabled,
+    base_model_name,
     load_adapter,
-    peft_base_of,
+    replace_lora_forward,
 )
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
-from fastdpo.options import ComparisonOptions, DataOptions, ModelOptions, RowOptions, resolve_model
+from fastdpo.options import (
+    ComparisonOptions,
+    DataOptions,
+    ModelOptions,
+    TokenizationOptions,
+    resolve_model,
+)
 from fastdpo.options.data import column_roles
-from fastdpo.system.console import say
+from fastdpo.system.console import print_line
 
 T = TypeVar("T")
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def with_both(
+def run_policy_and_reference(
     model: ModelOptions,
     options: ComparisonOptions,
     work: Callable[[PreTrainedModel | PeftModel, str], T],
@@ -47,7 +53,7 @@ def with_both(
     policy = load_policy(model, options)
     done = work(policy, "policy")
     if options.reference is None:
-        with adapters_off(policy):
+        with adapters_disabled(policy):
             return done, work(policy, "reference")
     del policy
     return done, work(load_weights(model, resolve_model(options.reference)[0]), "reference")
@@ -57,12 +63,12 @@ def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedMo
     """The trained model: a base with its adapter, or a model whose weights were all trained."""
     name = policy_name(model, options)
     if options.adapter is not None:
-        _say_if_over_other_weights(Path(options.adapter), model.qlora)
+        _warn_quantization_mismatch(Path(options.adapter), model.qlora)
     policy = load_weights(model, name)
     return policy if options.adapter is None else load_adapter(policy, options.adapter)
 
 
-def _say_if_over_other_weights(adapter: Path, qlora: bool) -> None:
+def _warn_quantization_mismatch(adapter: Path, qlora: bool) -> None:
     """An adapter belongs to the very weights that it was trained over: 4-bit ones are others."""
     try:
         trained = json.loads((adapter / TRAINING_ARGUMENTS).read_text()).get(BASE_IN_4BIT, qlora)
@@ -70,7 +76,7 @@ def _say_if_over_other_weights(adapter: Path, qlora: bool) -> None:
         return
     if trained != qlora:
         over, remedy = ("4-bit", "add") if trained else ("whole", "leave out")
-        say(
+        print_line(
             f"The adapter was trained over {over} weights and is now used over others, which "
             f"changes every log-prob: {remedy} --qlora for those of its training."
         )
@@ -85,7 +91,7 @@ def load_weights(model: ModelOptions, name: str) -> PreTrainedModel:
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )
-    fuse(loaded)
+    replace_lora_forward(loaded)
     return loaded
 
 
@@ -102,7 +108,7 @@ def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
         )
     name = model.model_name_or_path
     if options.adapter is not None:
-        named = peft_base_of(options.adapter) if name is None else None
+        named = base_model_name(options.adapter) if name is None else None
         name = name or named
     if name is None:
         raise ValueError("--model is missing: pass the folder of the trained model.")
@@ -113,7 +119,7 @@ def tokenizer_of(model: ModelOptions, options: ComparisonOptions) -> PreTrainedT
     """The tokenizer beside the adapter if one lies there, else that of the policy's weights."""
     name = policy_name(model, options)
     if model.model_name_or_path and (sentence := resolve_model(model.model_name_or_path)[1]):
-        say(sentence)
+        print_line(sentence)
     beside = options.adapter is not None and (Path(options.adapter) / TOKENIZER_CONFIG).is_file()
     return load_tokenizer(
         options.adapter if beside and options.adapter else name,
@@ -123,7 +129,7 @@ def tokenizer_of(model: ModelOptions, options: ComparisonOptions) -> PreTrainedT
 
 
 def read_pairs(
-    data: DataOptions, options: RowOptions, tokenizer: PreTrainedTokenizerBase
+    data: DataOptions, options: TokenizationOptions, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rows, PairDataset]:
     """The held-out rows that the options name, and their pairs; says what was dropped or cut.
 
@@ -142,11 +148,13 @@ def read_pairs(
         max_line_mib=data.max_line_mib,
     )
     pairs = pairs_of(rows, options, tokenizer)
-    say(pairs.report.describe())
+    print_line(pairs.report.describe())
     return rows, pairs
 
 
-def pairs_of(rows: Rows, options: RowOptions, tokenizer: PreTrainedTokenizerBase) -> PairDataset:
+def pairs_of(
+    rows: Rows, options: TokenizationOptions, tokenizer: PreTrainedTokenizerBase
+) -> PairDataset:
     """The pairs of the rows under the options."""
     return prepare_pairs(rows, tokenizer, **asdict(options))
 

@@ -23,7 +23,7 @@ from fastdpo.data.pairs import (
 from fastdpo.evaluation.load_both import pairs_of
 from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.scoring import ScoredPairs
-from fastdpo.options import RowOptions
+from fastdpo.options import TokenizationOptions
 from fastdpo.system import files
 from fastdpo.system.console import table
 
@@ -90,7 +90,7 @@ class ScoredRows:
     policy: ScoredPairs
     reference: ScoredPairs
     beta: float
-    options: RowOptions
+    options: TokenizationOptions
     tokenizer: PreTrainedTokenizerBase
 
     def scores(self) -> Iterator[Score]:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdpo.batching import Group, default_micro_batch_tokens
+from fastdpo.batching import PromptGroup, default_micro_batch_tokens
 from fastdpo.merging.plan import MergePlan
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.system.console import table
 
@@ -75,9 +75,9 @@ class Fidelity:
         return text
 
 
-def logps_of(model: nn.Module, groups: Sequence[Group], description: str) -> Logps:
+def logps_of(model: nn.Module, groups: Sequence[PromptGroup], description: str) -> Logps:
     """Log-probs of the pairs under a model as it stands."""
-    tokens = default_micro_batch_tokens(causal_lm_of(model).device)
+    tokens = default_micro_batch_tokens(unwrap_model(model).device)
     scored = sorted(
         score_groups(model, groups, micro_batch_tokens=tokens, description=description),
         key=lambda group: group.index,

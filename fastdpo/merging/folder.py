@@ -74,7 +74,7 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
 def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
     """Write weights, tokenizer and, last, config.json; each file is whole or not there."""
     sizes = {file: sum(map(bytes_of, tensors.values())) for file, tensors in plan.files.items()}
-    files.make_folder(folder)
+    files.mkdir(folder)
     if (free := files.free_bytes(folder)) < sum(sizes.values()):
         raise ValueError(
             f"the merged model takes {sum(sizes.values()) / 2**20:,.1f} MiB and {folder} has "

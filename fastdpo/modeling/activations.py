@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastdpo.modeling.head import backbone_of
+from fastdpo.modeling.head import get_backbone
 
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 ACTIVATIONS = (KEEP, RECOMPUTE, OFFLOAD)
@@ -25,9 +25,9 @@ PAGE_BYTES = 2**24
 """Pinned memory is taken in pages of this size: torch rounds each piece up to a power of two."""
 
 
-def has_hooked_layers(model: nn.Module) -> bool:
+def supports_checkpointing(model: nn.Module) -> bool:
     """Whether the decoder has layers to which a policy can be applied."""
-    return any(isinstance(m, GradientCheckpointingLayer) for m in backbone_of(model).modules())
+    return any(isinstance(m, GradientCheckpointingLayer) for m in get_backbone(model).modules())
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -38,7 +38,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
-    for module in backbone_of(model).modules():
+    for module in get_backbone(model).modules():
         if isinstance(module, GradientCheckpointingLayer) and module not in inside:
             found.append(module)
             inside.update(module.modules())
@@ -51,7 +51,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def apply_policy(model: nn.Module, policy: Sequence[str]) -> None:
+def apply_activation_plan(model: nn.Module, policy: Sequence[str]) -> None:
     """Let every decoder layer keep, recompute or offload, until another policy is applied.
 
     It takes the place of any checkpointing that the model has; whatever enables checkpointing
@@ -73,11 +73,11 @@ def apply_policy(model: nn.Module, policy: Sequence[str]) -> None:
         )
     if unknown := sorted(set(policy) - set(ACTIVATIONS)):
         raise ValueError(f"the policy has {unknown}: need {', '.join(ACTIVATIONS)}.")
-    modules: list[Any] = list(backbone_of(model).modules())
+    modules: list[Any] = list(get_backbone(model).modules())
     for module in modules:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
-    host = HostInputs()
+    host = ActivationOffloader()
     for index, (layer, choice) in enumerate(zip(layers, policy, strict=True)):
         layer.gradient_checkpointing = choice != KEEP
         layer._gradient_checkpointing_func = (
@@ -92,11 +92,11 @@ def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
-class HostInputs:
+class ActivationOffloader:
     """The layer inputs of a model that wait for their backward in host memory."""
 
     def __init__(self) -> None:
-        self._newest: weakref.ref[HostInput] | None = None
+        self._newest: weakref.ref[OffloadedActivation] | None = None
 
     def recompute(self, layer: int, function: Callable[..., Any], *inputs: Any) -> Any:
         """As the function `recompute`, with the first input, the hidden states, on the host."""
@@ -104,26 +104,26 @@ class HostInputs:
             return function(*inputs)
         shape = inputs[0].shape
 
-        def pack(tensor: Tensor) -> "Tensor | HostInput":
-            return self._leave(layer, tensor) if tensor.shape == shape else tensor
+        def pack(tensor: Tensor) -> "Tensor | OffloadedActivation":
+            return self._offload(layer, tensor) if tensor.shape == shape else tensor
 
-        def unpack(saved: "Tensor | HostInput") -> Tensor:
-            return saved.take() if isinstance(saved, HostInput) else saved
+        def unpack(saved: "Tensor | OffloadedActivation") -> Tensor:
+            return saved.load() if isinstance(saved, OffloadedActivation) else saved
 
         with saved_tensors_hooks(pack, unpack):
             return checkpoint(function, *inputs, use_reentrant=False)
 
-    def _leave(self, layer: int, tensor: Tensor) -> "HostInput":
+    def _offload(self, layer: int, tensor: Tensor) -> "OffloadedActivation":
         newest = None if self._newest is None else self._newest()
         if newest is not None:
-            newest.leave_card()
+            newest.release_gpu()
         before = self._newest if newest is not None and newest.layer < layer else None
-        saved = HostInput(layer, tensor.contiguous(), before)
+        saved = OffloadedActivation(layer, tensor.contiguous(), before)
         self._newest = weakref.ref(saved)
         return saved
 
 
-class HostInput:
+class OffloadedActivation:
     """One layer's input in host memory; on its way there and back it is on the card too.
 
     The copies run on a stream of their own. On the way out the card's tensor is held until the next
@@ -136,7 +136,9 @@ class HostInput:
         before: the input that left just before, which the backward wants next.
     """
 
-    def __init__(self, layer: int, tensor: Tensor, before: "weakref.ref[HostInput] | None") -> None:
+    def __init__(
+        self, layer: int, tensor: Tensor, before: "weakref.ref[OffloadedActivation] | None"
+    ) -> None:
         self.layer = layer
         self._before = before
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
@@ -152,7 +154,7 @@ class HostInput:
         if not tensor.is_cuda:
             self._on_card = None
 
-    def leave_card(self) -> None:
+    def release_gpu(self) -> None:
         """Give the card's memory back, to work that comes after the copy."""
         self._wait()
         self._on_card = None
@@ -163,7 +165,7 @@ class HostInput:
             self._on_card = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._copied = self._copy(to_host=False)
 
-    def take(self) -> Tensor:
+    def load(self) -> Tensor:
         """The input on the card; the one that the backward wants next is sent for."""
         self.fetch()
         self._wait()

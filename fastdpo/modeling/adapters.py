@@ -1,8 +1,8 @@
 """LoRA on one set of weights: adapters on is the policy, adapters off is the reference.
 
-PEFT builds, saves, loads and merges; only the forward of its LoRA layers is ours. `fuse` changes
-the class of the layers in place to a subclass whose forward is `lora_linear`, which works alike for
-adapters made here and for a PeftModel that the user brings.
+PEFT builds, saves, loads and merges; only the forward of its LoRA layers is ours.
+`replace_lora_forward` changes the class of the layers in place to a subclass whose forward is
+`lora_linear`, which works alike for adapters made here and for a PeftModel that the user brings.
 """
 
 import logging
@@ -71,7 +71,7 @@ class FusedLoraLinear4bit(_FusedForward, PeftLinear4bit):
     """PEFT's LoRA on a 4-bit linear layer, with the fused forward."""
 
 
-def fuse(model: nn.Module) -> None:
+def replace_lora_forward(model: nn.Module) -> None:
     """Give every LoRA and 4-bit linear layer its fused forward, in place; twice does no harm."""
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
@@ -81,11 +81,11 @@ def fuse(model: nn.Module) -> None:
         elif type(module) is lora.Linear and isinstance(module.base_layer, nn.Linear):
             module.__class__ = FusedLoraLinear
     layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
-    if stock := sorted({kind for layer in layers if (kind := _left_to_peft(layer))}):
+    if stock := sorted({kind for layer in layers if (kind := _unfused_reason(layer))}):
         logger.warning("These adapter layers run PEFT's own forward: %s.", ", ".join(stock))
 
 
-def _left_to_peft(layer: Any) -> str | None:
+def _unfused_reason(layer: Any) -> str | None:
     """What about an adapter layer `lora_linear` cannot do."""
     if type(layer) not in (FusedLoraLinear, FusedLoraLinear4bit):
         return f"{type(layer).__name__} on {type(layer.get_base_layer()).__name__}"
@@ -118,9 +118,9 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
             "the model is a PeftModel already and peft_config asks for another adapter: pass one "
             "or the other. Merge the first adapter, or train it on by leaving peft_config out."
         )
-    fuse(model)
+    replace_lora_forward(model)
     adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
-    fuse(adapted)
+    replace_lora_forward(adapted)
     return adapted
 
 
@@ -146,7 +146,7 @@ def lora_config(
     )
 
 
-def require_reference(model: nn.Module) -> None:
+def check_base_frozen(model: nn.Module) -> None:
     """Refuse a PeftModel that also trains tensors of the base: they would move the reference.
 
     Raises:
@@ -170,12 +170,12 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     Raises:
         ValueError: there is no adapter there, or its weights do not fit this base.
     """
-    peft_base_of(folder)
-    fuse(model)
-    with _complete(folder) as load:
+    base_model_name(folder)
+    replace_lora_forward(model)
+    with _strict_load(folder) as load:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
-    fuse(adapted)
+    replace_lora_forward(adapted)
     return adapted
 
 
@@ -185,12 +185,12 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     Raises:
         ValueError: its weights do not fit this base.
     """
-    with _complete(folder) as load:
+    with _strict_load(folder) as load:
         load(model, name)
 
 
 @contextmanager
-def _complete(folder: str) -> Iterator[Callable[..., None]]:
+def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
     """Load weights of a folder by the function that is given: all of them, or a ValueError.
 
     PEFT leaves a matrix whose name it does not find as it was drawn, with a warning.
@@ -221,7 +221,7 @@ def is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def peft_base_of(folder: str) -> str:
+def base_model_name(folder: str) -> str:
     """The name of the model that an adapter was trained on.
 
     Raises:
@@ -240,7 +240,7 @@ def peft_base_of(folder: str) -> str:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """The reference: adapters disabled, and everything as before afterwards, come what may.
 
     PEFT's own context turns `requires_grad` on for every LoRA parameter when it ends, frozen ones

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.head import unwrap_model
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def embeddings_to_host(model: nn.Module) -> int:
         head shares the table (then it must lie on the card), it is trained, or it is no plain
         `nn.Embedding`.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     table: Any = causal_lm.get_input_embeddings()
     if type(table) is HostEmbedding:
         return 0

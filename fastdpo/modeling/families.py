@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.modeling.attention import ATTENTIONS, OWN
-from fastdpo.modeling.head import backbone_of, causal_lm_of
+from fastdpo.modeling.attention import ATTENTIONS, MODEL_ATTENTION
+from fastdpo.modeling.head import get_backbone, unwrap_model
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention")
 """Of transformers' layer types, those that our attention computes."""
@@ -34,7 +34,7 @@ OWN_ATTENTION = {
 
 
 @dataclass(frozen=True)
-class PassMode:
+class PackingMode:
     """How the pairs of a run go through its model."""
 
     packing: bool = True  # completions one after another in a row; else a padded row each
@@ -49,9 +49,9 @@ class PassMode:
         return f"Pairs run in {rows}, {shared}{f': {self.why}' if self.why else ''}."
 
 
-def pass_mode(
+def choose_packing(
     model: nn.Module, *, packing: str = "auto", shared_prefix: str = "auto", attention: str = "auto"
-) -> PassMode:
+) -> PackingMode:
     """Choose how pairs run through a model.
 
     Args:
@@ -63,27 +63,29 @@ def pass_mode(
     Raises:
         ValueError: the model is no causal decoder, or is asked for what it cannot do.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     _refuse_not_causal(causal_lm)
-    obstacle = packing_obstacle(causal_lm)
+    obstacle = why_not_packable(causal_lm)
     if obstacle and attention != "auto":
         raise ValueError(
             f"--attention {attention} is for packed rows, and {obstacle}. Leave --attention out."
         )
     if obstacle:
-        return PassMode(False, False, OWN, obstacle)
+        return PackingMode(False, False, MODEL_ATTENTION, obstacle)
     if packing == "off":
         # transformers' sdpa drops the cap on the scores; ours has it.
         capped = getattr(causal_lm.config.get_text_config(), "attn_logit_softcapping", None)
         theirs = attention == "auto" and not capped
-        return PassMode(False, False, OWN if theirs else attention, "--packing is off")
+        return PackingMode(
+            False, False, MODEL_ATTENTION if theirs else attention, "--packing is off"
+        )
     if shared_prefix == "off":
-        return PassMode(True, False, attention, "--shared_prefix is off")
+        return PackingMode(True, False, attention, "--shared_prefix is off")
     assert attention in ATTENTIONS, "checked by the options"
-    return PassMode(attention=attention)
+    return PackingMode(attention=attention)
 
 
-def packing_obstacle(causal_lm: PreTrainedModel) -> str:
+def why_not_packable(causal_lm: PreTrainedModel) -> str:
     """Why sequences in one row would change each other in this model, or nothing."""
     config = causal_lm.config.get_text_config()
     family = config.model_type
@@ -120,7 +122,7 @@ def rotary_limit(causal_lm: PreTrainedModel) -> int | None:
 
 def _refuse_not_causal(causal_lm: PreTrainedModel) -> None:
     config = causal_lm.config.get_text_config()
-    backbone = backbone_of(causal_lm)
+    backbone = get_backbone(causal_lm)
     both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
     modules = (m for m in backbone.modules() if getattr(m, "is_causal", True) is False)
     if causal_lm.config.is_encoder_decoder or both_ways or next(modules, None) is not None:

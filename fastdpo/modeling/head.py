@@ -14,7 +14,7 @@ MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 """Config names of a cap on the logits (Gemma, RecurrentGemma)."""
 
-HARMLESS = {
+UNRELATED_CONFIG_KEYS = {
     "attn_logit_softcapping",  # inside the attention, which applies it
     "rope_scaling",
     "scale_attention_softmax_in_fp32",
@@ -47,19 +47,19 @@ class Head:
     logit_scale: float
 
 
-def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model  # pyrefly: ignore
 
 
-def head_of(model: nn.Module) -> Head:
+def get_lm_head(model: nn.Module) -> Head:
     """Read the head of a causal LM.
 
     Raises:
         ValueError: the head is something this trainer would compute wrongly: an adapter on it, a
             quantized one, or a config field that scales logits in a way it does not know.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     lm_head = causal_lm.get_output_embeddings()
     if lm_head is None:
         raise ValueError(
@@ -81,9 +81,9 @@ def head_of(model: nn.Module) -> Head:
     return Head(lm_head.weight, lm_head.bias, softcap, _logit_scale(config))
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
+def get_backbone(model: nn.Module) -> nn.Module:
     """The decoder below the head: input ids to the last hidden states."""
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     backbone = causal_lm.get_decoder()
     if backbone is None or backbone is causal_lm:
         raise ValueError(
@@ -94,7 +94,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
-    known = {*MULTIPLIERS, "logits_scaling", *SOFTCAPS, *HARMLESS}
+    known = {*MULTIPLIERS, "logits_scaling", *SOFTCAPS, *UNRELATED_CONFIG_KEYS}
     for name, value in config.to_dict().items():
         looks_like_it = "logit" in name or "scal" in name or name.endswith("multiplier")
         if looks_like_it and name not in known and value not in (None, False, 1, 1.0):

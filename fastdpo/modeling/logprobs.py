@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from fastdpo.batching import MicroBatch
 from fastdpo.modeling.attention import PackedSegments, attends_packed
 from fastdpo.modeling.families import rotary_limit
-from fastdpo.modeling.head import backbone_of, causal_lm_of, head_of
+from fastdpo.modeling.head import get_backbone, get_lm_head, unwrap_model
 from fastdpo.modeling.moe import experts_per_token, load_balancing_loss
 
 METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
@@ -51,7 +51,7 @@ def packed_logprobs(
             transformers' interface, or it has no routers and their loss is asked for.
     """
     states, aux = _last_states(model, micro_batch, aux_loss)
-    head = head_of(model)
+    head = get_lm_head(model)
     scored = linear_logprobs(
         states.flatten(0, 1).index_select(0, micro_batch.scored_positions),
         head.weight,
@@ -76,7 +76,7 @@ def _last_states(
     model: nn.Module, micro_batch: MicroBatch, aux_loss: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(R, L, H) and the routers' loss."""
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     config = causal_lm.config
     options: dict[str, Any] = {"output_router_logits": True} if aux_loss else {}
     packed = PackedSegments(micro_batch.segments)
@@ -88,13 +88,13 @@ def _last_states(
             "attention they would leak into each other."
         )
     limit = rotary_limit(causal_lm)
-    if limit is not None and micro_batch.longest_row > limit:
+    if limit is not None and micro_batch.max_seqlen > limit:
         raise ValueError(
-            f"a row of {micro_batch.longest_row} tokens is beyond the {limit} up to which "
+            f"a row of {micro_batch.max_seqlen} tokens is beyond the {limit} up to which "
             f"{config.model_type}'s rotary frequencies do not depend on the other rows: use "
             f"--max_length {limit}."
         )
-    found = backbone_of(model)(input_ids=micro_batch.input_ids, use_cache=False, **options)
+    found = get_backbone(model)(input_ids=micro_batch.input_ids, use_cache=False, **options)
     layers = config.get_text_config().num_hidden_layers
     if micro_batch.segments and packed.layers_run < layers:
         raise ValueError(
@@ -113,7 +113,7 @@ def _aux_loss(found: Any, config: PreTrainedConfig, micro_batch: MicroBatch) -> 
             f"{config.model_type} gives no router logits, so there is no load to balance: leave "
             "--router_aux_loss_coef out."
         )
-    return load_balancing_loss(tuple(logits), micro_batch.real_mask.flatten(), chosen)
+    return load_balancing_loss(tuple(logits), micro_batch.token_mask.flatten(), chosen)
 
 
 def completion_sums(per_token: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -44,12 +44,12 @@ def load_balancing_loss(
     return kept.shape[-1] * (choices * probabilities.float().mean(dim=0)).sum()
 
 
-def aux_loss_coef(config: PreTrainedConfig, asked: float | None) -> float:
+def aux_loss_coef(config: PreTrainedConfig, requested: float | None) -> float:
     """The weight of the load-balancing loss: what is asked for, else the model's own.
 
     Args:
         config: of the model.
-        asked: `router_aux_loss_coef` of the options, or None.
+        requested: `router_aux_loss_coef` of the options, or None.
 
     Returns:
         0 for a model without routers.
@@ -60,10 +60,10 @@ def aux_loss_coef(config: PreTrainedConfig, asked: float | None) -> float:
     text_config = config.get_text_config()
     if hasattr(text_config, "output_router_logits"):
         own = getattr(text_config, "router_aux_loss_coef", 0.0)
-        return own if asked is None else asked
-    if asked:
+        return own if requested is None else requested
+    if requested:
         raise ValueError(
-            f"--router_aux_loss_coef is {asked}, and {config.model_type} is no mixture of experts "
-            "that shows its routers: leave it out."
+            f"--router_aux_loss_coef is {requested}, and {config.model_type} is no mixture of "
+            "experts that shows its routers: leave it out."
         )
     return 0.0

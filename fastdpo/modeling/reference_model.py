@@ -15,8 +15,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from fastdpo.modeling.adapters import adapters_off, fuse, load_second_adapter, peft_base_of
-from fastdpo.modeling.head import causal_lm_of, head_of
+from fastdpo.modeling.adapters import (
+    adapters_disabled,
+    base_model_name,
+    load_second_adapter,
+    replace_lora_forward,
+)
+from fastdpo.modeling.head import get_lm_head, unwrap_model
 from fastdpo.modeling.loading import disable_dropout
 
 FROZEN_ADAPTER = "reference"
@@ -32,14 +37,14 @@ class ReferenceModel:
         active: a context inside which `model` is the reference; all as before afterwards.
         sentence: what it is, for people.
         adapter: name of the adapter of `model` that is on, if any.
-        outlives_training: whether it is still there after the first update.
+        is_frozen: whether it is still there after the first update.
     """
 
     model: nn.Module
     active: Callable[[], AbstractContextManager[None]]
     sentence: str
     adapter: str | None = None
-    outlives_training: bool = True
+    is_frozen: bool = True
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter that is on, by name; the log-probs depend on it as on the weights."""
@@ -74,23 +79,23 @@ class ReferenceModel:
                 tensor.lerp_(theirs[name].to(tensor.dtype), mixup_alpha)
 
 
-def base_as_reference(policy: nn.Module) -> ReferenceModel:
+def reference_from_base(policy: nn.Module) -> ReferenceModel:
     """The policy with its adapters off, or a policy without any before its first update."""
     if isinstance(policy, PeftModel):
         sentence = "The reference is the same model with its adapter off."
-        return ReferenceModel(policy, lambda: adapters_off(policy), sentence)
+        return ReferenceModel(policy, lambda: adapters_disabled(policy), sentence)
     sentence = "The reference is the model as it is now, before the first update."
-    return ReferenceModel(policy, nullcontext, sentence, outlives_training=False)
+    return ReferenceModel(policy, nullcontext, sentence, is_frozen=False)
 
 
-def start_as_reference(policy: nn.Module) -> ReferenceModel:
+def reference_from_start(policy: nn.Module) -> ReferenceModel:
     """A frozen copy of the adapter that training starts from; the base if that adds nothing."""
-    if not isinstance(policy, PeftModel) or adds_nothing(policy):
-        return base_as_reference(policy)
-    return copy_as_reference(policy)
+    if not isinstance(policy, PeftModel) or is_identity_adapter(policy):
+        return reference_from_base(policy)
+    return reference_from_copy(policy)
 
 
-def copy_as_reference(policy: nn.Module) -> ReferenceModel:
+def reference_from_copy(policy: nn.Module) -> ReferenceModel:
     """A frozen copy of what is trained: of the adapter if there is one, else of all weights."""
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).requires_grad_(False)
@@ -99,7 +104,7 @@ def copy_as_reference(policy: nn.Module) -> ReferenceModel:
     config = copy.deepcopy(policy.peft_config[active])
     policy.add_adapter(FROZEN_ADAPTER, config)
     disable_dropout(policy)
-    fuse(policy)
+    replace_lora_forward(policy)
     reference = ReferenceModel(
         policy,
         lambda: _adapter_on(policy, FROZEN_ADAPTER),
@@ -111,14 +116,14 @@ def copy_as_reference(policy: nn.Module) -> ReferenceModel:
     return reference
 
 
-def adapter_as_reference(policy: PeftModel, folder: str) -> ReferenceModel:
+def reference_from_adapter(policy: PeftModel, folder: str) -> ReferenceModel:
     """The adapter of a folder, on the weights that the policy's adapter lies on too.
 
     Raises:
         ValueError: it was trained on another base, or its weights do not fit.
     """
     (active,), trainable = policy.active_adapters, _trainable(policy)
-    own, theirs = causal_lm_of(policy).name_or_path, peft_base_of(folder)
+    own, theirs = unwrap_model(policy).name_or_path, base_model_name(folder)
     if own and theirs != own:
         raise ValueError(
             f"the adapter in {folder} was trained on {theirs} and the policy lies on {own}: pass "
@@ -126,7 +131,7 @@ def adapter_as_reference(policy: PeftModel, folder: str) -> ReferenceModel:
         )
     load_second_adapter(policy, folder, FROZEN_ADAPTER)
     disable_dropout(policy)
-    fuse(policy)
+    replace_lora_forward(policy)
     _restore(policy, active, trainable)
     return ReferenceModel(
         policy,
@@ -136,19 +141,19 @@ def adapter_as_reference(policy: PeftModel, folder: str) -> ReferenceModel:
     )
 
 
-def other_as_reference(model: nn.Module, policy: nn.Module) -> ReferenceModel:
+def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
     """Another model as it is, its adapters on if it has any.
 
     Raises:
         ValueError: its vocabulary is another one, or it is the policy itself.
     """
-    if causal_lm_of(model) is causal_lm_of(policy):
+    if unwrap_model(model) is unwrap_model(policy):
         raise ValueError(
             "ref_model is the model that is trained and would move with it. Leave ref_model out: "
             "the reference is then the model with its adapter off, or its log-probs from before "
             "the first update."
         )
-    sizes = [head_of(each).weight.shape[0] for each in (model, policy)]
+    sizes = [get_lm_head(each).weight.shape[0] for each in (model, policy)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the reference has a vocabulary of {sizes[0]:,} tokens and the policy one of "
@@ -156,14 +161,14 @@ def other_as_reference(model: nn.Module, policy: nn.Module) -> ReferenceModel:
             "family and size of vocabulary."
         )
     model.requires_grad_(False)
-    fuse(model)
+    replace_lora_forward(model)
     disable_dropout(model)
-    name = causal_lm_of(model).name_or_path or type(causal_lm_of(model)).__name__
+    name = unwrap_model(model).name_or_path or type(unwrap_model(model)).__name__
     adapter = model.active_adapter if isinstance(model, PeftModel) else None
     return ReferenceModel(model, nullcontext, f"The reference is {name}.", adapter=adapter)
 
 
-def adds_nothing(policy: PeftModel) -> bool:
+def is_identity_adapter(policy: PeftModel) -> bool:
     """Whether the adapter is new: every one of its up-projections is 0."""
     (active,) = policy.active_adapters
     tensors = get_peft_model_state_dict(policy, adapter_name=active)

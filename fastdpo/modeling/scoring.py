@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import Group, MicroBatch, group_tokens, pack_in_order
+from fastdpo.batching import MicroBatch, PromptGroup, group_tokens, pack_in_order
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import PassMode, pass_mode
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.families import PackingMode, choose_packing
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.system.console import progress_bar
-from fastdpo.system.oom import DoesNotFitError, allocator_message, give_back
+from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,11 @@ class ScoredPairs:
 
 
 def score_pairs(
-    model: nn.Module, groups: Sequence[Group], *, outputs: tuple[str, ...] = (), **options: Any
+    model: nn.Module,
+    groups: Sequence[PromptGroup],
+    *,
+    outputs: tuple[str, ...] = (),
+    **options: Any,
 ) -> ScoredPairs:
     """`score_groups`, collected. Takes its options."""
     scored = sorted(score_groups(model, groups, outputs=outputs, **options), key=lambda s: s.index)
@@ -58,11 +62,11 @@ def score_pairs(
 
 def score_groups(
     model: nn.Module,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     *,
     micro_batch_tokens: int,
     outputs: tuple[str, ...] = (),
-    mode: PassMode | None = None,
+    mode: PackingMode | None = None,
     description: str | None = None,
 ) -> Generator[ScoredGroup]:
     """Score every group once, the longest first, in full micro-batches.
@@ -85,7 +89,7 @@ def score_groups(
         DoesNotFitError: memory runs out with a single completion in a micro-batch. Before that,
             micro-batches shrink.
     """
-    mode = pass_mode(model) if mode is None else mode
+    mode = choose_packing(model) if mode is None else mode
     sizes = [_tokens_of(group, mode) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: (-sizes[i], i))
     pieces = [_Piece(i, groups[i]) for i in order]
@@ -93,7 +97,7 @@ def score_groups(
         progress_bar(len(groups), description, "pair") as bar,
         eval_mode(model),
         torch.no_grad(),
-        packed_attention(causal_lm_of(model).config, mode.attention),
+        packed_attention(unwrap_model(model).config, mode.attention),
     ):
         scored = _scored_pieces(model, pieces, micro_batch_tokens, mode, outputs)
         for whole in _joined(scored, groups):
@@ -105,15 +109,15 @@ class _Piece(NamedTuple):
     """A group, or where that did not fit, one of its completions."""
 
     index: int  # which of the scored groups
-    group: Group
+    group: PromptGroup
 
 
-def _tokens_of(group: Group, mode: PassMode) -> int:
+def _tokens_of(group: PromptGroup, mode: PackingMode) -> int:
     return group_tokens(group, shared_prefix=mode.shared_prefix, packing=mode.packing)
 
 
 def _scored_pieces(
-    model: nn.Module, pieces: list[_Piece], limit: int, mode: PassMode, outputs: tuple[str, ...]
+    model: nn.Module, pieces: list[_Piece], limit: int, mode: PackingMode, outputs: tuple[str, ...]
 ) -> Iterator[ScoredGroup]:
     """All pieces in their order; where memory runs out, in smaller micro-batches from there on."""
     done = 0
@@ -128,7 +132,7 @@ def _scored_pieces(
             tried = pieces[done : done + len(micro_batch.group_indices)]
             found = _attempt(model, micro_batch, tried, outputs)
             if isinstance(found, str):
-                give_back()
+                free_cached_memory()
                 limit, smaller = _made_smaller(tried, limit, mode, found)
                 pieces = smaller + pieces[done + len(tried) :]
                 done = 0
@@ -142,17 +146,17 @@ def _attempt(
 ) -> list[ScoredGroup] | str:
     """The log-probs of a micro-batch, or what the allocator said when memory ran out."""
     try:
-        on_device = micro_batch.to(causal_lm_of(model).device)
+        on_device = micro_batch.to(unwrap_model(model).device)
         return _split(packed_logprobs(model, on_device, outputs), on_device, tried)
     except RuntimeError as error:
-        message = allocator_message(error)
+        message = oom_message(error)
         if message is None:
             raise
         return message
 
 
 def _made_smaller(
-    tried: list[_Piece], limit: int, mode: PassMode, message: str
+    tried: list[_Piece], limit: int, mode: PackingMode, message: str
 ) -> tuple[int, list[_Piece]]:
     """Half the tokens of a micro-batch, down to one group; then that group's completions."""
     sizes = [_tokens_of(piece.group, mode) for piece in tried]
@@ -163,7 +167,7 @@ def _made_smaller(
         ((index, group),) = tried
         if len(group.completions) == 1:
             raise DoesNotFitError.of_completion(sizes[0], message)
-        tried = [_Piece(index, Group(group.prompt_ids, (ids,))) for ids in group.completions]
+        tried = [_Piece(index, PromptGroup(group.prompt_ids, (ids,))) for ids in group.completions]
         limit = min(limit, sizes[0] - 1)
         now = f"the completions of a prompt, {sizes[0]:,} tokens, one at a time"
     logger.warning("Out of memory in a pass without gradients: %s from now on.", now)
@@ -189,7 +193,7 @@ def _split(
     return found
 
 
-def _joined(scored: Iterable[ScoredGroup], groups: Sequence[Group]) -> Iterator[ScoredGroup]:
+def _joined(scored: Iterable[ScoredGroup], groups: Sequence[PromptGroup]) -> Iterator[ScoredGroup]:
     """Groups whose completions came one by one, as if they had come together."""
     parts: list[ScoredGroup] = []
     for part in scored:

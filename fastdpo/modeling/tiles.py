@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastdpo.modeling.activations import decoder_layers
-from fastdpo.modeling.head import backbone_of
-from fastdpo.system.rng import RandomState
+from fastdpo.modeling.head import get_backbone
+from fastdpo.system.rng import RNGState
 
 
 def run_in_tiles(modules: Iterable[Any], tile_tokens: int | None) -> int:
@@ -32,7 +32,7 @@ def run_in_tiles(modules: Iterable[Any], tile_tokens: int | None) -> int:
     """
     count = 0
     for module in modules:
-        if not isinstance(module, _TiledForward):
+        if not isinstance(module, _TiledModule):
             if len(inspect.signature(type(module).forward).parameters) != 2:
                 continue
             module.__class__ = _tiled(type(module))
@@ -41,7 +41,7 @@ def run_in_tiles(modules: Iterable[Any], tile_tokens: int | None) -> int:
     return count
 
 
-class _TiledForward:
+class _TiledModule:
     tile_tokens: int | None
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ class _TiledForward:
         differentiable = any(t.requires_grad for t in (hidden_states, *parameters))
         if not (torch.is_grad_enabled() and differentiable):
             return tiles.value(hidden_states)
-        port = _Gradient.apply(tiles, hidden_states, *parameters)
-        return _Value.apply(port, tiles, hidden_states.detach())
+        port = _TiledBackward.apply(tiles, hidden_states, *parameters)
+        return _TiledForward.apply(port, tiles, hidden_states.detach())
 
 
 @functools.cache
 def _tiled(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Tiled{kind.__name__}", (_TiledForward, kind), {})
+    return type(f"Tiled{kind.__name__}", (_TiledModule, kind), {})
 
 
 class _Tiles:
@@ -73,7 +73,7 @@ class _Tiles:
 
     def __init__(self, run: Callable[[Tensor], Tensor], device: str, tile_tokens: int) -> None:
         self.run, self.tile_tokens = run, tile_tokens
-        self.random = RandomState.now()
+        self.random = RNGState.capture()
         self._autocast = functools.partial(
             torch.autocast,
             device,
@@ -101,7 +101,7 @@ class _Tiles:
         totals: list[Tensor | None] = [None] * len(parameters)
         needs_input = hidden_states.requires_grad
         grad_hidden = torch.empty_like(hidden_states) if needs_input else None
-        after = RandomState.now()
+        after = RNGState.capture()
         self.random.restore()
         for tokens in self._slices(hidden_states):
             leaf = hidden_states[tokens].detach().requires_grad_(needs_input)
@@ -129,7 +129,7 @@ def _axis(hidden_states: Tensor) -> int:
     return 1 if hidden_states.ndim > 2 else 0
 
 
-class _Gradient(torch.autograd.Function):
+class _TiledBackward(torch.autograd.Function):
     """Saves, and computes every gradient; its output is a port through which dL/dout arrives."""
 
     @staticmethod
@@ -146,7 +146,7 @@ class _Gradient(torch.autograd.Function):
         return None, *ctx.tiles.gradients(hidden_states, ctx.parameters, grad_outputs[0])
 
 
-class _Value(torch.autograd.Function):
+class _TiledForward(torch.autograd.Function):
     """The value. Saves nothing; hands the gradient on to the port."""
 
     @staticmethod
@@ -202,7 +202,7 @@ def tile_norms(model: nn.Module, tile_tokens: int | None) -> int:
     Returns:
         How many norms there are.
     """
-    backbone = backbone_of(model)
+    backbone = get_backbone(model)
     modules = [m for layer in decoder_layers(model) for m in layer.modules()]
     modules += backbone.children()  # the last norm
     return run_in_tiles((m for m in modules if _is_norm(m)), tile_tokens)

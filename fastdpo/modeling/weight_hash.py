@@ -31,20 +31,20 @@ from fastdpo.system.versions import numeric_versions
 
 logger = logging.getLogger(__name__)
 
-MEMORY = "weights.json"
-MOST_REMEMBERED = 64
+HASH_CACHE_FILE = "weights.json"
+MAX_ENTRIES = 64
 SAMPLE_BYTES = 4096  # at the beginning, middle and end of each tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
+class _LoadRecord:
     """Where a model's tensors came from, and the write counters that they had then."""
 
     fingerprint: str
     counters: dict[str, int]
 
 
-_origins: WeakKeyDictionary[nn.Module, _Origin] = WeakKeyDictionary()
+_origins: WeakKeyDictionary[nn.Module, _LoadRecord] = WeakKeyDictionary()
 
 
 def load_noting_files(
@@ -70,35 +70,35 @@ def load_noting_files(
         }
         fingerprint = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
         counters = {each: tensor._version for each, tensor in tensors(model).items()}
-        _origins[model] = _Origin(fingerprint, counters)
+        _origins[model] = _LoadRecord(fingerprint, counters)
     return model
 
 
-def content_of(
-    causal_lm: nn.Module, tensors: Mapping[str, Tensor], memory: Path | None = None
+def weights_hash(
+    causal_lm: nn.Module, tensors: Mapping[str, Tensor], hash_cache: Path | None = None
 ) -> str:
     """The sha256, in hex, of names, dtypes, shapes and bytes of all tensors.
 
     Args:
         causal_lm: whose tensors they are, without adapters.
         tensors: by the model's own names.
-        memory: a JSON file of known hashes; None hashes every byte and remembers nothing.
+        hash_cache: a JSON file of known hashes; None hashes every byte and remembers nothing.
     """
     origin = _origins.get(causal_lm)
     untouched = origin is not None and origin.counters == {
         name: tensor._version for name, tensor in tensors.items()
     }
-    if memory is None or origin is None or not untouched:
+    if hash_cache is None or origin is None or not untouched:
         return tensors_hash(tensors)
     sample = _sample_hash(tensors)
-    entry = _remembered(memory).get(origin.fingerprint)
+    entry = _remembered(hash_cache).get(origin.fingerprint)
     if entry is not None and entry == _entry(entry.get("weights"), sample, entry.get("at")):
         return str(entry["weights"])
     found = tensors_hash(tensors)
-    entries = {**_remembered(memory), origin.fingerprint: _entry(found, sample, time.time())}
+    entries = {**_remembered(hash_cache), origin.fingerprint: _entry(found, sample, time.time())}
     newest = sorted(entries.items(), key=lambda item: -float(item[1].get("at") or 0))
     with suppress(OSError):  # it only saves time
-        files.write_json(memory, dict(newest[:MOST_REMEMBERED]))
+        files.write_json(hash_cache, dict(newest[:MAX_ENTRIES]))
     return found
 
 
@@ -108,9 +108,9 @@ def _entry(weights: Any, sample: str, at: Any) -> dict[str, Any]:
     return {"weights": weights, "sample": sample, "at": at, "check": check}
 
 
-def _remembered(memory: Path) -> dict[str, dict[str, Any]]:
+def _remembered(hash_cache: Path) -> dict[str, dict[str, Any]]:
     try:
-        read = json.loads(memory.read_text(encoding="utf-8"))
+        read = json.loads(hash_cache.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     entries = read if isinstance(read, dict) else {}

@@ -18,11 +18,11 @@ from fastdpo.options.losses import (
     LossOptions,
 )
 from fastdpo.options.model import MODEL_ALIASES, ModelOptions, resolve_model
-from fastdpo.options.passes import PassOptions
-from fastdpo.options.preference import PARTS, PreferenceOptions
+from fastdpo.options.passes import BatchingOptions
+from fastdpo.options.preference import DPO_OPTION_GROUPS, PreferenceOptions
 from fastdpo.options.reference import ReferenceOptions, reference_folder
-from fastdpo.options.rows import SPECIAL_TOKEN_MODES, TRUNCATION_MODES, RowOptions
-from fastdpo.options.running import RunOptions, presets
+from fastdpo.options.rows import SPECIAL_TOKEN_MODES, TRUNCATION_MODES, TokenizationOptions
+from fastdpo.options.running import TrainerDefaults, presets
 from fastdpo.options.trl import TrlOptions
 
 __all__ = [
@@ -30,12 +30,12 @@ __all__ = [
     "DataOptions",
     "LossOptions",
     "ModelOptions",
-    "PARTS",
-    "PassOptions",
+    "DPO_OPTION_GROUPS",
+    "BatchingOptions",
     "PreferenceOptions",
     "ReferenceOptions",
-    "RowOptions",
-    "RunOptions",
+    "TokenizationOptions",
+    "TrainerDefaults",
     "TrlOptions",
     "COUPLED_LOSSES",
     "DEFAULT_DATASET",

@@ -151,7 +151,7 @@ class LossOptions:
                 at_least=0,
                 remedy="0.001 is usual, 0 leaves it out.",
             )
-        self._refuse_what_no_loss_reads()
+        self._reject_unused()
 
     def _check_loss_types(self) -> None:
         if not self.loss_type:
@@ -218,7 +218,7 @@ class LossOptions:
                 f"Losses that take it: {', '.join(_SCORE_LOSSES)}."
             )
 
-    def _refuse_what_no_loss_reads(self) -> None:
+    def _reject_unused(self) -> None:
         """An option that changes nothing is a mistake: say so."""
         for name, unset, readers in (
             ("label_smoothing", 0.0, _SMOOTHED_LOSSES),

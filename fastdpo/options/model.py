@@ -68,7 +68,7 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
-        self._choose_what_moves()
+        self._resolve_tuning()
         chosen = [f"--{name}" for name in ("qlora", "lora", "full") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(
@@ -89,7 +89,7 @@ class ModelOptions:
                 "it out for every linear layer but the head."
             )
 
-    def _choose_what_moves(self) -> None:
+    def _resolve_tuning(self) -> None:
         """Settle qlora, lora and full where TRL's names say the same."""
         for name in ("use_peft", "load_in_4bit", "use_rslora", "use_dora"):
             if self.full and getattr(self, name):

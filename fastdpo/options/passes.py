@@ -14,7 +14,7 @@ EMBEDDING_PLACES = ("auto", "card", "host")
 
 
 @dataclass
-class PassOptions:
+class BatchingOptions:
     """Micro-batches and memory."""
 
     _argument_group_name = "Micro-batches and memory"

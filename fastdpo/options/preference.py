@@ -3,22 +3,22 @@
 from dataclasses import dataclass
 
 from fastdpo.options.losses import LossOptions
-from fastdpo.options.passes import PassOptions
+from fastdpo.options.passes import BatchingOptions
 from fastdpo.options.reference import ReferenceOptions
-from fastdpo.options.rows import RowOptions
+from fastdpo.options.rows import TokenizationOptions
 
-PARTS = (LossOptions, RowOptions, PassOptions, ReferenceOptions)
+DPO_OPTION_GROUPS = (LossOptions, TokenizationOptions, BatchingOptions, ReferenceOptions)
 """In the order in which help shows them."""
 
 
 @dataclass
-class PreferenceOptions(LossOptions, RowOptions, PassOptions, ReferenceOptions):
+class PreferenceOptions(LossOptions, TokenizationOptions, BatchingOptions, ReferenceOptions):
     """The options of DPO itself; `DPOConfig` inherits them."""
 
     _argument_group_name = "Preference optimisation and its reference"
 
     def __post_init__(self) -> None:
-        for part in PARTS:
+        for part in DPO_OPTION_GROUPS:
             part.__post_init__(self)
         if self.reference_free and self.sync_ref_model:
             raise ValueError(

@@ -72,7 +72,7 @@ REMOVED_OPTIONS = {
 }
 
 
-def explain_unknown(name: str, known: Iterable[str], dashes: str = "") -> str:
+def suggest_option(name: str, known: Iterable[str], dashes: str = "") -> str:
     """What to do about an option that does not exist: advice if it once did, else the nearest."""
     if name in REMOVED_OPTIONS:
         return REMOVED_OPTIONS[name]

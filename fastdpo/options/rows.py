@@ -9,7 +9,7 @@ SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
 
 
 @dataclass
-class RowOptions:
+class TokenizationOptions:
     """From rows to token ids."""
 
     _argument_group_name = "Rows to tokens"

@@ -8,7 +8,7 @@ from fastdpo.options.checks import option
 
 
 @dataclass
-class RunOptions:
+class TrainerDefaults:
     """The inherited training options that runs set most, with the defaults of the command.
 
     `python -m fastdpo.train` shows them and lays them below what the user gave; `DPOConfig` used
@@ -65,7 +65,7 @@ def presets(given: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Values by name; `{**presets(given), **given}` is what the run uses.
     """
-    values = {entry.name: entry.default for entry in fields(RunOptions)}
+    values = {entry.name: entry.default for entry in fields(TrainerDefaults)}
     if "gradient_accumulation_steps" in given:
         values["per_device_train_batch_size"] = 8
     if "eval_steps" in given:

@@ -5,26 +5,26 @@
 """
 
 from fastdpo.planner.architecture import Architecture, architecture_named, architecture_of
-from fastdpo.planner.from_model import free_host_bytes, plan_for_run, training_of
-from fastdpo.planner.gpus import Card, card_of, this_card
+from fastdpo.planner.from_model import pinnable_host_bytes, plan_for_run, training_of
+from fastdpo.planner.gpus import GPUSpec, current_gpu, gpu_spec
 from fastdpo.planner.plan import Plan, compare
 from fastdpo.planner.search import Workload, longest_pair, plan
 from fastdpo.planner.terms import Training
 
 __all__ = [
     "Architecture",
-    "Card",
+    "GPUSpec",
     "Plan",
     "Training",
     "Workload",
     "architecture_named",
     "architecture_of",
-    "card_of",
+    "gpu_spec",
     "compare",
     "longest_pair",
-    "free_host_bytes",
+    "pinnable_host_bytes",
     "plan",
     "plan_for_run",
     "training_of",
-    "this_card",
+    "current_gpu",
 ]

@@ -19,7 +19,7 @@ def notes_on(plan: Plan, architecture: Architecture, training: Training) -> tupl
         )
     if plan.optimizer != training.optimizer:
         notes.append(f"It needs --optim {plan.optimizer}, whose state is smaller and rounded.")
-    if not architecture.is_plain:
+    if not architecture.is_standard:
         notes.append(
             f"{architecture.model_type} layers are not attention and one gated MLP: what a layer "
             "takes is a guess, and the first update will tell."

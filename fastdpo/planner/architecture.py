@@ -58,9 +58,9 @@ class Architecture:
         other_parameters: all that is neither: norms, biases, experts held as one tensor.
         norms: norms over H in one layer, of which two feed linear layers.
         query_key_norms: whether queries and keys pass a norm of their own.
-        caps_scores: whether attention caps its scores, which flash kernels do not.
+        attn_softcap: whether attention caps its scores, which flash kernels do not.
         plain_embeddings: whether the embeddings are a look-up and nothing more.
-        is_plain: attention and one gated MLP, for which the activation formulas are written.
+        is_standard: attention and one gated MLP, for which the activation formulas are written.
     """
 
     name: str
@@ -79,9 +79,9 @@ class Architecture:
     other_parameters: int
     norms: int
     query_key_norms: bool
-    caps_scores: bool
+    attn_softcap: bool
     plain_embeddings: bool
-    is_plain: bool
+    is_standard: bool
 
     @property
     def linear_parameters(self) -> int:
@@ -186,7 +186,7 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     Raises:
         ValueError: it has no stack of decoder layers.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     decoder, config = causal_lm.get_decoder(), causal_lm.config.get_text_config()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -229,13 +229,13 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
         other_parameters=other,
         norms=sum(width == config.hidden_size for width in norms),
         query_key_norms=any(width != config.hidden_size for width in norms),
-        caps_scores=getattr(config, "attn_logit_softcapping", None) is not None,
+        attn_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
         plain_embeddings=type(embeddings).__name__ in ("Embedding", "HostEmbedding"),
-        is_plain=set(shapes) == plain and other < sum(each.weights for each in shapes.values()),
+        is_standard=set(shapes) == plain and other < sum(each.weights for each in shapes.values()),
     )
 
 
-def causal_lm_of(model: nn.Module) -> Any:
+def unwrap_model(model: nn.Module) -> Any:
     """The transformers model inside a PeftModel, or the model itself."""
     inside: Any = getattr(model, "get_base_model", None)
     return model if inside is None else inside()

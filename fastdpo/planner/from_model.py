@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastdpo.planner.architecture import architecture_of, causal_lm_of
-from fastdpo.planner.gpus import Card, this_card
+from fastdpo.planner.architecture import architecture_of, unwrap_model
+from fastdpo.planner.gpus import GPUSpec, current_gpu
 from fastdpo.planner.plan import Plan
 from fastdpo.planner.search import Workload, plan
 from fastdpo.planner.terms import GIB, Training
@@ -31,7 +31,7 @@ def plan_for_run(
     repeated_tokens: int = 0,
     longest_row_tokens: int | None = None,
     attention: str | None = None,
-    card: Card | None = None,
+    card: GPUSpec | None = None,
     host_bytes: int | None = None,
 ) -> Plan | None:
     """Plan a run before its first update.
@@ -60,8 +60,8 @@ def plan_for_run(
     if card is None:
         if next(model.parameters()).device.type != "cuda":
             return None
-        card = this_card()
-        card = replace(card, memory_bytes=card.memory_bytes - held_by_others(model))
+        card = current_gpu()
+        card = replace(card, memory_bytes=card.memory_bytes - other_allocations(model))
     architecture = architecture_of(model, _name_of(model))
     training = training_of(model, config.optim, attention)
     total = sum(group_tokens)
@@ -78,7 +78,7 @@ def plan_for_run(
             training,
             card,
             replace(workload, longest_group_tokens=longest_tokens),
-            host_bytes=free_host_bytes() if host_bytes is None else host_bytes,
+            host_bytes=pinnable_host_bytes() if host_bytes is None else host_bytes,
             micro_batch_tokens=config.micro_batch_tokens,
             recompute=config.activation_checkpointing is not False,
         )
@@ -104,7 +104,7 @@ def training_of(model: nn.Module, optimizer: str, attention: str | None = None) 
         if getattr(part, "lora_A", None)
     }
     four_bit = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
-    half = causal_lm_of(model).dtype in (torch.bfloat16, torch.float16)
+    half = unwrap_model(model).dtype in (torch.bfloat16, torch.float16)
     ranks = [a.weight.shape[0] for part in adapted.values() for a in part.lora_A.values()]
     tuning = ("qlora" if four_bit else "lora") if adapted else "full"
     if attention is None:
@@ -119,12 +119,12 @@ def training_of(model: nn.Module, optimizer: str, attention: str | None = None) 
     )
 
 
-def held_by_others(model: nn.Module) -> int:
+def other_allocations(model: nn.Module) -> int:
     """Bytes that this process holds on the card beside what a plan of the model counts.
 
     A frozen adapter, the reference's, is none of that.
     """
-    own, device = {}, causal_lm_of(model).device
+    own, device = {}, unwrap_model(model).device
     frozen = [p for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad]
     outside = {id(parameter) for parameter in frozen}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -137,7 +137,7 @@ def held_by_others(model: nn.Module) -> int:
     return max(0, torch.cuda.memory_allocated() - sum(own.values()))
 
 
-def free_host_bytes() -> int:
+def pinnable_host_bytes() -> int:
     """What may be pinned of the host memory that is free, by /proc/meminfo; 8 GiB without one."""
     found = Path("/proc/meminfo")
     if not found.exists():
@@ -147,5 +147,5 @@ def free_host_bytes() -> int:
 
 
 def _name_of(model: nn.Module) -> str:
-    base = causal_lm_of(model)
+    base = unwrap_model(model)
     return str(getattr(base, "name_or_path", "") or type(base).__name__)

@@ -17,7 +17,7 @@ products included. With it every speed that a plan states is an estimate, not a 
 
 
 @dataclass(frozen=True)
-class Card:
+class GPUSpec:
     """A card, as data sheets give it.
 
     Attributes:
@@ -34,21 +34,21 @@ class Card:
 
 
 KNOWN = (
-    Card("RTX 2060", 6 * GIB, 26, 336),
-    Card("RTX 4060", 8 * GIB, 30, 272),
-    Card("RTX 3060", 12 * GIB, 25, 360),
-    Card("RTX 4070", 12 * GIB, 58, 504),
-    Card("RTX 4080", 16 * GIB, 97, 717),
-    Card("RTX 3090", 24 * GIB, 71, 936),
-    Card("RTX 4090", 24 * GIB, 165, 1008),
-    Card("L4", 24 * GIB, 121, 300),
-    Card("A10", 24 * GIB, 125, 600),
-    Card("RTX 5090", 32 * GIB, 209, 1792),
-    Card("A6000", 48 * GIB, 155, 768),
-    Card("L40S", 48 * GIB, 362, 864),
-    Card("A100", 80 * GIB, 312, 2039),
-    Card("H100", 80 * GIB, 989, 3350),
-    Card("H200", 141 * GIB, 989, 4800),
+    GPUSpec("RTX 2060", 6 * GIB, 26, 336),
+    GPUSpec("RTX 4060", 8 * GIB, 30, 272),
+    GPUSpec("RTX 3060", 12 * GIB, 25, 360),
+    GPUSpec("RTX 4070", 12 * GIB, 58, 504),
+    GPUSpec("RTX 4080", 16 * GIB, 97, 717),
+    GPUSpec("RTX 3090", 24 * GIB, 71, 936),
+    GPUSpec("RTX 4090", 24 * GIB, 165, 1008),
+    GPUSpec("L4", 24 * GIB, 121, 300),
+    GPUSpec("A10", 24 * GIB, 125, 600),
+    GPUSpec("RTX 5090", 32 * GIB, 209, 1792),
+    GPUSpec("A6000", 48 * GIB, 155, 768),
+    GPUSpec("L40S", 48 * GIB, 362, 864),
+    GPUSpec("A100", 80 * GIB, 312, 2039),
+    GPUSpec("H100", 80 * GIB, 989, 3350),
+    GPUSpec("H200", 141 * GIB, 989, 4800),
 )
 
 _OF_SIZE = {
@@ -57,7 +57,7 @@ _OF_SIZE = {
 }  # fmt: skip
 
 
-def card_of(text: str) -> Card:
+def gpu_spec(text: str) -> GPUSpec:
     """The card of a size ("24GiB", "24GB", "24") or of a name ("RTX 4090", "rtx-4090").
 
     A card sold as 24 GB holds 24 GiB. A size stands for the rates of a usual card of that size, or
@@ -68,7 +68,7 @@ def card_of(text: str) -> Card:
     """
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g)?\s*", text.lower())
     if size and float(size[1]) > 0:
-        return card_of_bytes(int(float(size[1]) * GIB))
+        return gpu_spec_of_bytes(int(float(size[1]) * GIB))
     wanted = _plain(text)
     for card in KNOWN:
         if wanted and wanted == _plain(card.name):
@@ -79,20 +79,20 @@ def card_of(text: str) -> Card:
     )
 
 
-def card_of_bytes(memory_bytes: int, name: str | None = None) -> Card:
+def gpu_spec_of_bytes(memory_bytes: int, name: str | None = None) -> GPUSpec:
     """A card of this size, with the rates of the one that CUDA names so or of a usual one."""
     longest_first = sorted(KNOWN, key=lambda card: -len(card.name))
     for card in longest_first:
         if name and _plain(card.name) in _plain(name):
-            return Card(name, memory_bytes, card.tflops, card.gb_per_s)
+            return GPUSpec(name, memory_bytes, card.tflops, card.gb_per_s)
     gib = memory_bytes / GIB
     usual = _OF_SIZE[max((size for size in _OF_SIZE if size <= gib), default=min(_OF_SIZE))]
     like = next(card for card in KNOWN if card.name == usual)
     stands = f"{gib:.4g} GiB, rates of an {usual}" if name is None else name
-    return Card(stands, memory_bytes, like.tflops, like.gb_per_s)
+    return GPUSpec(stands, memory_bytes, like.tflops, like.gb_per_s)
 
 
-def this_card() -> Card:
+def current_gpu() -> GPUSpec:
     """The CUDA device of this process: what is free on it, and what this process holds already.
 
     Raises:
@@ -108,7 +108,7 @@ def this_card() -> Card:
     free, total = torch.cuda.mem_get_info()  # the context is made by this call, if it was not there
     free += torch.cuda.memory_reserved()  # what this process has already
     share = torch.cuda.get_per_process_memory_fraction()
-    return card_of_bytes(
+    return gpu_spec_of_bytes(
         min(free, int(share * total)) + CONTEXT_BYTES, torch.cuda.get_device_name()
     )
 

@@ -18,7 +18,7 @@ class Plan:
 
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch.
-        layer_policy: of each decoder layer, first to last: keep, recompute or offload.
+        activation_plan: of each decoder layer, first to last: keep, recompute or offload.
         embeddings_on_host: whether the embedding rows are served from pinned host memory.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
         norm_tile_tokens: likewise of the norms.
@@ -35,7 +35,7 @@ class Plan:
     """
 
     micro_batch_tokens: int
-    layer_policy: tuple[str, ...]
+    activation_plan: tuple[str, ...]
     embeddings_on_host: bool
     mlp_tile_tokens: int | None
     norm_tile_tokens: int | None
@@ -59,7 +59,7 @@ class Plan:
     @property
     def policy_counts(self) -> dict[str, int]:
         """How many layers do what."""
-        return dict(Counter(self.layer_policy))
+        return dict(Counter(self.activation_plan))
 
     def describe(self) -> str:
         """A few lines for the log."""
@@ -92,7 +92,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint and the command's --json."""
         return asdict(self) | {
-            "layer_policy": list(self.layer_policy),
+            "layer_policy": list(self.activation_plan),
             "terms": dict(self.terms),
             "moments": dict(self.moments),
             "notes": list(self.notes),

@@ -24,7 +24,7 @@ from fastdpo.planner.activations import (
 )
 from fastdpo.planner.advice import notes_on
 from fastdpo.planner.architecture import Architecture
-from fastdpo.planner.gpus import Card
+from fastdpo.planner.gpus import GPUSpec
 from fastdpo.planner.plan import Plan, host_bytes_of, pinned_bytes
 from fastdpo.planner.speed import update_seconds
 from fastdpo.planner.terms import CONTEXT_BYTES, SLACK_SHARE, Training, resident_bytes, training_for
@@ -38,7 +38,7 @@ TILES_TOKENS = (8192, 2048)
 NORM_TILE_TOKENS = 2048
 """Rows of a tile of a norm: some 200 MB of fp32 tensors at H = 4096."""
 
-WORTHWHILE = 1.02
+MIN_SPEEDUP = 1.02
 """A means of saving memory is taken, where it is not needed, for at least this much speed."""
 
 EIGHT_BIT = "adamw_8bit"
@@ -88,7 +88,7 @@ def _rounded(tokens: int) -> int:
 
 
 @dataclass(frozen=True)
-class Means:
+class MemoryStrategy:
     """What saves memory besides the layers' policy."""
 
     optimizer: str
@@ -98,13 +98,13 @@ class Means:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MemoryLayout:
     """One way to run micro-batches of T tokens, with its bytes."""
 
     architecture: Architecture
     training: Training
     row: Row
-    means: Means
+    means: MemoryStrategy
     recompute: bool = True
 
     @cached_property
@@ -140,9 +140,9 @@ class Layout:
         """The bytes, by term, of every moment that may be the highest of an update."""
         counts = {what: policy.count(what) for what in (KEEP, RECOMPUTE, OFFLOAD)}
         layer, inputs = self.layer, self.layer.input
-        on_card = inputs * max(counts[RECOMPUTE], min(OFFLOADED_ON_CARD, counts[OFFLOAD]))
+        on_gpu = inputs * max(counts[RECOMPUTE], min(OFFLOADED_ON_CARD, counts[OFFLOAD]))
         shared = inputs if layer.holds_input and not counts[KEEP] else 0
-        before = {"tables and indices": self.tables, "layer inputs": on_card}
+        before = {"tables and indices": self.tables, "layer inputs": on_gpu}
         spared = layer.first_spared if policy[0] == KEEP else 0
         kept = layer.kept * counts[KEEP] - spared
         others = max(0, kept - layer.kept)
@@ -230,11 +230,11 @@ def allocatable_bytes(card_bytes: int) -> int:
     return int((card_bytes - CONTEXT_BYTES) / (1 + SLACK_SHARE))
 
 
-def means_of(
+def strategies(
     architecture: Architecture, training: Training, *, change_optimizer: bool
-) -> list[Means]:
+) -> list[MemoryStrategy]:
     """Means of saving memory, each one more than the one before."""
-    means = [Means(training.optimizer)]
+    means = [MemoryStrategy(training.optimizer)]
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
             means.append(replace(means[-1], embeddings_on_host=True))
@@ -248,7 +248,7 @@ def means_of(
 def plan(
     architecture: Architecture,
     training: Training,
-    card: Card,
+    card: GPUSpec,
     workload: Workload,
     *,
     host_bytes: int,
@@ -278,28 +278,30 @@ def plan(
     if micro_batch_tokens is not None:
         lengths = [_rounded(max(micro_batch_tokens, workload.longest_group_tokens))]
     allocatable = allocatable_bytes(card.memory_bytes)
-    best: tuple[float, Layout, tuple[str, ...]] | None = None
+    best: tuple[float, MemoryLayout, tuple[str, ...]] | None = None
     layout = None
-    for means in means_of(architecture, training, change_optimizer=change_optimizer):
+    for means in strategies(architecture, training, change_optimizer=change_optimizer):
         if best is not None and means.optimizer != training.optimizer:
             break  # other numbers: only where nothing else fits
         for tokens in reversed(lengths):
-            layout = Layout(architecture, training, workload.row(tokens), means, recompute)
+            layout = MemoryLayout(architecture, training, workload.row(tokens), means, recompute)
             policy = layout.best_policy(allocatable, host_bytes)
             if policy is None:
                 continue
             per_token = _seconds(layout, policy, card, workload) / tokens
             same = best is not None and best[1].means == means
-            if best is None or per_token * (1.0 if same else WORTHWHILE) < best[0]:
+            if best is None or per_token * (1.0 if same else MIN_SPEEDUP) < best[0]:
                 best = (per_token, layout, policy)
     if best is None:
         assert layout is not None, "there is a length and a means"
-        *_, frugal = layout.policies()
-        return _finished(layout, frugal, card, workload, host_bytes)
+        *_, smallest = layout.policies()
+        return _finished(layout, smallest, card, workload, host_bytes)
     return _finished(best[1], best[2], card, workload, host_bytes)
 
 
-def _seconds(layout: Layout, policy: tuple[str, ...], card: Card, workload: Workload) -> float:
+def _seconds(
+    layout: MemoryLayout, policy: tuple[str, ...], card: GPUSpec, workload: Workload
+) -> float:
     return update_seconds(
         layout.architecture,
         layout.training,
@@ -313,7 +315,11 @@ def _seconds(layout: Layout, policy: tuple[str, ...], card: Card, workload: Work
 
 
 def _finished(
-    layout: Layout, policy: tuple[str, ...], card: Card, workload: Workload, host_bytes: int
+    layout: MemoryLayout,
+    policy: tuple[str, ...],
+    card: GPUSpec,
+    workload: Workload,
+    host_bytes: int,
 ) -> Plan:
     moments = layout.moments(policy)
     sums = {name: sum(terms.values()) for name, terms in moments.items()}
@@ -322,7 +328,7 @@ def _finished(
     gaps = int(allocated * SLACK_SHARE)
     made = Plan(
         micro_batch_tokens=layout.row.tokens,
-        layer_policy=policy,
+        activation_plan=policy,
         embeddings_on_host=layout.means.embeddings_on_host,
         mlp_tile_tokens=layout.means.mlp_tile_tokens,
         norm_tile_tokens=layout.means.norm_tile_tokens,
@@ -342,7 +348,7 @@ def _finished(
 def longest_pair(
     architecture: Architecture,
     training: Training,
-    card: Card,
+    card: GPUSpec,
     *,
     host_bytes: int,
     change_optimizer: bool = True,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fastdpo.planner.activations import KEEP, OFFLOAD, Row
 from fastdpo.planner.architecture import Architecture
-from fastdpo.planner.gpus import EFFICIENCY, HOST_GB_PER_S, Card
+from fastdpo.planner.gpus import EFFICIENCY, HOST_GB_PER_S, GPUSpec
 from fastdpo.planner.terms import Training
 
 NF4_BYTES_READ = 0.516
@@ -42,7 +42,7 @@ def update_seconds(
     architecture: Architecture,
     training: Training,
     row: Row,
-    card: Card,
+    card: GPUSpec,
     *,
     policy: Sequence[str],
     input_bytes: int,

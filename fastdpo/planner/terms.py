@@ -60,7 +60,7 @@ class Training:
 
 def training_for(architecture: Architecture, training: Training) -> Training:
     """The same training with the attention that the model gets: capped scores want flex."""
-    if architecture.caps_scores and training.attention == "varlen":
+    if architecture.attn_softcap and training.attention == "varlen":
         return replace(training, attention="flex")
     return training
 

@@ -3,14 +3,14 @@
 from fastdpo.modeling.weight_hash import load_identified
 from fastdpo.ref_cache.compute import reference_logps
 from fastdpo.ref_cache.identity import reference_identity
-from fastdpo.ref_cache.run_notes import asked_for
-from fastdpo.ref_cache.source import ReferenceSource
+from fastdpo.ref_cache.run_notes import describe_request
+from fastdpo.ref_cache.source import RefLogpsProvider
 from fastdpo.ref_cache.store import ReferenceStore
 
 __all__ = [
-    "ReferenceSource",
+    "RefLogpsProvider",
     "ReferenceStore",
-    "asked_for",
+    "describe_request",
     "load_identified",
     "reference_identity",
     "reference_logps",

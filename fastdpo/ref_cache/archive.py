@@ -62,7 +62,7 @@ def export_store(folder: Path, archive: Path) -> int:
                 with path.open("rb") as file:
                     _add(tar, path.name, listed[path.name]["bytes"], file)
 
-    files.write_atomically(archive, lambda temporary: files.let_write(temporary, write))
+    files.write_atomically(archive, lambda temporary: files.call_writer(temporary, write))
     return sum(path.suffix == ".safetensors" for path in paths)
 
 
@@ -101,7 +101,7 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: str) -> str:
     first = tar.next()
     if first is None or first.name != CONTENTS or not first.isreg() or first.size > MAX_LIST_BYTES:
         raise ArchiveError(f"{archive} does not begin with {CONTENTS}: it is no archive of a store")
-    listed = _listed(_member(tar, first).read(), archive)
+    listed = _read_index(_member(tar, first).read(), archive)
     left = dict(listed["files"])
     while (member := tar.next()) is not None:
         wanted = left.pop(member.name, None)
@@ -113,7 +113,7 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: str) -> str:
                 f"{archive}: {member.name} has {member.size} bytes, not {wanted['bytes']}"
             )
         path = into / member.name
-        files.let_write(path, _copier(_member(tar, member)))
+        files.call_writer(path, _copier(_member(tar, member)))
         if files.sha256_of(path) != wanted["sha256"]:
             raise ArchiveError(f"{archive} is damaged: {member.name} has another sha256")
         if not _is_whole(path):
@@ -126,7 +126,7 @@ def _unpack(tar: tarfile.TarFile, into: Path, archive: str) -> str:
     return listed["store"]
 
 
-def _listed(text: bytes, archive: str) -> dict[str, Any]:
+def _read_index(text: bytes, archive: str) -> dict[str, Any]:
     """The list of an archive, its shape checked."""
     contents = _parsed(text, archive)
     entries = contents.get("files")
@@ -199,8 +199,8 @@ def _mover(source: Path) -> Callable[[Path], None]:
 def _unpacking_folder(root: Path) -> Iterator[Path]:
     """A folder of its own beside the stores, gone afterwards."""
     folder = files.temporary_name(root / "import")
-    files.make_folder(folder)
+    files.mkdir(folder)
     try:
         yield folder
     finally:
-        files.remove_quietly(folder)
+        files.remove_if_possible(folder)

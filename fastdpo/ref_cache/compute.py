@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo.batching import Group, group_tokens
-from fastdpo.modeling.families import PassMode, pass_mode
+from fastdpo.batching import PromptGroup, group_tokens
+from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache import run_notes as requests
@@ -28,13 +28,13 @@ SHARD_SECONDS = 60.0
 
 def reference_logps(
     reference: ReferenceModel,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     store: ReferenceStore,
     *,
     micro_batch_tokens: int,
-    mode: PassMode | None = None,
+    mode: PackingMode | None = None,
     name: str = "train",
-    asked: Mapping[str, Any] | None = None,
+    requested: Mapping[str, Any] | None = None,
     spot_check_pairs: int = 0,
     compute_dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
@@ -47,7 +47,7 @@ def reference_logps(
         micro_batch_tokens: T of the pass.
         mode: how pairs run through the model, as in training; None chooses.
         name: of the data, for the progress bar and the log.
-        asked: what this run asks for, by option, to explain a later miss.
+        requested: what this run asks for, by option, to explain a later miss.
         spot_check_pairs: how many of the known groups to score again and compare; 0: none.
         compute_dtype: decides how far those may differ.
 
@@ -64,11 +64,11 @@ def reference_logps(
     found = _lookup(store, keys)
     known = np.asarray(np.isfinite(found).all(axis=1))
     here = np.flatnonzero(known).tolist()
-    mode = pass_mode(reference.model) if mode is None else mode
+    mode = choose_packing(reference.model) if mode is None else mode
     options: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "mode": mode}
-    _say_what_is_known(store, keys, known, name, asked)
-    if asked is not None:
-        requests.note(store, {"name": name, **asked})
+    _log_hits(store, keys, known, name, requested)
+    if requested is not None:
+        requests.note(store, {"name": name, **requested})
     store.touch()
     checked = spot_check(
         reference,
@@ -80,7 +80,7 @@ def reference_logps(
         **options,
     )
     _say_what_was_checked(checked)
-    missing = _first_of_each(keys, np.flatnonzero(~known))
+    missing = _unique_groups(keys, np.flatnonzero(~known))
     if not missing:
         return found
     _compute(reference, groups, keys, missing, store, name=name, **options)
@@ -95,14 +95,14 @@ def reference_logps(
 
 def _compute(
     reference: ReferenceModel,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     keys: list[list[bytes]],
     missing: list[int],
     store: ReferenceStore,
     *,
     name: str,
     micro_batch_tokens: int,
-    mode: PassMode,
+    mode: PackingMode,
 ) -> None:
     """Score the missing groups and keep them, shard by shard."""
     layout = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
@@ -121,7 +121,7 @@ def _compute(
         with (
             reference.active(),
             contextlib.closing(all_scored),
-            signals.held() as stop,
+            signals.graceful_shutdown() as stop,
             progress_bar(sum(sizes), f"Reference log-probs of {name}", "token") as bar,
         ):
             bar.unit_scale = True
@@ -135,7 +135,7 @@ def _compute(
                 if len(waiting) >= SHARD_COMPLETIONS or now - closed >= SHARD_SECONDS:
                     shard, waiting, closed = waiting, [], now
                     store.append(shard)
-                stop.raise_if_asked()
+                stop.raise_if_requested()
     finally:  # also after Ctrl-C, SIGTERM or out of memory
         store.append(waiting)
     took = max(time.monotonic() - began, 1e-9)
@@ -147,24 +147,26 @@ def _compute(
     )
 
 
-def _say_what_is_known(
+def _log_hits(
     store: ReferenceStore,
     keys: list[list[bytes]],
     known: np.ndarray,
     name: str,
-    asked: Mapping[str, Any] | None,
+    requested: Mapping[str, Any] | None,
 ) -> None:
     """Hit, partial or miss, with the reason; and whether something else computed the rows."""
     pairs, missing = len(known), int((~known).sum())
     if not missing:
-        logger.info("Reference log-probs of %s: all %s found in %s", name, _n(pairs), store.folder)
+        logger.info(
+            "Reference log-probs of %s: all %s found in %s", name, _count_pairs(pairs), store.folder
+        )
     else:
-        reason = requests.why_missing(store, {"name": name, **(asked or {})}, pairs - missing)
+        reason = requests.explain_miss(store, {"name": name, **(requested or {})}, pairs - missing)
         logger.info(
             "Reference log-probs of %s: %s %s missing in %s (%s); computing them",
             name,
             f"{missing:,} of" if missing < pairs else "all",
-            _n(pairs),
+            _count_pairs(pairs),
             store.folder,
             reason,
         )
@@ -184,12 +186,12 @@ def _say_what_was_checked(checked: SpotCheck | None) -> None:
     if checked is not None:
         logger.info(
             "Spot check: %s scored again, at most %.2g nats a token (rms) from the stored ones",
-            _n(checked.pairs),
+            _count_pairs(checked.pairs),
             checked.largest_rms,
         )
 
 
-def _n(pairs: int) -> str:
+def _count_pairs(pairs: int) -> str:
     return f"{pairs:,} pairs" if pairs != 1 else "1 pair"
 
 
@@ -199,7 +201,7 @@ def _lookup(store: ReferenceStore, keys: list[list[bytes]]) -> np.ndarray:
     return store.lookup([key for row in keys for key in row]).reshape(len(keys), completions)
 
 
-def _first_of_each(keys: list[list[bytes]], indices: np.ndarray) -> list[int]:
+def _unique_groups(keys: list[list[bytes]], indices: np.ndarray) -> list[int]:
     """The indices without those whose keys all lie in earlier ones: no group is computed twice."""
     seen: set[bytes] = set()
     first = []

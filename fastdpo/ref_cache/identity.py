@@ -9,15 +9,15 @@ from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
 from torch import nn
 
 from fastdpo.modeling.attention import attention_kind
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.weight_hash import (
     base_tensors,
-    content_of,
     tensors_hash,
+    weights_hash,
 )
 
-NOT_IN_THE_NUMBERS = {
+IGNORED_CONFIG_KEYS = {
     "_name_or_path",
     "transformers_version",
     "architectures",
@@ -45,7 +45,7 @@ NOT_IN_THE_NUMBERS = {
 def reference_identity(
     model: nn.Module,
     compute_dtype: torch.dtype,
-    memory: Path | None = None,
+    hash_cache: Path | None = None,
     reference: ReferenceModel | None = None,
     attention: str = "auto",
 ) -> dict[str, Any]:
@@ -57,17 +57,17 @@ def reference_identity(
     Args:
         model: a causal LM or a PeftModel on it.
         compute_dtype: what the matrix products run in; the weights' own dtype is in their hash.
-        memory: JSON file of the hashes of known weight files; None hashes every byte.
+        hash_cache: JSON file of the hashes of known weight files; None hashes every byte.
         reference: how the model is the reference; None is with its adapters off.
         attention: what attends, as `packed_attention` is given it.
 
     Returns:
         JSON-ready: content hash of the base weights, resolved config, dtype, numerics.
     """
-    causal_lm = causal_lm_of(model)
+    causal_lm = unwrap_model(model)
     identity = {
-        "weights": content_of(causal_lm, base_tensors(causal_lm), memory),
-        "config": _described(causal_lm.config.to_dict()),
+        "weights": weights_hash(causal_lm, base_tensors(causal_lm), hash_cache),
+        "config": _to_json(causal_lm.config.to_dict()),
         "dtype": str(compute_dtype),
         "attention": attention_kind(causal_lm.config, causal_lm.device, attention),
         "head_numerics": NUMERICS_VERSION,
@@ -75,21 +75,21 @@ def reference_identity(
     if reference is not None and (tensors := reference.adapter_tensors()):
         identity["adapter"] = {
             "weights": tensors_hash(tensors),
-            "scale": _described(reference.adapter_scale()),
+            "scale": _to_json(reference.adapter_scale()),
         }
     return identity
 
 
-def _described(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """A config, or a part of one, as what JSON gives back unchanged: the same in every process."""
     if isinstance(value, dict):
         return {
-            str(name): _described(part)
+            str(name): _to_json(part)
             for name, part in value.items()
-            if name not in NOT_IN_THE_NUMBERS
+            if name not in IGNORED_CONFIG_KEYS
         }
     if isinstance(value, list | tuple):
-        return [_described(part) for part in value]
+        return [_to_json(part) for part in value]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if value is None or isinstance(value, bool | int | str):

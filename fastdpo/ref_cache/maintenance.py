@@ -32,11 +32,11 @@ class StoreSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Pruned:
+class PruneResult:
     """What `prune` removed, or would."""
 
     stores: tuple[Path, ...]
-    leftovers: tuple[Path, ...]  # damaged shards, and temporary files of killed writers
+    stale_files: tuple[Path, ...]  # damaged shards, and temporary files of killed writers
     bytes: int
 
 
@@ -45,7 +45,7 @@ def store_folders(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob(f"*/{MANIFEST}") if not _is_temporary(path))
 
 
-def summarise(folder: Path) -> StoreSummary:
+def summarize(folder: Path) -> StoreSummary:
     """Read every shard of a store and check it; nothing is changed."""
     rows, damaged = 0, {}
     paths = sorted(folder.glob(SHARDS))
@@ -57,7 +57,7 @@ def summarise(folder: Path) -> StoreSummary:
         except FileNotFoundError:
             continue
     stats = _stats(folder)
-    names = [str(asked.get("model")) for asked in notes(folder) if asked.get("model")]
+    names = [str(requested.get("model")) for requested in notes(folder) if requested.get("model")]
     now = time.time()
     return StoreSummary(
         folder,
@@ -71,7 +71,7 @@ def summarise(folder: Path) -> StoreSummary:
     )
 
 
-def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False) -> Pruned:
+def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False) -> PruneResult:
     """Remove what no run needs; safe beside readers and writers.
 
     Damaged shards that were set aside and temporary files of killed writers go; with
@@ -79,7 +79,7 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
     first, so that a reader sees all of it or nothing, and keeps what it has read already; a writer
     makes its folder again.
     """
-    stores, leftovers, freed, now = [], [], 0, time.time()
+    stores, stale_files, freed, now = [], [], 0, time.time()
     for folder in store_folders(root):
         stats = _stats(folder)
         newest = max((stat.st_mtime for stat in stats), default=now)
@@ -94,12 +94,12 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
     for path in [*root.glob("*"), *root.glob("*/*")]:
         if path.parent in stores or not _is_leftover(path, now):
             continue
-        leftovers.append(path)
+        stale_files.append(path)
         inside = list(path.rglob("*")) if path.is_dir() else [path]
         freed += sum(each.stat().st_size for each in inside if each.is_file())
         if not dry_run:
             files.remove(path)
-    return Pruned(tuple(stores), tuple(leftovers), freed)
+    return PruneResult(tuple(stores), tuple(stale_files), freed)
 
 
 def _is_leftover(path: Path, now: float) -> bool:

@@ -27,7 +27,7 @@ MOST_NOTES = 64
 MOST_REASONS = 3
 
 
-def asked_for(
+def describe_request(
     groups: PairGroups,
     options: PreferenceOptions,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,12 +50,12 @@ def asked_for(
     }
 
 
-def note(store: ReferenceStore, asked: Mapping[str, Any]) -> None:
+def note(store: ReferenceStore, requested: Mapping[str, Any]) -> None:
     """Keep what this run asks for."""
-    text = json.dumps(dict(asked), sort_keys=True)
+    text = json.dumps(dict(requested), sort_keys=True)
     path = store.folder / f"asked-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     with suppress(OSError):  # a read-only store is a store
-        files.write_json(path, {"at": time.time(), "asked": dict(asked)})
+        files.write_json(path, {"at": time.time(), "asked": dict(requested)})
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:
@@ -66,31 +66,31 @@ def notes(folder: Path) -> list[dict[str, Any]]:
         if isinstance(content.get("asked"), dict) and isinstance(content.get("at"), int | float):
             found.append((content["at"], content["asked"]))
     found.sort(key=lambda each: -each[0])
-    return [asked for _, asked in found[:MOST_NOTES]]
+    return [requested for _, requested in found[:MOST_NOTES]]
 
 
-def why_missing(store: ReferenceStore, asked: Mapping[str, Any], known: int) -> str:
+def explain_miss(store: ReferenceStore, requested: Mapping[str, Any], known: int) -> str:
     """One clause on why log-probs are missing: what differs from the most similar earlier run.
 
     Args:
         store: that was asked.
-        asked: what this run asks for, its own note not yet written.
+        requested: what this run asks for, its own note not yet written.
         known: how many of this run's pairs were found.
     """
     earlier = notes(store.folder)
-    if store.damaged:
-        return f"{store.damaged} damaged shards were set aside"
-    if store.refused:
-        return f"--ref_versions strict: {_listed(list(store.refused))}"
+    if store.num_corrupt:
+        return f"{store.num_corrupt} damaged shards were set aside"
+    if store.skipped_versions:
+        return f"--ref_versions strict: {_listed(list(store.skipped_versions))}"
     if not earlier and not len(store):
         return _other_store(store)
     if not earlier:
         return "what filled this store is not noted"
-    earlier = [each for each in earlier if each.get("name") == asked.get("name")]
+    earlier = [each for each in earlier if each.get("name") == requested.get("name")]
     if not earlier:
-        return f"no earlier run asked for {asked.get('name')} data"
-    nearest = min(earlier, key=lambda each: len(_differences(each, asked)))
-    differs = _differences(nearest, asked)
+        return f"no earlier run asked for {requested.get('name')} data"
+    nearest = min(earlier, key=lambda each: len(_differences(each, requested)))
+    differs = _differences(nearest, requested)
     if differs:
         return _listed(differs)
     if not len(store) or not known:

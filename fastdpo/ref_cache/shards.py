@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 
 FORMAT = 1
 KEY_BYTES = 32
@@ -53,7 +53,7 @@ def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
     return _key(_prompt_digest(prompt_ids), completion_ids)
 
 
-def group_keys(group: Group) -> list[bytes]:
+def group_keys(group: PromptGroup) -> list[bytes]:
     """The row keys of a group's completions."""
     prompt = _prompt_digest(group.prompt_ids)
     return [_key(prompt.copy(), completion) for completion in group.completions]
@@ -81,7 +81,7 @@ def encode(
                 f"a reference log-prob is {bad[0]}: the model overflows on this input. Load it in "
                 "bfloat16 or float32."
             )
-    if fault := fault_of(tensors):
+    if fault := validate(tensors):
         raise ValueError(f"not a shard of scored completions: {fault}.")
     if not token_logps:
         del tensors["token_logps"]
@@ -114,7 +114,7 @@ def read(path: Path) -> Shard:
     wanted = {"format": str(FORMAT), "sha256": checksum(tensors, versions)}
     if metadata != wanted | ({} if versions is None else {"versions": versions}):
         raise ShardError("its format or checksum is wrong")
-    if fault := fault_of(tensors):
+    if fault := validate(tensors):
         raise ShardError(fault)
     return Shard(
         tensors["keys"].view(f"S{KEY_BYTES}"),
@@ -125,7 +125,7 @@ def read(path: Path) -> Shard:
     )
 
 
-def fault_of(tensors: Mapping[str, np.ndarray]) -> str | None:
+def validate(tensors: Mapping[str, np.ndarray]) -> str | None:
     """What about a shard's tensors cannot be, or None."""
     kinds = {name: (tensor.dtype.name, tensor.ndim) for name, tensor in tensors.items()}
     wanted = {name: (dtype, 1) for name, dtype in TENSORS.items()}

@@ -7,20 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo.batching import Group, PairGroups
+from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.losses import ld_logps
-from fastdpo.modeling.families import PassMode, pass_mode
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.families import PackingMode, choose_packing
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.modeling.weight_hash import MEMORY
+from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.ref_cache.compute import reference_logps
 from fastdpo.ref_cache.identity import reference_identity
 from fastdpo.ref_cache.store import ReferenceStore, group_keys
 from fastdpo.system.versions import numeric_versions
 
 
-class ReferenceSource:
+class RefLogpsProvider:
     """The log-probs of one reference.
 
     Args:
@@ -43,7 +43,7 @@ class ReferenceSource:
         *,
         compute_dtype: torch.dtype,
         micro_batch_tokens: int,
-        mode: PassMode | None = None,
+        mode: PackingMode | None = None,
         ld_alpha: float | None = None,
         keep_token_logps: bool = True,
         strict_versions: bool = False,
@@ -52,7 +52,7 @@ class ReferenceSource:
         self.reference = reference
         self.folder = folder
         self.compute_dtype = compute_dtype
-        self.mode = pass_mode(reference.model) if mode is None else mode
+        self.mode = choose_packing(reference.model) if mode is None else mode
         self.options = {"micro_batch_tokens": micro_batch_tokens, "mode": self.mode}
         self.ld_alpha = ld_alpha
         self.store_options = {
@@ -60,28 +60,28 @@ class ReferenceSource:
             "strict_versions": strict_versions,
         }
         self.spot_check_pairs = spot_check_pairs
-        self.is_gone = False
+        self.is_stale = False
         self._store: ReferenceStore | None = None
 
-    def begin_training(self) -> None:
+    def on_train_begin(self) -> None:
         """From now on the policy moves, and with it a reference that is the policy itself."""
-        self.is_gone = not self.reference.outlives_training
+        self.is_stale = not self.reference.is_frozen
 
     def logps(
-        self, groups: PairGroups, name: str, asked: Mapping[str, Any] | None = None
+        self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
     ) -> np.ndarray:
         """(n, 2) float64 of chosen and rejected, nats, as the loss takes them.
 
         Args:
             groups: of one data set.
             name: of it, for the log.
-            asked: what shaped its rows, by option, to explain a later miss.
+            requested: what shaped its rows, by option, to explain a later miss.
 
         Raises:
             ValueError: the reference is gone, or the stored one is not this model's.
             OSError: the store cannot be written.
         """
-        if self.is_gone:
+        if self.is_stale:
             raise ValueError(
                 f"the reference of {name} was not computed before the first update, and all "
                 "weights have been trained since: pass the data to DPOTrainer as eval_dataset."
@@ -94,7 +94,7 @@ class ReferenceSource:
             groups,
             store,
             name=name,
-            asked=asked,
+            requested=requested,
             spot_check_pairs=self.spot_check_pairs,
             compute_dtype=self.compute_dtype,
             **self.options,
@@ -104,23 +104,29 @@ class ReferenceSource:
         keys = [key for group in groups for key in group_keys(group)]
         return self._ld_weighted(store.token_logps(keys))
 
-    def fill(self, groups: PairGroups, name: str, asked: Mapping[str, Any] | None = None) -> None:
+    def fill(
+        self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
+    ) -> None:
         """Set `groups.ref_logps`, unless it is set already; otherwise as `logps`."""
         if groups.ref_logps is None:
-            groups.ref_logps = self.logps(groups, name, asked)
+            groups.ref_logps = self.logps(groups, name, requested)
 
     def store(self, root: Path) -> ReferenceStore:
         """This reference's store in `root`, identified once."""
         if self._store is None or self._store.root != root:
             model = self.reference.model
             identity = reference_identity(
-                model, self.compute_dtype, root / MEMORY, self.reference, self.mode.attention
+                model,
+                self.compute_dtype,
+                root / HASH_CACHE_FILE,
+                self.reference,
+                self.mode.attention,
             )
-            versions = numeric_versions(causal_lm_of(model).device)
+            versions = numeric_versions(unwrap_model(model).device)
             self._store = ReferenceStore(root, identity, versions=versions, **self.store_options)
         return self._store
 
-    def _computed(self, groups: Sequence[Group], name: str) -> np.ndarray:
+    def _computed(self, groups: Sequence[PromptGroup], name: str) -> np.ndarray:
         model = self.reference.model
         with self.reference.active():
             scored = sorted(

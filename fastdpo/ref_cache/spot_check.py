@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastdpo.batching import Group
-from fastdpo.modeling.families import PassMode
+from fastdpo.batching import PromptGroup
+from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache.store import ReferenceStore
@@ -32,14 +32,14 @@ class SpotCheck:
 
 def spot_check(
     reference: ReferenceModel,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     keys: Sequence[Sequence[bytes]],
     store: ReferenceStore,
     *,
     count: int,
     compute_dtype: torch.dtype,
     micro_batch_tokens: int,
-    mode: PassMode | None = None,
+    mode: PackingMode | None = None,
 ) -> SpotCheck | None:
     """Score a few known groups and compare; nothing is written, nothing is used for training.
 
@@ -64,7 +64,7 @@ def spot_check(
     """
     if not count or not len(groups):
         return None
-    foreign = store.is_foreign([row[0] for row in keys])
+    foreign = store.has_other_versions([row[0] for row in keys])
     order = sorted(range(len(groups)), key=lambda i: (not foreign[i], keys[i][0]))[:count]
     with reference.active():
         scored = list(

@@ -36,7 +36,7 @@ __all__ = [
     "ScoredCompletion",
     "group_keys",
     "row_key",
-    "set_aside",
+    "quarantine",
     "store_key",
 ]
 
@@ -47,7 +47,7 @@ SHARDS = "shard-*.safetensors"
 QUARANTINE_SUFFIX = ".bad"
 
 
-def described(identity: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What `manifest.json` holds."""
     return {"format": FORMAT, "identity": dict(identity)}
 
@@ -58,7 +58,7 @@ def store_key(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def set_aside(shard: Path) -> Path:
+def quarantine(shard: Path) -> Path:
     """Give a damaged shard a name that no reader looks for; another process may be first."""
     aside = shard.with_name(shard.name + QUARANTINE_SUFFIX)
     with contextlib.suppress(FileNotFoundError):
@@ -77,8 +77,8 @@ class ReferenceStore:
         keep_token_logps: write the log-prob of every token, not only their sums.
 
     Attributes:
-        damaged: how many shards this object has set aside.
-        refused: completions passed over under `strict_versions`, by what differs.
+        num_corrupt: how many shards this object has set aside.
+        skipped_versions: completions passed over under `strict_versions`, by what differs.
 
     Raises:
         OSError: the folder cannot be made or read.
@@ -93,14 +93,14 @@ class ReferenceStore:
         strict_versions: bool = False,
         keep_token_logps: bool = True,
     ) -> None:
-        self._manifest = described(identity)
+        self._manifest = manifest_of(identity)
         self.root, self.folder = root, root / store_key(self._manifest)
         self.identity = identity
         self.versions = versions
         self.strict_versions = strict_versions
         self.keep_token_logps = keep_token_logps
-        self.damaged = 0
-        self.refused: Counter[str] = Counter()
+        self.num_corrupt = 0
+        self.skipped_versions: Counter[str] = Counter()
         self._names: list[str] = []  # of the shards in the index, in the order of reading
         self._versions: list[dict[str, str] | None] = []  # theirs
         self._passed_over: set[str] = set()  # damaged, or of other versions under strict_versions
@@ -173,10 +173,10 @@ class ReferenceStore:
                 found[differs] += int(count)
         return found
 
-    def is_foreign(self, keys: Sequence[bytes]) -> np.ndarray:
+    def has_other_versions(self, keys: Sequence[bytes]) -> np.ndarray:
         """(n,) bool: known, and computed by other versions than those of now."""
         self._refresh()
-        foreign = np.array([self._is_foreign(each) for each in self._versions], dtype=bool)
+        foreign = np.array([self._has_other_versions(each) for each in self._versions], dtype=bool)
         at, hit = self._find(keys)
         found = np.zeros(len(keys), dtype=bool)
         found[hit] = foreign[self._origin[at[hit]]]
@@ -233,9 +233,11 @@ class ReferenceStore:
                     continue
                 if shard is None:
                     self._passed_over.add(name)
-                elif self.strict_versions and self._is_foreign(shard.versions):
+                elif self.strict_versions and self._has_other_versions(shard.versions):
                     self._passed_over.add(name)
-                    self.refused[difference(shard.versions, self.versions or {})] += len(shard.keys)
+                    self.skipped_versions[difference(shard.versions, self.versions or {})] += len(
+                        shard.keys
+                    )
                 else:
                     fresh[name] = shard
             listed_again += 1
@@ -251,7 +253,7 @@ class ReferenceStore:
         self._versions += [shard.versions for shard in fresh.values()]
         order = sorted(
             range(len(self._names)),
-            key=lambda i: (self._is_foreign(self._versions[i]), self._names[i]),
+            key=lambda i: (self._has_other_versions(self._versions[i]), self._names[i]),
         )
         rank = np.empty(len(order), dtype=np.int32)
         rank[order] = np.arange(len(order), dtype=np.int32)
@@ -265,7 +267,7 @@ class ReferenceStore:
         self._keys, chosen = np.unique(keys[by_rank], return_index=True)
         self._logps, self._origin = logps[by_rank][chosen], origin[by_rank][chosen]
 
-    def _is_foreign(self, versions: Mapping[str, str] | None) -> bool:
+    def _has_other_versions(self, versions: Mapping[str, str] | None) -> bool:
         return self.versions is not None and versions != self.versions
 
     def _read(self, path: Path) -> Shard | None:
@@ -273,8 +275,8 @@ class ReferenceStore:
         try:
             return shards.read(path)
         except ShardError as error:
-            aside = set_aside(path)
-            self.damaged += 1
+            aside = quarantine(path)
+            self.num_corrupt += 1
             logger.warning(
                 "%s is damaged (%s): set aside as %s; its rows are computed again.",
                 path,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 30
+LOG_INTERVAL_S = 30
 """How often a progress bar writes where nobody watches (a log file, a pipe)."""
 
 
@@ -18,12 +18,12 @@ def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
         unit=unit,
         disable=description is None,
         leave=not watched,
-        mininterval=0.1 if watched else SECONDS_BETWEEN_LINES,
-        maxinterval=1.0 if watched else SECONDS_BETWEEN_LINES,
+        mininterval=0.1 if watched else LOG_INTERVAL_S,
+        maxinterval=1.0 if watched else LOG_INTERVAL_S,
     )
 
 
-def say(text: str = "") -> None:
+def print_line(text: str = "") -> None:
     """One line on standard output, at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

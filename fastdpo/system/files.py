@@ -49,16 +49,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> str:
         OSError: the disk is full, read-only or failing, with the path; the file of that name is
             then as it was before, or, when only the last sync of the folder failed, new and whole.
     """
-    make_folder(path.parent)
+    mkdir(path.parent)
     temporary = temporary_name(path)
     try:
         write(temporary)
-        sync(temporary)
+        fsync(temporary)
         digest = sha256_of(temporary)
         replace(temporary, path)
-        sync(path.parent)
+        fsync(path.parent)
     except BaseException as error:
-        remove_quietly(temporary)
+        remove_if_possible(temporary)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk names no file
         raise
@@ -86,7 +86,7 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full or failing, with the path.
     """
-    make_folder(path.parent)
+    mkdir(path.parent)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -98,7 +98,7 @@ def append_text(path: Path, text: str) -> None:
         raise
 
 
-def let_write(path: Path, write: Callable[[Path], object]) -> None:
+def call_writer(path: Path, write: Callable[[Path], object]) -> None:
     """Let a library write a file or a folder itself.
 
     Args:
@@ -133,7 +133,7 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def make_folder(path: Path) -> None:
+def mkdir(path: Path) -> None:
     """Make a folder and those above it, where they are missing."""
     path.mkdir(parents=True, exist_ok=True)
 
@@ -156,13 +156,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_quietly(path: Path) -> None:
+def remove_if_possible(path: Path) -> None:
     """`remove` on the way out of an error, which a second one must not hide."""
     with suppress(OSError):
         remove(path)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -183,7 +183,7 @@ def free_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[bool]:
+def exclusive_lock(folder: Path) -> Iterator[bool]:
     """Hold an existing folder against other processes; a killed holder holds it no more.
 
     Yields:

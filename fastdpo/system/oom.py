@@ -23,7 +23,7 @@ class DoesNotFitError(MemoryError):
         )
 
 
-def allocator_message(error: RuntimeError) -> str | None:
+def oom_message(error: RuntimeError) -> str | None:
     """The first line of an error that a lack of memory on the card has raised; None of others."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(
@@ -33,7 +33,7 @@ def allocator_message(error: RuntimeError) -> str | None:
     return None
 
 
-def give_back() -> None:
+def free_cached_memory() -> None:
     """Free what nothing refers to; to be called with the exception gone, which holds frames."""
     gc.collect()
     if torch.cuda.is_available():

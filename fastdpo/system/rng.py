@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class RandomState:
+class RNGState:
     """torch's generators on the CPU and on the card in use, at one moment."""
 
     cpu: Tensor
     cuda: Tensor | None
 
     @classmethod
-    def now(cls) -> "RandomState":
+    def capture(cls) -> "RNGState":
         """As they are."""
         on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None)

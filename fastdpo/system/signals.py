@@ -33,7 +33,7 @@ class Stop:
         self.signals = 0
         self._waits = True
 
-    def raise_if_asked(self) -> None:
+    def raise_if_requested(self) -> None:
         """Leave, where a signal has come.
 
         Raises:
@@ -41,13 +41,13 @@ class Stop:
             KeyboardInterrupt: after Ctrl-C.
         """
         if self.signal is not None:
-            _leave(self.signal)
+            _exit(self.signal)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Within, nothing is worth waiting for: the first signal raises wherever it comes."""
         with self._waiting(False):
-            self.raise_if_asked()
+            self.raise_if_requested()
             yield
 
     @contextmanager
@@ -58,11 +58,11 @@ class Stop:
         finally:
             self._waits = before
 
-    def _arrive(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signals += 1
         if self.signals > 1 or not self._waits:
             self.signal = self.signal or number
-            _leave(number)
+            _exit(number)
         self.signal = number
         os.write(2, _NOTICE)  # print and logging are not safe inside a handler
 
@@ -71,7 +71,7 @@ _active: Stop | None = None
 
 
 @contextmanager
-def held() -> Iterator[Stop]:
+def graceful_shutdown() -> Iterator[Stop]:
     """Hold SIGTERM and Ctrl-C back until the caller asks, so that no work is cut in two.
 
     Signals that are ignored stay ignored; in threads, which get none, nothing changes.
@@ -88,7 +88,7 @@ def held() -> Iterator[Stop]:
             for number in SIGNALS:
                 handler = signal.getsignal(number)
                 if handler is not None and handler is not signal.SIG_IGN:
-                    before[number] = signal.signal(number, stop._arrive)
+                    before[number] = signal.signal(number, stop._handle)
             _active = stop
             yield stop
         finally:
@@ -97,7 +97,7 @@ def held() -> Iterator[Stop]:
                 signal.signal(number, handler)
 
 
-def _leave(number: int) -> NoReturn:
+def _exit(number: int) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

@@ -157,13 +157,13 @@ LOGS_LOOKED_AT = 4
 EARLY_SHARE = 0.1
 
 
-NO_LOSS = 0.02
+LOSS_FLOOR = 0.02
 
 
-def loss_gone_early(logs: Sequence[Logs], share_done: float) -> str | None:
+def loss_collapsed_early(logs: Sequence[Logs], share_done: float) -> str | None:
     """The pairs differ by something trivial."""
     last = logs[-1]
-    if share_done > EARLY_SHARE or last["loss"] > NO_LOSS or last["rewards/accuracies"] < 0.99:
+    if share_done > EARLY_SHARE or last["loss"] > LOSS_FLOOR or last["rewards/accuracies"] < 0.99:
         return None
     return (
         f"the loss is {last['loss']:.3f} after {share_done:.0%} of the run: something trivial "
@@ -199,7 +199,7 @@ def below_chance(logs: Sequence[Logs], share_done: float) -> str | None:
     )
 
 
-NOTES = (loss_gone_early, displacement, below_chance)
+NOTES = (loss_collapsed_early, displacement, below_chance)
 
 
 class CurveNotes(TrainerCallback):

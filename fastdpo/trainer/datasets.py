@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.batching import PairGroups
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
-from fastdpo.trainer.prepare import prepare_groups
+from fastdpo.trainer.prepare import tokenize_dataset
 
 
-class PairSets:
+class PreferenceDatasets:
     """The training set and the evaluation sets of one run.
 
     Args:
@@ -60,7 +60,7 @@ class PairSets:
 
     def prepared(self, dataset: Any, name: str, limit: int | None = None) -> PairGroups | None:
         """Rows to groups; what is prepared already, or None, stays as it is."""
-        return prepare_groups(
+        return tokenize_dataset(
             dataset, name, self.args, self.tokenizer, self.vocabulary_size, limit=limit
         )
 

@@ -25,28 +25,28 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from fastdpo.batching import Group, PairGroups
+from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.config import DPOConfig
 from fastdpo.losses import LossFunction, needs_reference
-from fastdpo.modeling.families import pass_mode
-from fastdpo.modeling.head import causal_lm_of, head_of
+from fastdpo.modeling.families import choose_packing
+from fastdpo.modeling.head import get_lm_head, unwrap_model
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions, reference_folder
 from fastdpo.planner import compare
-from fastdpo.ref_cache import ReferenceSource, asked_for
+from fastdpo.ref_cache import RefLogpsProvider, describe_request
 from fastdpo.system import files
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
-from fastdpo.trainer.datasets import PairSets
-from fastdpo.trainer.eval_metrics import evaluation_figures
-from fastdpo.trainer.layout import Layout, choose_layout, fullest_update, plan_memory
-from fastdpo.trainer.metrics import RunRecord, both_rows_tokens
+from fastdpo.trainer.datasets import PreferenceDatasets
+from fastdpo.trainer.eval_metrics import compute_eval_metrics
+from fastdpo.trainer.layout import ExecutionLayout, choose_layout, plan_memory, worst_case_batch
+from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
 from fastdpo.trainer.prepare import prepare_policy, prepare_reference
 from fastdpo.trainer.resumable import ResumableTrainer
-from fastdpo.trainer.update import Update, what_is_not_finite
+from fastdpo.trainer.update import Update, nonfinite_reason
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class DPOTrainer(ResumableTrainer):
     ) -> None:
         _refuse(data_collator=data_collator, compute_metrics=compute_metrics)
         args = DPOConfig() if args is None else args
-        name = model if isinstance(model, str | os.PathLike) else causal_lm_of(model).name_or_path
+        name = model if isinstance(model, str | os.PathLike) else unwrap_model(model).name_or_path
         tokenizer = processing_class
         if tokenizer is None:
             tokenizer = load_tokenizer(str(name), **args.tokenizer_options)
@@ -115,9 +115,9 @@ class DPOTrainer(ResumableTrainer):
         self.user_args, self.policy, self.tokenizer = args, policy, tokenizer
         self.loss_function = loss_function
         self.trains_adapter = isinstance(policy, PeftModel)
-        self.record = RunRecord()
-        vocabulary = head_of(policy).weight.shape[0]
-        self.sets = PairSets(args, tokenizer, vocabulary, train_dataset, eval_dataset)
+        self.record = TrainingMetrics()
+        vocabulary = get_lm_head(policy).weight.shape[0]
+        self.sets = PreferenceDatasets(args, tokenizer, vocabulary, train_dataset, eval_dataset)
         self.command: Sequence[str] = ()
         self.dataset_name: str | None = None
         super().__init__(
@@ -133,7 +133,7 @@ class DPOTrainer(ResumableTrainer):
             self.add_callback(ProgressLines())
         self.add_callback(CurveNotes())
         self.add_callback(MetricsFile())
-        self.mode = pass_mode(
+        self.mode = choose_packing(
             policy, packing=args.packing, shared_prefix=args.shared_prefix, attention=args.attention
         )
         logger.info("%s", self.mode.describe())
@@ -153,24 +153,24 @@ class DPOTrainer(ResumableTrainer):
             backward=self.accelerator.backward,
             autocast=self.autocast,
             loss_function=loss_function,
-            aux_loss_coef=aux_loss_coef(causal_lm_of(policy).config, args.router_aux_loss_coef),
+            aux_loss_coef=aux_loss_coef(unwrap_model(policy).config, args.router_aux_loss_coef),
         )
         self.update.most_group_tokens = self.layout.most_group_tokens
 
-    def _source_of(self, reference: ReferenceModel) -> ReferenceSource:
+    def _source_of(self, reference: ReferenceModel) -> RefLogpsProvider:
         args = self.user_args
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         precision = self.accelerator.mixed_precision
         folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
-        if folder is None and not reference.outlives_training and self.needs_reference:
+        if folder is None and not reference.is_frozen and self.needs_reference:
             raise ValueError(
                 "--ref_cache is off and all weights are trained: the reference is gone after the "
                 "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
             )
-        return ReferenceSource(
+        return RefLogpsProvider(
             reference,
             folder,
-            compute_dtype=mixed.get(precision, causal_lm_of(self.policy).dtype),
+            compute_dtype=mixed.get(precision, unwrap_model(self.policy).dtype),
             micro_batch_tokens=self.layout.micro_batch_tokens,
             mode=self.mode,
             ld_alpha=args.ld_alpha,
@@ -232,10 +232,10 @@ class DPOTrainer(ResumableTrainer):
             self._add_reference(groups, name)
 
     def _add_reference(self, groups: PairGroups, name: str) -> None:
-        model_name = causal_lm_of(self.policy).name_or_path
-        asked = asked_for(groups, self.user_args, self.tokenizer, str(model_name))
+        model_name = unwrap_model(self.policy).name_or_path
+        requested = describe_request(groups, self.user_args, self.tokenizer, str(model_name))
         with self.autocast():
-            self.reference.fill(groups, name, asked)
+            self.reference.fill(groups, name, requested)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
         """(n, 2) float64: stored, computed, or 0 where the loss looks at no reference."""
@@ -250,29 +250,29 @@ class DPOTrainer(ResumableTrainer):
 
     # Training
 
-    def before_updates(self) -> None:
+    def on_before_train(self) -> None:
         """All references that the first update would take away, or that the store keeps."""
         if self.needs_reference:
             if self.train_groups is not None and self.reference.folder is not None:
                 self._add_reference(self.train_groups, "train")
-            if not self.reference.reference.outlives_training:
+            if not self.reference.reference.is_frozen:
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
-        self.reference.begin_training()
+        self.reference.on_train_begin()
         if self.plan is not None and self.train_groups is not None:
-            self._rehearse(fullest_update(self.train_groups, self.mode, self.layout))
+            self._rehearse(worst_case_batch(self.train_groups, self.mode, self.layout))
 
-    def _rehearse(self, groups: list[Group]) -> None:
+    def _rehearse(self, groups: list[PromptGroup]) -> None:
         """Run the update that takes the most memory first: if it is too much, it shows now."""
         torch.cuda.reset_peak_memory_stats()
         self.policy.train()
-        self.update.rehearse(groups)
+        self.update.probe_memory(groups)
         measured = torch.cuda.max_memory_allocated()
         assert self.plan is not None, "only planned runs are rehearsed"
         logger.info("The fullest micro-batch fits. %s", compare(self.plan, measured))
 
     def training_step(  # pyrefly: ignore[bad-override]
-        self, model: nn.Module, inputs: list[Group], num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: list[PromptGroup], num_items_in_batch: Any = None
     ) -> Tensor:
         """The gradient of one update of B pairs, micro-batch by micro-batch.
 
@@ -290,7 +290,7 @@ class DPOTrainer(ResumableTrainer):
         result = self.update.run(inputs, METRIC_OUTPUTS if self._logs_this_update() else ())
         # In fp16 the scaler looks at the gradient, and skips by itself.
         unscaled = self.accelerator.scaler is None
-        if wrong := what_is_not_finite(self.policy, result, inputs, check_gradient=unscaled):
+        if wrong := nonfinite_reason(self.policy, result, inputs, check_gradient=unscaled):
             self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
             return result.loss.new_zeros(())
         self.record.add(inputs, result, self.user_args.beta)
@@ -333,7 +333,7 @@ class DPOTrainer(ResumableTrainer):
         assert isinstance(groups, PairGroups), "get_eval_dataloader makes them"
         ref_logps = self._ref_logps(groups, metric_key_prefix)
         with self.autocast():
-            figures = evaluation_figures(
+            figures = compute_eval_metrics(
                 self.policy,
                 groups,
                 ref_logps,
@@ -362,14 +362,14 @@ class DPOTrainer(ResumableTrainer):
             logs |= self.record.take()
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: list[Group]) -> int:  # pyrefly: ignore[bad-override]
+    def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
         """6 FLOPs per parameter and token of both rows, as transformers counts them."""
-        parameters = causal_lm_of(self.policy).num_parameters(exclude_embeddings=True)
-        return 6 * both_rows_tokens(inputs) * parameters
+        parameters = unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
+        return 6 * num_input_tokens(inputs) * parameters
 
-    def _track_num_input_tokens(self, inputs: list[Group]) -> None:
+    def _track_num_input_tokens(self, inputs: list[PromptGroup]) -> None:
         if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += both_rows_tokens(inputs)
+            self.state.num_input_tokens_seen += num_input_tokens(inputs)
 
     # The model card
 
@@ -397,7 +397,7 @@ class DPOTrainer(ResumableTrainer):
         return model_card(
             TrainedModel(
                 name=name or Path(str(self.args.output_dir)).name,
-                base_model=str(causal_lm_of(self.policy).name_or_path),
+                base_model=str(unwrap_model(self.policy).name_or_path),
                 is_adapter=self.trains_adapter,
                 reference=self.reference.reference.sentence,
                 args=self.user_args,
@@ -413,7 +413,7 @@ class DPOTrainer(ResumableTrainer):
 
     # Resuming
 
-    def run_description(self) -> dict[str, Any]:
+    def resume_signature(self) -> dict[str, Any]:
         """What a resumed run must share with the one that was stopped."""
         args = self.user_args
         return {
@@ -427,7 +427,7 @@ class DPOTrainer(ResumableTrainer):
             "reference": self.reference.reference.sentence,
         }
 
-    def work_plan(self) -> dict[str, Any]:
+    def layout_state(self) -> dict[str, Any]:
         """How the updates are laid out, which a resumed run repeats to the bit."""
         layout = replace(
             self.layout,
@@ -436,7 +436,7 @@ class DPOTrainer(ResumableTrainer):
         )
         return {"layout": layout.as_json(), "tokens_seen": self.record.tokens_seen}
 
-    def further_tensors(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """Where the reference of TR-DPO has got to."""
         return self.reference.reference.tensors() if self.user_args.sync_ref_model else {}
 
@@ -445,7 +445,7 @@ class DPOTrainer(ResumableTrainer):
         if not plan:
             return
         self.record.tokens_seen = plan["tokens_seen"]
-        saved = Layout.from_json(plan["layout"])
+        saved = ExecutionLayout.from_json(plan["layout"])
         if self.user_args.micro_batch_tokens is not None:
             saved = replace(saved, micro_batch_tokens=self.user_args.micro_batch_tokens)
         if saved != self.layout:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 from fastdpo.losses import (
     LossFunction,
     PairLogps,
@@ -16,21 +16,21 @@ from fastdpo.losses import (
     wpo_alignment,
     wpo_weights,
 )
-from fastdpo.modeling.families import PassMode
+from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
 from fastdpo.trainer.metrics import MetricSums
 
 
-def evaluation_figures(
+def compute_eval_metrics(
     policy: nn.Module,
-    groups: Sequence[Group],
+    groups: Sequence[PromptGroup],
     ref_logps: np.ndarray,
     options: LossOptions,
     *,
     micro_batch_tokens: int,
-    mode: PassMode,
+    mode: PackingMode,
     loss_function: LossFunction | None = None,
     description: str | None = None,
 ) -> dict[str, float]:

@@ -12,7 +12,7 @@ from fastdpo.options import (
     resolve_model,
 )
 from fastdpo.system import files
-from fastdpo.system.console import say
+from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
@@ -59,9 +59,9 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     train_rows, eval_rows = _read(data)
     goes_on = is_adapter(name)
     if goes_on:
-        say(f"Training the adapter in {name} on.")
+        print_line(f"Training the adapter in {name} on.")
     elif not (model.full or model.qlora or model.lora):
-        say(
+        print_line(
             "Training a LoRA adapter (--lora); --qlora needs less memory, --full trains everything."
         )
     dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
@@ -126,7 +126,7 @@ def _model_name(model: ModelOptions) -> str:
         )
     name, sentence = resolve_model(model.model_name_or_path)
     if sentence:
-        say(sentence)
+        print_line(sentence)
     return name
 
 
@@ -144,7 +144,7 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
     name = data.dataset_name
     if name is None:
         name = DEFAULT_DATASET
-        say(f"No --dataset was named: using {name} from the Hugging Face hub.")
+        print_line(f"No --dataset was named: using {name} from the Hugging Face hub.")
     options = {"config_name": data.dataset_config, "streaming": data.dataset_streaming}
     train_rows = read_rows(name, split=data.dataset_train_split, **options, **data.reading)
     if data.eval_dataset is not None:
@@ -156,7 +156,7 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
         test_split = data.dataset_test_split
         return train_rows, read_rows(name, split=test_split, **options, **data.reading)
     except UnknownSplitError as error:
-        say(f"Not evaluating: {error}")
+        print_line(f"Not evaluating: {error}")
         return train_rows, None
 
 
@@ -168,12 +168,12 @@ def _resume(value: str | None) -> str | bool | None:
 def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -> None:
     folder = trainer.args.output_dir
     kind = "adapter" if trainer.trains_adapter else "model"
-    say(f"\nThe {kind} lies in {folder}.")
+    print_line(f"\nThe {kind} lies in {folder}.")
     figures: dict[str, Any] = next(
         (line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {}
     )
     if figures:
-        say(
+        print_line(
             f"Held-out pairs: preference accuracy {figures['eval_rewards/accuracies']:.3f}, "
             f"loss {figures['eval_loss']:.4f}, margin {figures['eval_rewards/margins']:.3f}."
         )
@@ -182,11 +182,15 @@ def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -
     pairs = data.eval_dataset or data.dataset_name or first
     if not trainer.trains_adapter:
         policy = f"--model {folder} --reference {start}"
-        say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
+        print_line(
+            f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}"
+        )
         return
     four_bit = " --qlora" if model.qlora else ""
     policy = f"--adapter {folder}{four_bit}"
     reference = trainer.reference.reference
     if reference.adapter is None and reference.model is trainer.policy:  # it is the base
-        say(f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}")
-    say(f"Make one plain model of it: python -m fastdpo.merge {policy} --output_dir merged")
+        print_line(
+            f"Compare with the reference: python -m fastdpo.evaluate {policy} --dataset {pairs}"
+        )
+    print_line(f"Make one plain model of it: python -m fastdpo.merge {policy} --output_dir merged")

@@ -9,19 +9,24 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.batching import Group, default_micro_batch_tokens, group_tokens, trunk_length
+from fastdpo.batching import (
+    PromptGroup,
+    default_micro_batch_tokens,
+    group_tokens,
+    shared_prefix_length,
+)
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.activations import (
     KEEP,
     RECOMPUTE,
-    apply_policy,
+    apply_activation_plan,
     decoder_layers,
-    has_hooked_layers,
+    supports_checkpointing,
 )
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.embeddings import embeddings_to_host
-from fastdpo.modeling.families import PassMode
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.families import PackingMode
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
 from fastdpo.planner import Plan, plan_for_run
 
@@ -29,13 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExecutionLayout:
     """What decides the bits of an update besides its pairs and weights.
 
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch.
         most_group_tokens: longer groups run one completion at a time; None splits none.
-        layer_policy: of each decoder layer: keep, recompute or offload.
+        activation_plan: of each decoder layer: keep, recompute or offload.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
         norm_tile_tokens: likewise of the norms.
         embeddings_on_host: whether embedding rows come from host memory.
@@ -43,7 +48,7 @@ class Layout:
     """
 
     micro_batch_tokens: int
-    layer_policy: tuple[str, ...]
+    activation_plan: tuple[str, ...]
     mlp_tile_tokens: int | None = None
     norm_tile_tokens: int | None = None
     embeddings_on_host: bool = False
@@ -52,7 +57,7 @@ class Layout:
 
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {**asdict(self), "layer_policy": list(self.layer_policy)}
+        return {**asdict(self), "layer_policy": list(self.activation_plan)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -63,16 +68,16 @@ class Layout:
 
     def apply(self, policy: PreTrainedModel | PeftModel) -> None:
         """Make the model run so; of a model that runs otherwise nothing stays."""
-        if self.layer_policy:
-            apply_policy(policy, self.layer_policy)
-        if self.layer_policy or self._tiles:
+        if self.activation_plan:
+            apply_activation_plan(policy, self.activation_plan)
+        if self.activation_plan or self._tiles:
             self._tile(policy)
         if self.embeddings_on_host:
             embeddings_to_host(policy)
 
     def apply_to_reference(self, model: nn.Module) -> None:
         """The part that a pass without gradients has too, for a reference that is a model apart."""
-        if self._tiles and has_hooked_layers(model):
+        if self._tiles and supports_checkpointing(model):
             self._tile(model)
 
     @property
@@ -87,23 +92,23 @@ class Layout:
 def plan_memory(
     policy: PreTrainedModel | PeftModel,
     args: DPOConfig,
-    groups: Sequence[Group] | None,
-    mode: PassMode,
+    groups: Sequence[PromptGroup] | None,
+    mode: PackingMode,
     pairs_per_update: int,
 ) -> Plan | None:
     """Predict the peak and choose how to fill the card; None where there is no card or no pair."""
-    device = causal_lm_of(policy).device
+    device = unwrap_model(policy).device
     if device.type != "cuda" or not groups:
         return None
     completions = [(group, ids) for group in groups for ids in group.completions]
     found = plan_for_run(
         policy,
         args,
-        sizes_of(groups, mode),
+        group_lengths(groups, mode),
         pairs_per_update=pairs_per_update,
         scored_tokens=sum(len(ids) for _, ids in completions),
         longest_row_tokens=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
-        repeated_tokens=sum(map(trunk_length, groups)) if mode.shared_prefix else 0,
+        repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
     )
     if found is not None:
         logger.info("%s", found.describe())
@@ -115,7 +120,7 @@ def plan_memory(
     return found
 
 
-def sizes_of(groups: Sequence[Group], mode: PassMode) -> list[int]:
+def group_lengths(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]:
     """Tokens that each group takes in a micro-batch."""
     rows = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
     return [group_tokens(group, **rows) for group in groups]
@@ -124,12 +129,12 @@ def sizes_of(groups: Sequence[Group], mode: PassMode) -> list[int]:
 def choose_layout(
     policy: PreTrainedModel | PeftModel,
     args: DPOConfig,
-    groups: Sequence[Group] | None,
-    mode: PassMode,
+    groups: Sequence[PromptGroup] | None,
+    mode: PackingMode,
     plan: Plan | None,
-) -> Layout:
+) -> ExecutionLayout:
     """What the options ask for; where they ask for nothing, the plan or the device's usual."""
-    causal_lm = causal_lm_of(policy)
+    causal_lm = unwrap_model(policy)
     planned = plan.micro_batch_tokens if plan else default_micro_batch_tokens(causal_lm.device)
     tile = args.mlp_tile_tokens
     if tile is None and plan is not None:
@@ -138,10 +143,10 @@ def choose_layout(
     if args.embeddings == "auto" and plan is not None:
         on_host = plan.embeddings_on_host
     # A plan whose rows are shorter than the longest pair has counted on its completions apart.
-    apart = plan is not None and groups and planned < max(sizes_of(groups, mode))
-    return Layout(
+    apart = plan is not None and groups and planned < max(group_lengths(groups, mode))
+    return ExecutionLayout(
         micro_batch_tokens=args.micro_batch_tokens or planned,
-        layer_policy=_layer_policy(policy, args, plan),
+        activation_plan=_activation_plan(policy, args, plan),
         mlp_tile_tokens=tile or None,
         norm_tile_tokens=None if plan is None or tile == 0 else plan.norm_tile_tokens,
         embeddings_on_host=on_host,
@@ -150,11 +155,15 @@ def choose_layout(
     )
 
 
-def fullest_update(groups: Sequence[Group], mode: PassMode, layout: Layout) -> list[Group]:
+def worst_case_batch(
+    groups: Sequence[PromptGroup], mode: PackingMode, layout: ExecutionLayout
+) -> list[PromptGroup]:
     """The longest groups, as many as fill a micro-batch: what takes the most memory."""
-    chosen: list[Group] = []
+    chosen: list[PromptGroup] = []
     filled = 0
-    for size, index in sorted(((s, i) for i, s in enumerate(sizes_of(groups, mode))), reverse=True):
+    for size, index in sorted(
+        ((s, i) for i, s in enumerate(group_lengths(groups, mode))), reverse=True
+    ):
         if chosen and filled + size > layout.micro_batch_tokens:
             break
         chosen.append(groups[index])
@@ -162,7 +171,7 @@ def fullest_update(groups: Sequence[Group], mode: PassMode, layout: Layout) -> l
     return chosen
 
 
-def _layer_policy(
+def _activation_plan(
     policy: PreTrainedModel | PeftModel, args: DPOConfig, plan: Plan | None
 ) -> tuple[str, ...]:
     choice = args.activations
@@ -170,7 +179,7 @@ def _layer_policy(
         choice = KEEP
     if choice == KEEP:
         # Layers that cannot be recomputed are kept anyway.
-        return (KEEP,) * len(decoder_layers(policy)) if has_hooked_layers(policy) else ()
+        return (KEEP,) * len(decoder_layers(policy)) if supports_checkpointing(policy) else ()
     if choice == "auto" and plan is not None:
-        return plan.layer_policy
+        return plan.activation_plan
     return (RECOMPUTE if choice == "auto" else choice,) * len(decoder_layers(policy))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastdpo.batching import Group
+from fastdpo.batching import PromptGroup
 from fastdpo.trainer.update import UpdateResult
 
 
@@ -105,7 +105,7 @@ class Throughput:
         }
 
 
-def both_rows_tokens(groups: Sequence[Group]) -> int:
+def num_input_tokens(groups: Sequence[PromptGroup]) -> int:
     """Tokens as TRL counts them: of both rows of every pair, the prompt twice."""
     return sum(
         len(group.completions) * len(group.prompt_ids) + sum(map(len, group.completions))
@@ -113,7 +113,7 @@ def both_rows_tokens(groups: Sequence[Group]) -> int:
     )
 
 
-class RunRecord:
+class TrainingMetrics:
     """Adds up the updates of a run.
 
     Attributes:
@@ -132,19 +132,19 @@ class RunRecord:
         """An update begins."""
         self._throughput.start()
 
-    def add(self, groups: Sequence[Group], result: UpdateResult, beta: float) -> None:
+    def add(self, groups: Sequence[PromptGroup], result: UpdateResult, beta: float) -> None:
         """An update is done."""
         if self.first_update_margin is None:
             margins = (result.logps - result.ref_logps).diff(dim=1)
             self.first_update_margin = float(margins.abs().max())
-        self.tokens_seen += both_rows_tokens(groups)
+        self.tokens_seen += num_input_tokens(groups)
         self._throughput.add(len(groups), result.computed_tokens)
         self._sums.add("loss", result.loss, count=1)
         self._sums.add_rewards(result.logps, result.ref_logps, result.tokens, beta)
         if result.aux_loss is not None:
             self._sums.add("aux_loss", result.aux_loss, count=1)
-        if result.token_figures:
-            self._sums.add_tokens(result.token_rows, **result.token_figures)
+        if result.token_metrics:
+            self._sums.add_tokens(result.token_rows, **result.token_metrics)
 
     def take(self) -> dict[str, float]:
         """The figures since they were last taken, under their logged names."""

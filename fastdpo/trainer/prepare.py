@@ -13,22 +13,22 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import PairDataset, prepare_pairs, rows_from
 from fastdpo.modeling.adapters import (
     add_adapter,
-    fuse,
+    base_model_name,
+    check_base_frozen,
     is_adapter,
     load_adapter,
-    peft_base_of,
-    require_reference,
+    replace_lora_forward,
 )
 from fastdpo.modeling.loading import disable_dropout, resolve_dtype
 from fastdpo.modeling.reference_model import (
     ReferenceModel,
-    adapter_as_reference,
-    base_as_reference,
-    copy_as_reference,
-    other_as_reference,
-    start_as_reference,
+    reference_from_adapter,
+    reference_from_base,
+    reference_from_copy,
+    reference_from_model,
+    reference_from_start,
 )
-from fastdpo.options import RowOptions
+from fastdpo.options import TokenizationOptions
 from fastdpo.ref_cache import load_identified
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ def prepare_policy(
     if args.disable_dropout:
         disable_dropout(model)
     if peft_config is None:
-        fuse(model)
+        replace_lora_forward(model)
     else:
         set_seed(args.seed)  # the adapter's first weights belong to the run's seed
         model = add_adapter(model, peft_config)
-    require_reference(model)
+    check_base_frozen(model)
     return model
 
 
@@ -88,7 +88,7 @@ def load_policy(name: str, **arguments: Any) -> Model:
     """
     if not is_adapter(name):
         return load_identified(name, **arguments)
-    return load_adapter(load_identified(peft_base_of(name), **arguments), name, trainable=True)
+    return load_adapter(load_identified(base_model_name(name), **arguments), name, trainable=True)
 
 
 def prepare_reference(
@@ -105,34 +105,34 @@ def prepare_reference(
         ModelError: the reference cannot be had.
         ValueError: it cannot be compared with the policy.
     """
-    asked = args.reference if ref_model is None else ref_model
+    requested = args.reference if ref_model is None else ref_model
     if args.sync_ref_model:
-        if asked is not None:
+        if requested is not None:
             raise ValueError(
                 "sync_ref_model moves a copy of the policy; another reference does not fit to it: "
                 "leave out ref_model and --reference, or sync_ref_model."
             )
         reference = replace(
-            copy_as_reference(policy), sentence="The reference is a copy that follows the policy."
+            reference_from_copy(policy), sentence="The reference is a copy that follows the policy."
         )
-    elif asked in (None, "adapter"):
-        reference = start_as_reference(policy)
-        if asked == "adapter" and reference.adapter is None:
+    elif requested in (None, "adapter"):
+        reference = reference_from_start(policy)
+        if requested == "adapter" and reference.adapter is None:
             raise ValueError(
                 "--reference is adapter and training does not start from an adapter: leave it out, "
                 "or pass the folder of a trained adapter as the model."
             )
-    elif asked == "base":
-        reference = base_as_reference(policy)
-    elif isinstance(asked, str | os.PathLike):
-        reference = _named_reference(policy, str(asked), args)
+    elif requested == "base":
+        reference = reference_from_base(policy)
+    elif isinstance(requested, str | os.PathLike):
+        reference = _named_reference(policy, str(requested), args)
     else:
-        reference = other_as_reference(asked, policy)
+        reference = reference_from_model(requested, policy)
     logger.info("%s", reference.sentence)
     return reference
 
 
-def prepare_groups(
+def tokenize_dataset(
     dataset: Any,
     name: str,
     args: DPOConfig,
@@ -161,7 +161,7 @@ def prepare_groups(
         dataset = prepare_pairs(
             rows,
             tokenizer,
-            **{entry.name: getattr(args, entry.name) for entry in fields(RowOptions)},
+            **{entry.name: getattr(args, entry.name) for entry in fields(TokenizationOptions)},
             limit=limit if rows.is_stream else None,
             vocabulary_size=vocabulary_size,
             progress=not args.disable_tqdm,
@@ -172,9 +172,9 @@ def prepare_groups(
 
 def _named_reference(policy: Model, name: str, args: DPOConfig) -> ReferenceModel:
     if is_adapter(name) and isinstance(policy, PeftModel):
-        return adapter_as_reference(policy, name)
+        return reference_from_adapter(policy, name)
     loading = args.from_pretrained_options
-    return other_as_reference(
+    return reference_from_model(
         load_policy(
             name,
             dtype=resolve_dtype("auto"),

@@ -28,8 +28,8 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.adapters import BASE_IN_4BIT, TRAINING_ARGUMENTS
-from fastdpo.modeling.head import causal_lm_of
-from fastdpo.modeling.weight_hash import MEMORY
+from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.options import reference_folder
 from fastdpo.ref_cache import reference_identity
 from fastdpo.system import files, signals
@@ -60,30 +60,30 @@ class ResumableTrainer(Trainer):
 
     # What a run is
 
-    def run_description(self) -> dict[str, Any]:
+    def resume_signature(self) -> dict[str, Any]:
         """What a resumed run must share with the one that was stopped; JSON-ready."""
         raise NotImplementedError
 
-    def _described(self) -> dict[str, Any]:
+    def _to_json(self) -> dict[str, Any]:
         """The same and the base, once, before the first update may move it."""
         store = reference_folder(self.user_args.ref_cache)
-        memory = None if store is None else store / MEMORY
-        identity = reference_identity(self.policy, torch.float32, memory)
+        hash_cache = None if store is None else store / HASH_CACHE_FILE
+        identity = reference_identity(self.policy, torch.float32, hash_cache)
         base = {name: identity[name] for name in ("weights", "config")}
-        return {**self.run_description(), "base": base}
+        return {**self.resume_signature(), "base": base}
 
-    def work_plan(self) -> dict[str, Any]:
+    def layout_state(self) -> dict[str, Any]:
         """How this run lays out its work, where a resumed one has to follow it; JSON-ready."""
         return {}
 
     def follow(self, plan: Mapping[str, Any]) -> None:
-        """Take over what `work_plan` said when the checkpoint was written."""
+        """Take over what `layout_state` said when the checkpoint was written."""
 
-    def further_tensors(self) -> dict[str, torch.Tensor]:
+    def extra_state(self) -> dict[str, torch.Tensor]:
         """What moves in training and is saved neither with the policy nor with the optimizer."""
         return {}
 
-    def before_updates(self) -> None:
+    def on_before_train(self) -> None:
         """What has to be ready before the first update; may be stopped between two steps of it."""
 
     # Training
@@ -114,17 +114,17 @@ class ResumableTrainer(Trainer):
         """
         output_dir = Path(str(self.args.output_dir))
         checkpoints.require_writable(output_dir)
-        with checkpoints.claimed(output_dir), signals.held() as self._stop:
-            self._run = self._described()
+        with checkpoints.locked(output_dir), signals.graceful_shutdown() as self._stop:
+            self._run = self._to_json()
             folder = self.checkpoint_to_resume(resume_from_checkpoint)
             if self.args.save_strategy != SaveStrategy.NO:
                 if folder is None:
                     checkpoints.require_unused(output_dir)
                 checkpoints.require_room(output_dir, self._checkpoint_bytes())
-            self.before_updates()
-            self._stop.raise_if_asked()
+            self.on_before_train()
+            self._stop.raise_if_requested()
             self._saved_update = None
-            boundary = _UpdateBoundary(self, folder)
+            boundary = _StepCallback(self, folder)
             self.add_callback(boundary)
             try:
                 resume = None if folder is None else str(folder)
@@ -139,21 +139,21 @@ class ResumableTrainer(Trainer):
                         self.state.max_steps,
                         self._saved_update,
                     )
-            self._stop.raise_if_asked()
+            self._stop.raise_if_requested()
             return output
 
-    def checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
+    def checkpoint_to_resume(self, requested: str | bool | None) -> Path | None:
         """The folder to go on from: the one asked for, or for True the newest that verifies.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another run.
         """
-        if not asked:
+        if not requested:
             return None
-        if asked is True:
+        if requested is True:
             folder = checkpoints.newest_verified(Path(str(self.args.output_dir)))
         else:
-            folder = Path(asked)
+            folder = Path(requested)
             if not folder.is_dir():
                 raise checkpoints.CheckpointError(
                     f"nothing to resume from: there is no folder {folder}. Name a checkpoint-* "
@@ -180,7 +180,7 @@ class ResumableTrainer(Trainer):
     ) -> dict[str, float]:
         """An evaluation gives way to a signal: the update before it is what has to be saved."""
         assert self._stop is not None, "inside train()"
-        with self._stop.at_once():
+        with self._stop.interruptible():
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _maybe_log_save_evaluate(
@@ -254,10 +254,10 @@ class ResumableTrainer(Trainer):
             if self.state.best_model_checkpoint == str(temporary):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
-            checkpoints.seal(temporary, self._run, self.work_plan())
+            checkpoints.write_manifest(temporary, self._run, self.layout_state())
             checkpoints.commit(temporary, final)
         finally:
-            files.remove_quietly(self._saving_into)
+            files.remove_if_possible(self._saving_into)
             self._saving_into = None
         best = self.state.best_model_checkpoint
         checkpoints.rotate(
@@ -280,21 +280,21 @@ class ResumableTrainer(Trainer):
             for path in sorted(temporary.rglob("*")):
                 if path.is_file():
                     target = folder / path.relative_to(temporary)
-                    files.make_folder(target.parent)
-                    files.sync(path)
+                    files.mkdir(target.parent)
+                    files.fsync(path)
                     files.replace(path, target)
-            files.sync(folder)
+            files.fsync(folder)
         finally:
-            files.remove_quietly(temporary)
+            files.remove_if_possible(temporary)
 
     def _write_model(self, folder: Path, state_dict: Any) -> None:
         options: dict[str, Any] = {"state_dict": state_dict}
         if isinstance(self.policy, PeftModel):  # not the frozen copy that is the reference
             options["selected_adapters"] = list(self.policy.active_adapters)
-        files.let_write(folder, lambda path: self.policy.save_pretrained(str(path), **options))
-        files.let_write(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
+        files.call_writer(folder, lambda path: self.policy.save_pretrained(str(path), **options))
+        files.call_writer(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
         said = json.loads(self.user_args.to_json_string())
-        said[BASE_IN_4BIT] = bool(getattr(causal_lm_of(self.policy), "is_loaded_in_4bit", False))
+        said[BASE_IN_4BIT] = bool(getattr(unwrap_model(self.policy), "is_loaded_in_4bit", False))
         files.write_text(folder / TRAINING_ARGUMENTS, json.dumps(said, indent=2) + "\n")
 
     def _checkpoint_bytes(self) -> int:
@@ -309,7 +309,7 @@ class ResumableTrainer(Trainer):
         assert self.lr_scheduler is not None, "training has begun"
         state = self.lr_scheduler.state_dict()
         checkpoints.save_optimizer(Path(output_dir), self.optimizer, state, self.policy)
-        checkpoints.save_tensors(Path(output_dir), self.further_tensors())
+        checkpoints.save_tensors(Path(output_dir), self.extra_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -317,7 +317,7 @@ class ResumableTrainer(Trainer):
             assert self.lr_scheduler is not None, "training is about to begin"
             state = checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.policy)
             self.lr_scheduler.load_state_dict(state)
-            checkpoints.load_tensors(Path(checkpoint), self.further_tensors())
+            checkpoints.load_tensors(Path(checkpoint), self.extra_state())
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None:
@@ -343,7 +343,7 @@ def update_seed(seed: int, update: int) -> int:
 
 
 @dataclasses.dataclass(eq=False)
-class _UpdateBoundary(TrainerCallback):
+class _StepCallback(TrainerCallback):
     """Between two updates: the next one's noise, and whether there is to be one."""
 
     trainer: ResumableTrainer

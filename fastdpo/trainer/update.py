@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import Group, MicroBatch, group_tokens, pack_update
+from fastdpo.batching import MicroBatch, PromptGroup, group_tokens, pack_update
 from fastdpo.losses import (
     LossFunction,
     PairLogps,
@@ -34,23 +34,23 @@ from fastdpo.losses import (
     wpo_weights,
 )
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import PassMode
-from fastdpo.modeling.head import causal_lm_of
+from fastdpo.modeling.families import PackingMode
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
-from fastdpo.system.oom import DoesNotFitError, allocator_message, give_back
-from fastdpo.system.rng import RandomState
+from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message
+from fastdpo.system.rng import RNGState
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WorkItem:
     """Completions of one prompt that are computed together, and which of the update's they are."""
 
-    group: Group
+    group: PromptGroup
     rows: tuple[int, ...]  # 2 x pair + (0 chosen, 1 rejected)
 
 
@@ -62,7 +62,7 @@ class UpdateResult:
     logps: Tensor  # (B, 2) float64 of chosen and rejected, as the loss took them; nats
     ref_logps: Tensor  # (B, 2) float64
     tokens: Tensor  # (B, 2) int64: scored tokens
-    token_figures: dict[str, Tensor]  # (M,) by the names asked for
+    token_metrics: dict[str, Tensor]  # (M,) by the names asked for
     token_rows: Tensor  # (M,) int64: which completion each token belongs to
     computed_tokens: int  # every shared token once
     aux_loss: Tensor | None  # () float64, of the routers of a mixture of experts
@@ -96,7 +96,7 @@ class Update:
         options: LossOptions,
         *,
         micro_batch_tokens: int,
-        mode: PassMode,
+        mode: PackingMode,
         merge_prompts: bool = False,
         backward: Callable[[Tensor], None],
         autocast: Callable[[], AbstractContextManager[Any]],
@@ -110,7 +110,7 @@ class Update:
         self.backward, self.autocast = backward, autocast
         self.loss_function, self.aux_loss_coef = loss_function, aux_loss_coef
 
-    def run(self, groups: Sequence[Group], outputs: tuple[str, ...] = ()) -> UpdateResult:
+    def run(self, groups: Sequence[PromptGroup], outputs: tuple[str, ...] = ()) -> UpdateResult:
         """Add the gradient of the mean loss of B pairs to parameters that have none yet.
 
         Args:
@@ -120,61 +120,61 @@ class Update:
         Raises:
             DoesNotFitError: memory runs out with a single completion in a micro-batch.
         """
-        state = RandomState.now()
+        state = RNGState.capture()
         while True:
             pieces = self._pieces(groups)
             found = self._attempt(groups, pieces, outputs)
             if isinstance(found, UpdateResult):
                 return found
             # Only here, with the exception gone, is what its traceback held free.
-            self._forget_gradients()
+            self._zero_grad()
             state.restore()
-            self._make_smaller([piece.group for piece in pieces], found)
+            self._shrink_micro_batches([piece.group for piece in pieces], found)
 
-    def rehearse(self, groups: Sequence[Group]) -> None:
+    def probe_memory(self, groups: Sequence[PromptGroup]) -> None:
         """`run` for its memory alone: no gradient stays and no random number is drawn."""
-        state = RandomState.now()
+        state = RNGState.capture()
         self.run(groups)
-        self._forget_gradients()
+        self._zero_grad()
         state.restore()
 
     def _attempt(
-        self, groups: Sequence[Group], pieces: Sequence[Piece], outputs: tuple[str, ...]
+        self, groups: Sequence[PromptGroup], pieces: Sequence[WorkItem], outputs: tuple[str, ...]
     ) -> UpdateResult | str:
         """The update, or what the allocator said when memory ran out."""
         try:
-            return _Attempt(self, groups, pieces, outputs).run()
+            return _StepAttempt(self, groups, pieces, outputs).run()
         except RuntimeError as error:
-            message = allocator_message(error)
+            message = oom_message(error)
             if message is None:
                 raise
             return message
 
-    def _pieces(self, groups: Sequence[Group]) -> list[Piece]:
+    def _pieces(self, groups: Sequence[PromptGroup]) -> list[WorkItem]:
         pieces = []
         for index, group in enumerate(groups):
             rows = (2 * index, 2 * index + 1)
             limit = self.most_group_tokens
             if limit is None or self.tokens_of(group) <= limit:
-                pieces.append(Piece(group, rows))
+                pieces.append(WorkItem(group, rows))
             else:
                 pieces += [
-                    Piece(Group(group.prompt_ids, (completion,)), (row,))
+                    WorkItem(PromptGroup(group.prompt_ids, (completion,)), (row,))
                     for completion, row in zip(group.completions, rows, strict=True)
                 ]
         return pieces
 
-    def tokens_of(self, group: Group) -> int:
+    def tokens_of(self, group: PromptGroup) -> int:
         """Tokens that the group takes in a micro-batch."""
         mode = self.mode
         return group_tokens(group, shared_prefix=mode.shared_prefix, packing=mode.packing)
 
-    def _forget_gradients(self) -> None:
+    def _zero_grad(self) -> None:
         for parameter in self.policy.parameters():
             parameter.grad = None
-        give_back()
+        free_cached_memory()
 
-    def _make_smaller(self, tried: Sequence[Group], message: str) -> None:
+    def _shrink_micro_batches(self, tried: Sequence[PromptGroup], message: str) -> None:
         """Half the tokens of a micro-batch, down to one group; then single completions."""
         largest = max(tried, key=self.tokens_of)
         most, fullest = self.tokens_of(largest), sum(map(self.tokens_of, tried))
@@ -190,19 +190,19 @@ class Update:
         logger.warning("Out of memory: %s from now on. The update stays the same.", now)
 
 
-class _Attempt:
+class _StepAttempt:
     """One try at one update."""
 
     def __init__(
         self,
         update: Update,
-        groups: Sequence[Group],
-        pieces: Sequence[Piece],
+        groups: Sequence[PromptGroup],
+        pieces: Sequence[WorkItem],
         outputs: tuple[str, ...],
     ) -> None:
         self.update, self.options, self.pieces = update, update.options, pieces
         self.groups, self.outputs = groups, outputs
-        self.device = causal_lm_of(update.policy).device
+        self.device = unwrap_model(update.policy).device
         micro_batches = pack_update(
             [piece.group for piece in pieces],
             update.micro_batch_tokens,
@@ -214,11 +214,11 @@ class _Attempt:
         lengths = [[len(completion) for completion in group.completions] for group in groups]
         self.tokens = torch.tensor(lengths, device=self.device)  # (B, 2)
         self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
-        self.token_figures: dict[str, list[Tensor]] = {name: [] for name in outputs}
+        self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
         self.token_rows: list[Tensor] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.aux_loss = torch.zeros_like(self.loss)
-        self.computed_tokens = sum(micro_batch.real_tokens for micro_batch in self.micro_batches)
+        self.computed_tokens = sum(micro_batch.num_tokens for micro_batch in self.micro_batches)
 
     def run(self) -> UpdateResult:
         """Both passes, or the one that is enough."""
@@ -226,19 +226,19 @@ class _Attempt:
         whole_pairs = all(
             len(piece.rows) == len(self.groups[0].completions) for piece in self.pieces
         )
-        config = causal_lm_of(self.update.policy).config
+        config = unwrap_model(self.update.policy).config
         with packed_attention(config, self.update.mode.attention):
             if whole_pairs and not couples_pairs(self.options, self.update.loss_function):
                 for micro_batch in self.micro_batches:
                     self._direct(micro_batch)
             else:
-                self._by_coefficients()
+                self._grad_cache()
         return UpdateResult(
             self.loss + self.update.aux_loss_coef * self.aux_loss,
             self.logps.view(-1, 2),
             self.ref_logps,
             self.tokens,
-            {name: torch.cat(parts) for name, parts in self.token_figures.items()},
+            {name: torch.cat(parts) for name, parts in self.token_metrics.items()},
             torch.cat(self.token_rows) if self.outputs else self.tokens.new_empty(0),
             self.computed_tokens,
             self.aux_loss if self.update.aux_loss_coef else None,
@@ -252,8 +252,8 @@ class _Attempt:
         self.update.backward(loss + aux_loss)
         self.loss += loss.detach()
 
-    def _by_coefficients(self) -> None:
-        state = RandomState.now()
+    def _grad_cache(self) -> None:
+        state = RNGState.capture()
         all_rows = torch.arange(self.tokens.numel(), device=self.device)
         figures: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -306,12 +306,12 @@ class _Attempt:
             figures["alignment"] = wpo_alignment(found.token_logps, found.extras[name], lengths)
         self.logps[rows] = figures["logps"].detach()
         for name in outputs:
-            self.token_figures[name].append(found.extras[name])
+            self.token_metrics[name].append(found.extras[name])
         if outputs:
             self.token_rows.append(torch.repeat_interleave(rows, lengths))
         if found.aux_loss is None:
             return figures, 0.0
-        share = micro_batch.real_tokens / self.computed_tokens
+        share = micro_batch.num_tokens / self.computed_tokens
         self.aux_loss += share * found.aux_loss.detach()
         return figures, coef * share * found.aux_loss
 
@@ -355,7 +355,7 @@ class _Attempt:
             eval_mode(reference.model),
             torch.no_grad(),
             self.update.autocast(),
-            packed_attention(causal_lm_of(reference.model).config, self.update.mode.attention),
+            packed_attention(unwrap_model(reference.model).config, self.update.mode.attention),
         ):
             for micro_batch in self.micro_batches:
                 rows = self._rows(micro_batch)
@@ -371,8 +371,12 @@ class _Attempt:
 MOST_ROWS = 8
 
 
-def what_is_not_finite(
-    policy: nn.Module, result: UpdateResult, groups: Sequence[Group], *, check_gradient: bool = True
+def nonfinite_reason(
+    policy: nn.Module,
+    result: UpdateResult,
+    groups: Sequence[PromptGroup],
+    *,
+    check_gradient: bool = True,
 ) -> str:
     """Look at loss and gradient of one update.
 
@@ -395,7 +399,7 @@ def what_is_not_finite(
     return f"gradient is not finite ({_rows(groups)})"
 
 
-def _rows(groups: Sequence[Group]) -> str:
+def _rows(groups: Sequence[PromptGroup]) -> str:
     """Which rows of the data set, for people: the first is 1."""
     numbers = sorted(group.row + 1 for group in groups)
     shown = ", ".join(map(str, numbers[:MOST_ROWS]))

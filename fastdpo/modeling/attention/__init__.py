@@ -2,8 +2,8 @@
 
 from fastdpo.modeling.attention.dispatch import (
     ATTENTIONS,
-    KIND,
-    OWN,
+    CPU_ATTENTION_KEY,
+    MODEL_ATTENTION,
     attends_packed,
     attention_kind,
     packed_attention,
@@ -12,8 +12,8 @@ from fastdpo.modeling.attention.segments import PackedSegments
 
 __all__ = [
     "ATTENTIONS",
-    "KIND",
-    "OWN",
+    "CPU_ATTENTION_KEY",
+    "MODEL_ATTENTION",
     "PackedSegments",
     "attends_packed",
     "attention_kind",

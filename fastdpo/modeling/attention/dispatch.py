@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 
 from fastdpo.modeling.attention.flex import attend_flex
 from fastdpo.modeling.attention.sdpa import attend_segments
-from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
+from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 from fastdpo.modeling.attention.varlen import (
     PACKAGES,
     attend_varlen,
@@ -39,10 +39,10 @@ ATTENTIONS = {
 }
 """What may be asked for, and its name in transformers' interface, where "flash" has a meaning."""
 
-OWN = "own"
+MODEL_ATTENTION = "own"
 """In place of one of `ATTENTIONS`: the model's own attention stays, for padded rows only."""
 
-KIND = "sdpa-per-segment"
+CPU_ATTENTION_KEY = "sdpa-per-segment"
 """What attends on the CPU; part of the reference store's key, see `attention_kind`."""
 
 
@@ -52,9 +52,9 @@ def packed_attention(config: PreTrainedConfig, attention: str = "auto") -> Itera
 
     Args:
         config: the causal LM's.
-        attention: one of `ATTENTIONS`, or `OWN` to change nothing.
+        attention: one of `ATTENTIONS`, or `MODEL_ATTENTION` to change nothing.
     """
-    if attention == OWN:
+    if attention == MODEL_ATTENTION:
         yield
         return
     before = config._attn_implementation
@@ -73,13 +73,13 @@ def attends_packed(config: PreTrainedConfig) -> bool:
 def attention_kind(config: PreTrainedConfig, device: torch.device, attention: str = "auto") -> str:
     """What will attend, as far as log-probs depend on it: for the reference store's key.
 
-    On the CPU it is `KIND`. On CUDA the kernel may differ from layer to layer, and is a function
-    of the config, the dtype and the card, all of which the store knows besides.
+    On the CPU it is `CPU_ATTENTION_KEY`. On CUDA the kernel may differ from layer to layer, and is
+    a function of the config, the dtype and the GPU, all of which the store knows besides.
     """
-    if attention == OWN:
+    if attention == MODEL_ATTENTION:
         return f"own-{config._attn_implementation}"
     if device.type != "cuda" and attention in ("auto", "sdpa"):
-        return KIND
+        return CPU_ATTENTION_KEY
     return f"{attention}-{device.type}"
 
 
@@ -90,7 +90,7 @@ def _attend_packed(
     value: Tensor,  # (R, Hkv, T, Dv)
     attention_mask: Tensor | None,
     *,
-    asked: str,
+    requested: str,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | Literal["untold"] | None = "untold",
@@ -117,11 +117,11 @@ def _attend_packed(
         sliding_window, others["window"] = None, _window_of_config(module)
     _refuse_unknown(module, attention_mask, others)
     packed.layers_run += 1
-    terms = AttentionTerms(scaling, sliding_window or None, softcap, s_aux, dropout)
+    terms = AttentionParams(scaling, sliding_window or None, softcap, s_aux, dropout)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    backend = chosen_backend(asked, query, key, value, packed, terms)
+    backend = select_backend(requested, query, key, value, packed, terms)
     if backend == "sdpa":
         out = attend_segments(query, key, value, packed, terms)
     elif backend == "flex":
@@ -133,40 +133,43 @@ def _attend_packed(
     return out.transpose(1, 2).contiguous(), None
 
 
-def chosen_backend(
-    asked: str,
+def select_backend(
+    requested: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     packed: PackedSegments,
-    terms: AttentionTerms,
+    terms: AttentionParams,
 ) -> str:
     """One of `ATTENTIONS` but auto, for these inputs.
 
     Raises:
         ValueError: the one asked for cannot do it; says what it lacks.
     """
-    lacks = {name: _lacking(name, query, key, value, packed, terms) for name in ("varlen", "flex")}
-    if asked == "auto":
+    lacks = {
+        name: _unsupported_reason(name, query, key, value, packed, terms)
+        for name in ("varlen", "flex")
+    }
+    if requested == "auto":
         chosen = next((name for name, lacking in lacks.items() if not lacking), "sdpa")
         reasons = [f"{name}: {lacking}" for name, lacking in lacks.items() if lacking]
         _say(chosen, "; ".join(reasons if chosen == "sdpa" else reasons[:1]))
         return chosen
-    lacking = _lacking(asked, query, key, value, packed, terms)
+    lacking = _unsupported_reason(requested, query, key, value, packed, terms)
     if lacking and packed.segments:
-        raise ValueError(f"--attention {asked} cannot be used here: {lacking}. Use auto.")
-    chosen = "sdpa" if lacking else asked
-    _say(chosen, "asked for" if chosen == asked else lacking)
+        raise ValueError(f"--attention {requested} cannot be used here: {lacking}. Use auto.")
+    chosen = "sdpa" if lacking else requested
+    _say(chosen, "asked for" if chosen == requested else lacking)
     return chosen
 
 
-def _lacking(
+def _unsupported_reason(
     name: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     packed: PackedSegments,
-    terms: AttentionTerms,
+    terms: AttentionParams,
 ) -> str:
     """What keeps a backend from doing this, or nothing."""
     if name == "sdpa":
@@ -232,4 +235,4 @@ def _say(backend: str, reason: str) -> None:
 
 
 for _asked, _name in ATTENTIONS.items():
-    AttentionInterface.register(_name, partial(_attend_packed, asked=_asked))
+    AttentionInterface.register(_name, partial(_attend_packed, requested=_asked))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from fastdpo.batching import Segment
-from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
+from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 
 BLOCK_TOKENS = 128
 MOST_KERNELS = 256
@@ -27,12 +27,12 @@ Allowed = Callable[[Any, Any, Any, Any], Tensor]
 
 def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.device) -> Allowed:
     """Whether a query sees a key: a token of its trunk or of its own branch, not after it."""
-    group, branch, position = (
+    group, suffix, position = (
         torch.from_numpy(row).to(device, non_blocking=True) for row in _coordinates(segments)
     )
 
     def allowed(_batch: Any, _head: Any, query: Any, key: Any) -> Tensor:
-        shared = (branch[key] == 0) | (branch[key] == branch[query])
+        shared = (suffix[key] == 0) | (suffix[key] == suffix[query])
         seen = (group[query] == group[key]) & shared & (query >= key)
         if window is None:
             return seen
@@ -45,10 +45,10 @@ def _coordinates(segments: tuple[Segment, ...]) -> np.ndarray:
     """(3, T) int32: group, branch (0 for the trunk) and position of every token of a row."""
     columns = []
     for group, segment in enumerate(segments):
-        for branch, tokens in enumerate((segment.trunk_tokens, *segment.branch_tokens)):
-            first = segment.trunk_tokens if branch else 0
+        for suffix, tokens in enumerate((segment.prefix_tokens, *segment.suffix_tokens)):
+            first = segment.prefix_tokens if suffix else 0
             places = np.arange(first, first + tokens)
-            columns.append(np.stack([np.full(tokens, group), np.full(tokens, branch), places]))
+            columns.append(np.stack([np.full(tokens, group), np.full(tokens, suffix), places]))
     return np.concatenate(columns, axis=1).astype(np.int32)
 
 
@@ -114,10 +114,10 @@ def attend_flex(
     key: Tensor,  # (1, Hkv, T, D)
     value: Tensor,  # (1, Hkv, T, D)
     packed: PackedSegments,
-    terms: AttentionTerms,
+    terms: AttentionParams,
 ) -> Tensor:
     """The whole row by one call, (1, Hq, T, D); on the CPU uncompiled and without gradient."""
-    mask = packed.once(
+    mask = packed.cached(
         ("flex", terms.window), lambda: block_mask_of(packed.segments, terms.window, query.device)
     )
     options: dict[str, Any] = {} if terms.sinks is None else {"return_aux": AuxRequest(lse=True)}

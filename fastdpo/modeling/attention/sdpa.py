@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
+from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 
 
 def attend_segments(
@@ -17,7 +17,7 @@ def attend_segments(
     key: Tensor,  # (R, Hkv, T, D)
     value: Tensor,  # (R, Hkv, T, Dv)
     packed: PackedSegments,
-    terms: AttentionTerms,
+    terms: AttentionParams,
 ) -> Tensor:
     """Each trunk with its first branch, then every further branch over trunk and itself.
 
@@ -30,43 +30,43 @@ def attend_segments(
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     blocks: list[Tensor] = []
     for segment in packed.segments:
-        at, trunk = len(blocks), segment.trunk_tokens
+        at, prefix = len(blocks), segment.prefix_tokens
         blocks.append(_attend(queries[at], keys[at], values[at], packed, terms))
-        for branch in range(at + 1, at + max(1, len(segment.branch_tokens))):
-            if queries[branch].shape[2] == 0:
-                blocks.append(values[branch].new_zeros(*queries[branch].shape[:3], value.shape[3]))
+        for suffix in range(at + 1, at + max(1, len(segment.suffix_tokens))):
+            if queries[suffix].shape[2] == 0:
+                blocks.append(values[suffix].new_zeros(*queries[suffix].shape[:3], value.shape[3]))
                 continue
-            k = torch.cat([keys[at][:, :, :trunk], keys[branch]], dim=2)
-            v = torch.cat([values[at][:, :, :trunk], values[branch]], dim=2)
-            blocks.append(_attend(queries[branch], k, v, packed, terms))
+            k = torch.cat([keys[at][:, :, :prefix], keys[suffix]], dim=2)
+            v = torch.cat([values[at][:, :, :prefix], values[suffix]], dim=2)
+            blocks.append(_attend(queries[suffix], k, v, packed, terms))
     return torch.cat(blocks, dim=2)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedSegments, terms: AttentionTerms
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedSegments, terms: AttentionParams
 ) -> Tensor:
     """Causal attention of the last q of k positions."""
-    asked, keys = q.shape[2], k.shape[2]
+    requested, keys = q.shape[2], k.shape[2]
     window = terms.window if terms.window and keys > terms.window else None
     if terms.softcap is not None or terms.sinks is not None:
-        return _by_hand(q, k, v, packed.mask(asked, keys, window, q.device), terms)
-    causal = asked == keys and window is None
-    mask = None if causal else packed.mask(asked, keys, window, q.device)
+        return _eager(q, k, v, packed.mask(requested, keys, window, q.device), terms)
+    causal = requested == keys and window is None
+    mask = None if causal else packed.mask(requested, keys, window, q.device)
     if q.is_cuda and not causal:
         # A mask together with grouped heads falls to the kernel that writes all scores to memory.
-        repeats = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        mask = causal_lower_right(asked, keys) if window is None else mask
+        duplicates = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(duplicates, dim=1) for x in (k, v))
+        mask = causal_lower_right(requested, keys) if window is None else mask
     return F.scaled_dot_product_attention(
         q, k, v, mask, terms.dropout, is_causal=causal, scale=terms.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
 
 
-def _by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, terms: AttentionTerms) -> Tensor:
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, terms: AttentionParams) -> Tensor:
     """Attention with capped scores (Gemma 2) or sinks (gpt-oss), which SDPA cannot express."""
-    repeats = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    duplicates = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(duplicates, dim=1), v.repeat_interleave(duplicates, dim=1)
     scale = terms.scale(q.shape[-1])
     if terms.softcap is None:
         scores = q @ k.transpose(2, 3) * scale

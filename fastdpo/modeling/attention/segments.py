@@ -28,11 +28,11 @@ class PackedSegments:
         """Lengths that cut the row into what attends as one block: trunk + first branch, others."""
         lengths = []
         for segment in self.segments:
-            first, *others = segment.branch_tokens or (0,)
-            lengths += [segment.trunk_tokens + first, *others]
+            first, *others = segment.suffix_tokens or (0,)
+            lengths += [segment.prefix_tokens + first, *others]
         return lengths
 
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made when first asked for under this key."""
         if key not in self._made:
             self._made[key] = make()
@@ -48,11 +48,11 @@ class PackedSegments:
             allowed = distance >= 0
             return allowed if window is None else allowed & (distance < window)
 
-        return self.once(("mask", queries, keys, window), make)
+        return self.cached(("mask", queries, keys, window), make)
 
 
 @dataclass(frozen=True)
-class AttentionTerms:
+class AttentionParams:
     """How scores are formed from queries and keys, and what they compete with."""
 
     scaling: float | None = None  # of the scores; None is 1 / sqrt(D)

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastdpo.batching import Segment
-from fastdpo.modeling.attention.segments import AttentionTerms, PackedSegments
+from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 
-Kernel = Callable[[Tensor, Tensor, Tensor, "VarlenLayout", AttentionTerms], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, "VarlenLayout", AttentionParams], Tensor]
 """(Tq, Hq, D), (Tk, Hkv, D), (Tk, Hkv, D), the sequences and the terms to (Tq, Hq, D)."""
 
 PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -36,11 +36,11 @@ class VarlenLayout:
     """The sequences of one row, S of them, on one device."""
 
     gathered: Tensor | None  # (Tk,) int64: the row's tokens as they lie among the keys; None: as is
-    home: Tensor  # (T,) int64: where each token lies first among the keys
-    repeats: tuple[tuple[Tensor, Tensor], ...]  # tokens, each once, and where they lie once more
+    first_index: Tensor  # (T,) int64: where each token lies first among the keys
+    duplicates: tuple[tuple[Tensor, Tensor], ...]  # tokens, each once, and where they lie once more
     query_ends: Tensor  # (S + 1,) int32, from 0
     key_ends: Tensor  # (S + 1,) int32, from 0
-    most_queries: int
+    max_seqlen_q: int
     most_keys: int
 
 
@@ -48,27 +48,27 @@ def layout_of(segments: tuple[Segment, ...], device: torch.device) -> VarlenLayo
     """Lay out the sequences of a row."""
     gathered: list[np.ndarray] = []
     queries, keys = [], []
-    repeats: dict[int, list[tuple[np.ndarray, int]]] = {}
+    duplicates: dict[int, list[tuple[np.ndarray, int]]] = {}
     placed = 0
     for segment in segments:
-        first, *others = segment.branch_tokens or (0,)
-        trunk = np.arange(segment.start, segment.start + segment.trunk_tokens)
-        end = segment.start + segment.trunk_tokens + first
+        first, *others = segment.suffix_tokens or (0,)
+        prefix = np.arange(segment.start, segment.start + segment.prefix_tokens)
+        end = segment.start + segment.prefix_tokens + first
         sequences = [(np.arange(segment.start, end), end - segment.start)]
         for number, tokens in enumerate(others):
             if tokens:
-                repeats.setdefault(number, []).append((trunk, placed + _keys_of(sequences)))
+                duplicates.setdefault(number, []).append((prefix, placed + _keys_of(sequences)))
                 own = np.arange(end, end + tokens)
-                sequences.append((np.concatenate([trunk, own]), tokens))
+                sequences.append((np.concatenate([prefix, own]), tokens))
                 end += tokens
-        for places, asked in sequences:
+        for places, requested in sequences:
             gathered.append(places)
-            queries.append(asked)
+            queries.append(requested)
             keys.append(len(places))
             placed += len(places)
     places = np.concatenate(gathered)
-    home = np.full(sum(queries), -1)
-    home[places[::-1]] = np.arange(placed)[::-1]  # of several, the first is written last
+    first_index = np.full(sum(queries), -1)
+    first_index[places[::-1]] = np.arange(placed)[::-1]  # of several, the first is written last
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.from_numpy(array).to(dtype).to(device, non_blocking=True)
@@ -78,13 +78,13 @@ def layout_of(segments: tuple[Segment, ...], device: torch.device) -> VarlenLayo
 
     again = tuple(
         (
-            put(np.concatenate([trunk for trunk, _ in found])),
-            put(np.concatenate([np.arange(at, at + len(trunk)) for trunk, at in found])),
+            put(np.concatenate([prefix for prefix, _ in found])),
+            put(np.concatenate([np.arange(at, at + len(prefix)) for prefix, at in found])),
         )
-        for found in repeats.values()
+        for found in duplicates.values()
     )
     return VarlenLayout(
-        put(places) if again else None, put(home), again, ends(queries), ends(keys),
+        put(places) if again else None, put(first_index), again, ends(queries), ends(keys),
         max(queries), max(keys),
     )  # fmt: skip
 
@@ -108,8 +108,8 @@ class GatherKeys(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore
         """A token's gradient is that of its first place plus those of its further ones."""
         layout = ctx.layout
-        total = gradient.index_select(0, layout.home)
-        for tokens, places in layout.repeats:
+        total = gradient.index_select(0, layout.first_index)
+        for tokens, places in layout.duplicates:
             more = total.index_select(0, tokens) + gradient.index_select(0, places)
             total.index_copy_(0, tokens, more)
         return total, None
@@ -120,11 +120,11 @@ def attend_varlen(
     key: Tensor,  # (1, Hkv, T, D)
     value: Tensor,  # (1, Hkv, T, D)
     packed: PackedSegments,
-    terms: AttentionTerms,
+    terms: AttentionParams,
     kernel: Kernel,
 ) -> Tensor:
     """All segments by one call of a kernel, (1, Hq, T, D)."""
-    layout = packed.once("varlen", lambda: layout_of(packed.segments, query.device))
+    layout = packed.cached("varlen", lambda: layout_of(packed.segments, query.device))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if layout.gathered is not None:
         k, v = GatherKeys.apply(k, layout), GatherKeys.apply(v, layout)
@@ -143,7 +143,7 @@ def torch_kernel(device: torch.device) -> Kernel:
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def call(
-        q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, terms: AttentionTerms
+        q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, terms: AttentionParams
     ) -> Tensor:
         options: dict[str, Any] = {"scale": terms.scale(q.shape[-1]), "window_size": _window(terms)}
         if q.shape[1] != k.shape[1]:
@@ -152,7 +152,7 @@ def torch_kernel(device: torch.device) -> Kernel:
             elif not _takes_groups(device):
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return varlen_attn(
-            q, k, v, layout.query_ends, layout.key_ends, layout.most_queries, layout.most_keys,
+            q, k, v, layout.query_ends, layout.key_ends, layout.max_seqlen_q, layout.most_keys,
             **options,
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ def torch_kernel(device: torch.device) -> Kernel:
     def _takes_groups(device: torch.device) -> bool:
         # Asked for in the midst of a forward: maybe without gradients, maybe inside a checkpoint,
         # which would count what is saved here.
-        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.enable_grad(), saved_tensors_hooks(_identity, _identity):
             return _tries_groups(device)
 
     def _tries_groups(device: torch.device) -> bool:
@@ -184,7 +184,7 @@ def torch_kernel(device: torch.device) -> Kernel:
     return call
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -206,7 +206,7 @@ def package_kernel(name: str) -> Kernel:
     known = inspect.signature(function).parameters
 
     def call(
-        q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, terms: AttentionTerms
+        q: Tensor, k: Tensor, v: Tensor, layout: VarlenLayout, terms: AttentionParams
     ) -> Tensor:
         options: dict[str, Any] = {"causal": True, "softmax_scale": terms.scale(q.shape[-1])}
         options["window_size"] = _window(terms)
@@ -216,13 +216,13 @@ def package_kernel(name: str) -> Kernel:
             options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         out = function(
             q, k, v, cu_seqlens_q=layout.query_ends, cu_seqlens_k=layout.key_ends,
-            max_seqlen_q=layout.most_queries, max_seqlen_k=layout.most_keys, **options,
+            max_seqlen_q=layout.max_seqlen_q, max_seqlen_k=layout.most_keys, **options,
         )  # fmt: skip
         return out[0] if isinstance(out, tuple) else out
 
     return call
 
 
-def _window(terms: AttentionTerms) -> tuple[int, int]:
+def _window(terms: AttentionParams) -> tuple[int, int]:
     """(left, right) as flash kernels count: keys before the query's own, -1 for all, and after."""
     return (terms.window - 1 if terms.window else -1, 0)

@@ -7,14 +7,14 @@ of every file) and renamed. Resuming takes the newest folder that verifies.
 from fastdpo.trainer.checkpoint.errors import CheckpointError
 from fastdpo.trainer.checkpoint.folders import (
     MANIFEST,
-    Sealed,
-    claimed,
+    Manifest,
     commit,
+    locked,
     newest_verified,
+    remove_stale_tmp,
     rotate,
-    seal,
-    sweep,
     verify,
+    write_manifest,
 )
 from fastdpo.trainer.checkpoint.preflight import require_room, require_unused, require_writable
 from fastdpo.trainer.checkpoint.same_run import require_same_run
@@ -30,14 +30,14 @@ from fastdpo.trainer.checkpoint.training_state import (
 __all__ = [
     "MANIFEST",
     "CheckpointError",
-    "Sealed",
-    "seal",
+    "Manifest",
+    "write_manifest",
     "verify",
     "newest_verified",
     "commit",
     "rotate",
-    "claimed",
-    "sweep",
+    "locked",
+    "remove_stale_tmp",
     "require_same_run",
     "require_room",
     "require_unused",

@@ -21,7 +21,7 @@ MAX_MANIFEST_BYTES = 2**24  # ours have about 3 KiB
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class Manifest:
     """What the manifest of a whole checkpoint says beside its files.
 
     Attributes:
@@ -33,13 +33,15 @@ class Sealed:
     plan: dict[str, Any]
 
 
-def seal(folder: Path, run: Mapping[str, Any], plan: Mapping[str, Any] | None = None) -> None:
+def write_manifest(
+    folder: Path, run: Mapping[str, Any], plan: Mapping[str, Any] | None = None
+) -> None:
     """Make every file of a finished checkpoint durable and write its manifest, last of all.
 
     Args:
         folder: a checkpoint under its temporary name.
-        run: as in `Sealed`.
-        plan: as in `Sealed`.
+        run: as in `Manifest`.
+        plan: as in `Manifest`.
 
     Raises:
         OSError: the disk is full or failing.
@@ -48,7 +50,7 @@ def seal(folder: Path, run: Mapping[str, Any], plan: Mapping[str, Any] | None = 
     for path in sorted(folder.rglob("*")):
         if path == folder / MANIFEST:
             continue
-        files.sync(path)
+        files.fsync(path)
         if path.is_file():
             contents[path.relative_to(folder).as_posix()] = {
                 "bytes": path.stat().st_size,
@@ -58,7 +60,7 @@ def seal(folder: Path, run: Mapping[str, Any], plan: Mapping[str, Any] | None = 
     files.write_json(folder / MANIFEST, manifest)
 
 
-def verify(folder: Path) -> Sealed:
+def verify(folder: Path) -> Manifest:
     """What the manifest says, of a checkpoint whose files are all as they were written.
 
     Raises:
@@ -114,7 +116,7 @@ def commit(temporary: Path, final: Path) -> None:
         if aside is not None:
             files.replace(aside, final)
         raise
-    files.sync(final.parent)
+    files.fsync(final.parent)
     if aside is not None:
         files.remove(aside)
 
@@ -141,7 +143,7 @@ def rotate(output_dir: Path, keep: int | None, written: Path, protected: Path | 
 
 
 @contextmanager
-def claimed(output_dir: Path) -> Iterator[None]:
+def locked(output_dir: Path) -> Iterator[None]:
     """Hold an existing folder as the only run that writes checkpoints into it.
 
     What killed runs have left in it is deleted first, unless the file system has no locks to tell
@@ -151,9 +153,9 @@ def claimed(output_dir: Path) -> Iterator[None]:
         CheckpointError: another process holds it.
     """
     try:
-        with files.only_writer(output_dir) as alone:
+        with files.exclusive_lock(output_dir) as alone:
             if alone:
-                sweep(output_dir)
+                remove_stale_tmp(output_dir)
             yield
     except BlockingIOError as error:
         raise CheckpointError(
@@ -162,7 +164,7 @@ def claimed(output_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def sweep(output_dir: Path) -> None:
+def remove_stale_tmp(output_dir: Path) -> None:
     """Delete what killed runs have left under temporary names; only for who holds the folder."""
     for path in sorted(output_dir.iterdir()):
         if files.is_temporary(path):
@@ -177,7 +179,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return [path for path in output_dir.iterdir() if _step_of(path) >= 0 and path.is_dir()]
 
 
-def _read_manifest(folder: Path) -> tuple[Sealed, dict[str, tuple[int, str]]]:
+def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
     """The manifest's parts, their shape checked: what a file claims is believed no sooner."""
     path = folder / MANIFEST
     try:
@@ -187,7 +189,7 @@ def _read_manifest(folder: Path) -> tuple[Sealed, dict[str, tuple[int, str]]]:
             raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
         manifest = json.loads(content)
         written_in = manifest["format"]
-        sealed = Sealed(dict(manifest["run"]), dict(manifest.get("plan", {})))
+        sealed = Manifest(dict(manifest["run"]), dict(manifest.get("plan", {})))
         contents = {name: (r["bytes"], r["sha256"]) for name, r in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

@@ -45,7 +45,7 @@ def save_optimizer(
     groups = [
         {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
     ]
-    files.let_write(folder / OPTIMIZER_TENSORS, lambda path: save_file(tensors, path))
+    files.call_writer(folder / OPTIMIZER_TENSORS, lambda path: save_file(tensors, path))
     rest = {
         "shapes": _shapes(optimizer, model),
         "state": numbers,
@@ -101,7 +101,7 @@ def save_rng_state(folder: Path) -> None:
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.array(key, np.int64))}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    files.let_write(folder / RNG_TENSORS, lambda path: save_file(tensors, path))
+    files.call_writer(folder / RNG_TENSORS, lambda path: save_file(tensors, path))
     rest = {"python": [version, list(numbers), gauss], "numpy": [kind, position, has_gauss, cached]}
     files.write_json(folder / RNG_REST, rest)
 
@@ -129,7 +129,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     if tensors:
         # Copies: tied weights share one tensor, which safetensors refuses.
         copies = {name: each.detach().to("cpu", copy=True) for name, each in tensors.items()}
-        files.let_write(folder / FURTHER_TENSORS, lambda path: save_file(copies, path))
+        files.call_writer(folder / FURTHER_TENSORS, lambda path: save_file(copies, path))
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
