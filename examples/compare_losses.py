@@ -21,7 +21,7 @@ EXTRA |= {"ipo": {"beta": 0.5}, "sigmoid_norm": {"beta": 5.0}, "simpo": {"beta":
 
 
 def train(name, inputs):
-    """Held-out figures before and after training with one loss."""
+    """Held-out metrics before and after training with one loss."""
     trainer = DPOTrainer(
         inputs.model,
         args=DPOConfig(

@@ -51,8 +51,8 @@ def main(argv=None):
     inputs = parse(__doc__, argv)
     results = {"DPO": train(inputs, None), "DPO-Positive": train(inputs, dpo_positive)}
     print(f"\n{'held-out pairs':16}{'accuracy':>10}{'chosen':>10}{'rejected':>10}")
-    for name, figures in results.items():
-        values = (figures[f"eval_rewards/{key}"] for key in ("accuracies", "chosen", "rejected"))
+    for name, metrics in results.items():
+        values = (metrics[f"eval_rewards/{key}"] for key in ("accuracies", "chosen", "rejected"))
         print(f"{name:16}" + "".join(f"{value:10.3f}" for value in values))
     return results
 

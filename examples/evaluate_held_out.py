@@ -45,7 +45,7 @@ def main(argv=None):
         EvaluationOptions(num_completions=3, max_new_tokens=48),
     )
     print(f"\n{evaluation.describe()}")
-    # Every figure is a field: perplexity tells whether the policy still speaks well.
+    # Every metric is a field: perplexity tells whether the policy still speaks well.
     preference, policy, reference = evaluation.preference, evaluation.policy, evaluation.reference
     print(f"\n{preference.preference_accuracy:.1%} of the pairs have a margin above 0.")
     grown = policy.perplexity_chosen / reference.perplexity_chosen

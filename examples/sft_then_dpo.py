@@ -41,20 +41,20 @@ def main(argv=None):
     sft_folder = f"{inputs.output_dir}/sft"
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     # The chosen answers as plain fine-tuning data; the rejected ones are only logged.
-    sft, *sft_figures = train(inputs.model, inputs, sft_folder, lora, loss_type="sft")
+    sft, *sft_metrics = train(inputs.model, inputs, sft_folder, lora, loss_type="sft")
     # A folder with an adapter in it: the adapter is trained on, a frozen copy is the reference.
-    dpo, *dpo_figures = train(sft_folder, inputs, f"{inputs.output_dir}/dpo", None)
+    dpo, *dpo_metrics = train(sft_folder, inputs, f"{inputs.output_dir}/dpo", None)
     print(f"\nLargest margin of the first DPO update: {dpo.first_update_margin} nats.")
     print(f"{'held-out pairs':16}{'chosen logp':>14}{'rejected logp':>16}{'accuracy':>12}")
-    for name, figures in (
-        ("base", sft_figures[0]),
-        ("after SFT", sft_figures[1]),
-        ("SFT, then DPO", dpo_figures[1]),
+    for name, metrics in (
+        ("base", sft_metrics[0]),
+        ("after SFT", sft_metrics[1]),
+        ("SFT, then DPO", dpo_metrics[1]),
     ):
-        chosen, rejected = (figures[f"eval_logps/{side}"] for side in ("chosen", "rejected"))
-        accuracy = figures["eval_rewards/accuracies"]
+        chosen, rejected = (metrics[f"eval_logps/{side}"] for side in ("chosen", "rejected"))
+        accuracy = metrics["eval_rewards/accuracies"]
         print(f"{name:16}{chosen:14.2f}{rejected:16.2f}{accuracy:12.3f}")
-    return sft, dpo, sft_figures, dpo_figures
+    return sft, dpo, sft_metrics, dpo_metrics
 
 
 if __name__ == "__main__":

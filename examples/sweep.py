@@ -57,8 +57,8 @@ def main(argv=None):
         for beta, rate in itertools.product(inputs.betas, rates)
     }
     print(f"\n{'beta':>6}{'lr':>10}{'computed':>10}{'s':>7}{'accuracy':>10}{'chosen logp':>13}")
-    for (beta, rate), (computed, seconds, figures) in results.items():
-        accuracy, logps = figures["eval_rewards/accuracies"], figures["eval_logps/chosen"]
+    for (beta, rate), (computed, seconds, metrics) in results.items():
+        accuracy, logps = metrics["eval_rewards/accuracies"], metrics["eval_logps/chosen"]
         print(f"{beta:6g}{rate:10.1e}{computed:10}{seconds:7.2f}{accuracy:10.3f}{logps:13.2f}")
     return results
 

@@ -22,7 +22,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "auto_find_batch_size",
         (False,),
-        "the update would depend on the card; bound the memory with --micro_batch_tokens instead",
+        "the update would depend on the GPU; bound the memory with --micro_batch_tokens instead",
     ),
     ("deepspeed", (None, ""), _ONE_GPU),
     ("ddp_backend", (None,), _ONE_GPU),
@@ -301,5 +301,5 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
 
 def cuda_has_bf16() -> bool:
-    """Whether there is a CUDA card with bfloat16 units (compute capability 8.0 or later)."""
+    """Whether there is a CUDA GPU with bfloat16 units (compute capability 8.0 or later)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -34,7 +34,7 @@ class EvaluationOptions:
 
     num_completions: int = option(3, "Prompts that both models complete, for you to read.")
     max_new_tokens: int = option(64, "Most tokens of such a completion.")
-    output_file: str = option("evaluation.json", "JSON file that the figures are written to.")
+    output_file: str = option("evaluation.json", "JSON file that the metrics are written to.")
 
     def __post_init__(self) -> None:
         check_whole("num_completions", self.num_completions, 0, "0 writes none")

@@ -1,4 +1,4 @@
-"""`python -m fastdpo.plan`: what a run takes of a card, before anything is downloaded."""
+"""`python -m fastdpo.plan`: what a run takes of a GPU, before anything is downloaded."""
 
 import json
 import sys
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlanningOptions:
-    """Which card and which pairs the run is planned for."""
+    """Which GPU and which pairs the run is planned for."""
 
     _argument_group_name = "Plan"
 
     gpu: str = option(
         "auto",
-        "The card: a size such as 24GiB, a name such as rtx-4090, or auto for what is free on "
+        "The GPU: a size such as 24GiB, a name such as rtx-4090, or auto for what is free on "
         "this machine's.",
     )
     host_memory_gib: float | None = option(
@@ -47,7 +47,7 @@ class PlanningOptions:
         "Optimizer; auto is adamw_torch_fused, or adamw_8bit where nothing else fits.",
     )
     longest_pairs: bool = option(
-        True, "Show the longest pair that fits each size of card; off spares a second."
+        True, "Show the longest pair that fits each size of GPU; off spares a second."
     )
     json: bool = option(False, "Print the plan as JSON and nothing else.")
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
 
     Raises:
         SystemExit: 3 where the pairs asked for do not fit, after saying what would make them fit.
-        ValueError: the model or the card cannot be had.
+        ValueError: the model or the GPU cannot be had.
     """
     parsed = parse(
         "plan",
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
     if model.model_name_or_path is None:
         raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
-    card = _card(options.gpu)
+    gpu = _card(options.gpu)
     architecture = architecture_named(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     planned = plan(
         architecture,
         training,
-        card,
+        gpu,
         Workload(longest, longest * options.pairs_per_update // 2),
         host_bytes=host_bytes,
         micro_batch_tokens=options.micro_batch_tokens,
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     if options.json:
         sys.stdout.write(json.dumps(planned.as_json(), indent=2) + "\n")
     else:
-        _print(planned, architecture, training, card, options)
+        _print(planned, architecture, training, gpu, options)
         if options.longest_pairs:
             print_line(f"\n{longest_pairs(architecture, training, host_bytes, options)}")
     if not planned.fits:
@@ -127,7 +127,7 @@ def _host_bytes(options: PlanningOptions) -> int:
 
 
 def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
-    """As `python -m fastdpo.train` would do it on that card: without a flag, LoRA."""
+    """As `python -m fastdpo.train` would do it on that GPU: without a flag, LoRA."""
     from fastdpo.planner import Training
 
     if options.optim != "auto":
@@ -150,7 +150,7 @@ def _print(
     planned: "Plan",
     architecture: "Architecture",
     training: "Training",
-    card: "GPUSpec",
+    gpu: "GPUSpec",
     options: PlanningOptions,
 ) -> None:
     from fastdpo.planner.terms import binary_size
@@ -162,7 +162,7 @@ def _print(
     rank = f" r={training.lora_r}" if training.trains_adapter else ""
     print_line(
         f"{architecture.name}: {_count(architecture.parameters)} parameters, {kind}{rank}, "
-        f"pairs up to 2 x {options.max_length:,} tokens; card: {card.name}.\n"
+        f"pairs up to 2 x {options.max_length:,} tokens; GPU: {gpu.name}.\n"
     )
     rows = [[name, binary_size(size)] for name, size in planned.terms.items() if size]
     print_line(
@@ -180,8 +180,8 @@ def _print(
         rate = float(f"{planned.tokens_per_second:.2g}")
         print_line(
             f"Speed: about {rate:,.0f} tokens/s, an estimate: the products "
-            f"that must be done at 60 percent of {card.tflops:g} TFLOP/s (data sheet), and "
-            "dequantization at the card's memory bandwidth. A token of a prompt counts once."
+            f"that must be done at 60 percent of {gpu.tflops:g} TFLOP/s (data sheet), and "
+            "dequantization at the GPU's memory bandwidth. A token of a prompt counts once."
         )
 
 
@@ -195,20 +195,20 @@ def longest_pairs(
     host_bytes: int,
     options: PlanningOptions,
 ) -> str:
-    """The longest pair 2 x L of each size of card, as a table."""
+    """The longest pair 2 x L of each size of GPU, as a table."""
     from fastdpo.planner import gpu_spec, longest_pair
     from fastdpo.planner.gpus import SIZES_GIB
     from fastdpo.planner.terms import binary_size
 
     rows = []
     for size in SIZES_GIB:
-        card = gpu_spec(str(size))
+        gpu = gpu_spec(str(size))
         found = longest_pair(
-            architecture, training, card, host_bytes=host_bytes, change_optimizer=False
+            architecture, training, gpu, host_bytes=host_bytes, change_optimizer=False
         )
         too_short = found is None or found.micro_batch_tokens < 2 * options.max_length
         if too_short and options.optim == "auto":
-            found = longest_pair(architecture, training, card, host_bytes=host_bytes)
+            found = longest_pair(architecture, training, gpu, host_bytes=host_bytes)
         if found is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue
@@ -227,7 +227,7 @@ def longest_pairs(
             ]
         )
     limit = f"at most {binary_size(host_bytes)} of pinned host memory"
-    header = ["card", "longest pair", "card used", "pinned host", "with"]
+    header = ["GPU", "longest pair", "GPU used", "pinned host", "with"]
     return f"The longest pair that fits, its rows sharing nothing; {limit}:\n{table(header, rows)}"
 
 

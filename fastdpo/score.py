@@ -1,4 +1,4 @@
-"""`python -m fastdpo.score`: every row of a data set with the figures of policy and reference."""
+"""`python -m fastdpo.score`: every row of a data set with the metrics of policy and reference."""
 
 import sys
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ class ScoringOptions:
     _argument_group_name = "Scores"
 
     output_file: str = option(
-        "scores.jsonl", "File of the rows with their figures; ends in .jsonl or .parquet."
+        "scores.jsonl", "File of the rows with their metrics; ends in .jsonl or .parquet."
     )
     column_prefix: str = option(
         "",
-        "Put before the names of the new columns, so that a second model's figures fit beside "
+        "Put before the names of the new columns, so that a second model's metrics fit beside "
         "the first's.",
     )
 
@@ -86,7 +86,7 @@ def run(
 
     Raises:
         ValueError: an option is missing, the model or data cannot be had, or the rows have no
-            room for the figures.
+            room for the metrics.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
     from fastdpo.evaluation.load_both import read_pairs, run_policy_and_reference, tokenizer_of

@@ -30,7 +30,7 @@ class TrainOptions:
 
     dry_run: bool = option(
         False,
-        "Read, check and tokenise everything, print the options, the layout, on a CUDA card the "
+        "Read, check and tokenise everything, print the options, the layout, on a CUDA GPU the "
         "memory plan, and three pairs, and stop before the first update.",
     )
 

@@ -31,18 +31,18 @@ from fastdpo.modeling.attention.segments import AttentionParams
 
 
 def row_of(*groups, filler=0):
-    """Segments one after another, each (trunk, branches...), and a filler."""
+    """Segments one after another, each (prefix, suffixes...), and a filler."""
     segments, start = [], 0
-    for prefix, *branches in (*groups, *([(filler,)] if filler else [])):
-        segments.append(Segment(start, prefix, tuple(branches)))
+    for prefix, *suffixes in (*groups, *([(filler,)] if filler else [])):
+        segments.append(Segment(start, prefix, tuple(suffixes)))
         start += segments[-1].tokens
     return tuple(segments)
 
 
 ROWS = {
     "pairs": row_of((5, 3, 4), (1, 1, 2), (20, 7, 9), filler=12),
-    "empty branches": row_of((6, 0, 4), (4, 3, 0), (9, 0, 0), (2, 1, 1)),
-    "many branches": row_of((7, 3, 0, 5, 2), (3, 1), (4, 2, 2, 2, 2, 2), filler=1),
+    "empty suffixes": row_of((6, 0, 4), (4, 3, 0), (9, 0, 0), (2, 1, 1)),
+    "many suffixes": row_of((7, 3, 0, 5, 2), (3, 1), (4, 2, 2, 2, 2, 2), filler=1),
     "nothing shared": row_of((5, 3), (9, 2), (1, 0), filler=30),
     "blocks": row_of((130, 3, 129), (126, 2, 10), filler=30),
 }
@@ -255,9 +255,9 @@ def test_the_installed_varlen_takes_what_it_is_given():
 
 
 def test_only_trunks_are_gathered_and_their_gradient_has_one_order():
-    layout = varlen.layout_of(ROWS["many branches"], torch.device("cpu"))
-    tokens = sum(segment.tokens for segment in ROWS["many branches"])
-    further = 7 * 2 + 0 + 4 * 4  # trunks of all branches but the first and the empty ones
+    layout = varlen.layout_of(ROWS["many suffixes"], torch.device("cpu"))
+    tokens = sum(segment.tokens for segment in ROWS["many suffixes"])
+    further = 7 * 2 + 0 + 4 * 4  # prefixes of all suffixes but the first and the empty ones
     assert len(layout.gathered) == tokens + further
     assert varlen.layout_of(ROWS["nothing shared"], torch.device("cpu")).gathered is None
     rows = torch.randn(tokens, 2, 4, dtype=torch.float64, requires_grad=True)

@@ -114,7 +114,7 @@ def test_compare_takes_the_latest_of_equal_cases_only(tmp_path, capsys):
     harness.append([row(noisy(9.0, 0.01)), row(noisy(1.0, 0.01)), row(contender="trl")], old)
     harness.append([row(noisy(1.3, 0.01)), row(contender="liger")], new)
     assert compare.main([str(old), str(new)]) == 1
-    assert "1 figures compared" in capsys.readouterr().out
+    assert "1 metrics compared" in capsys.readouterr().out
     assert compare.main([str(old), str(old)]) == 0
     elsewhere = tmp_path / "elsewhere.jsonl"
     harness.append([row(machine={"name": "another"})], elsewhere)
@@ -229,12 +229,12 @@ class InProcessTurns(contest.Turns):
         self.left -= 1
         return self.left >= 0
 
-    def answer(self, figures):
+    def answer(self, metrics):
         if self.result is None:
-            facts = {k: v for k, v in figures.items() if k != "outcome"}
-            self.result = contest.Result(figures["outcome"], "", facts)
+            facts = {k: v for k, v in metrics.items() if k != "outcome"}
+            self.result = contest.Result(metrics["outcome"], "", facts)
         else:
-            self.result.turns.append(dict(figures))
+            self.result.turns.append(dict(metrics))
 
 
 def in_process(functions, cases, *, warm_up, rounds, **_):

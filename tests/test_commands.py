@@ -49,11 +49,11 @@ def test_train_then_evaluate(workplace, capsys, tuning):
         + (["--qlora"] if tuning == "--qlora" else [])
     )
     table = capsys.readouterr().out
-    figures = json.loads((workplace / "evaluation.json").read_text())
-    assert figures["pairs"] == 24
-    assert figures["preference"]["preference_accuracy"] > 0.9
-    assert figures["policy"]["logps_chosen"] != figures["reference"]["logps_chosen"]
-    assert len(figures["completions"]) == 2
+    metrics = json.loads((workplace / "evaluation.json").read_text())
+    assert metrics["pairs"] == 24
+    assert metrics["preference"]["preference_accuracy"] > 0.9
+    assert metrics["policy"]["logps_chosen"] != metrics["reference"]["logps_chosen"]
+    assert len(metrics["completions"]) == 2
     for name in (
         "logp accuracy",
         "perplexity chosen",
@@ -67,10 +67,10 @@ def test_train_then_evaluate(workplace, capsys, tuning):
 def test_full_then_evaluate_against_the_model_it_started_from(workplace, capsys):
     train.main(["--config", "run.yaml", "--full", "--output_dir", "out", "--max_steps", "2"])
     evaluate.main(["--model", "out", "--reference", "base", "--dataset", "dev.jsonl"])
-    figures = json.loads((workplace / "evaluation.json").read_text())
+    metrics = json.loads((workplace / "evaluation.json").read_text())
     assert "--model out --reference base" in capsys.readouterr().out
-    assert figures["preference"]["rewards_margin"] != 0.0
-    assert figures["preference"]["loss"] != pytest.approx(0.6931, abs=1e-4)
+    assert metrics["preference"]["rewards_margin"] != 0.0
+    assert metrics["preference"]["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
 def test_a_stopped_run_goes_on(workplace, capsys):

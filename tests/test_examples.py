@@ -74,7 +74,7 @@ def test_lora(run):
 
 
 def test_custom_loss(run, capsys):
-    rewards = {name: figures["eval_rewards/chosen"] for name, figures in run("custom_loss").items()}
+    rewards = {name: metrics["eval_rewards/chosen"] for name, metrics in run("custom_loss").items()}
     assert rewards["DPO"] < -0.5, "too little training to show anything"
     assert rewards["DPO-Positive"] > rewards["DPO"] / 2
     assert "DPO-Positive" in capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_sweep(run):
     computed, _, first = next(iter(results := run("sweep").values()))
     assert computed == 600, "two completions of 240 + 60 pairs"
     assert [count for count, *_ in results] == [600, 0, 0, 0]
-    assert len({figures["eval_loss"] for *_, figures in results}) == 4
+    assert len({metrics["eval_loss"] for *_, metrics in results}) == 4
     assert first["eval_rewards/accuracies"] > 0.5
 
 
@@ -174,7 +174,7 @@ def test_qlora_files_fit_as_they_say(path):
     assert planned_line(path) in said, f"write into {path.name}: {planned_line(path)}"
     length = yaml.safe_load(text)["max_length"]
     command = f"--gpu {path.stem[:-2]}GiB --max_length {length} --host_memory_gib 16"
-    assert command in text, "the command beside it is of another card or length"
+    assert command in text, "the command beside it is of another GPU or length"
 
 
 def test_qlora_files_run(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""fitting.py and the trainer's planned path, without a card: planned, laid out, rehearsed."""
+"""fitting.py and the trainer's planned path, without a GPU: planned, laid out, rehearsed."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def build(tmp_path, monkeypatch):
 
 
 def plan_of(trainer, **changes):
-    """As `plan_memory` asks for it, of a card that is not there."""
+    """As `plan_memory` asks for it, of a GPU that is not there."""
     groups = trainer.train_groups
     made = plan_for_run(
         trainer.policy,
@@ -47,7 +47,7 @@ def plan_of(trainer, **changes):
         group_lengths(groups, trainer.mode),
         pairs_per_update=trainer.pairs_per_update,
         scored_tokens=sum(len(ids) for group in groups for ids in group.completions),
-        card=CARD,
+        gpu=CARD,
         host_bytes=GIB,
     )
     return replace(made, **changes)
@@ -55,7 +55,7 @@ def plan_of(trainer, **changes):
 
 @pytest.fixture
 def planned(build, monkeypatch):
-    """A trainer that thinks it has a card and a plan for it."""
+    """A trainer that thinks it has a GPU and a plan for it."""
 
     def planned(changes=None, **options):
         values = {"layer_policy": ("recompute", "keep"), "micro_batch_tokens": 256}
@@ -86,12 +86,12 @@ def test_a_plan_of_a_loaded_model_fits_its_card(build):
     assert made.fits
     assert len(made.activation_plan) == 2
     assert made.micro_batch_tokens >= max(group_lengths(trainer.train_groups, trainer.mode))
-    assert made.card_bytes == CARD.memory_bytes
+    assert made.gpu_bytes == CARD.memory_bytes
     assert sum(made.terms.values()) > sum(p.nbytes for p in trainer.policy.parameters())
     small = replace(CARD, memory_bytes=2**20)
     again = plan_for_run(
         trainer.policy, trainer.user_args, [90, 100], pairs_per_update=8, scored_tokens=50,
-        card=small, host_bytes=0,
+        gpu=small, host_bytes=0,
     )  # fmt: skip
     assert not again.fits
 

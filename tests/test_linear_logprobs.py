@@ -138,12 +138,12 @@ def test_extra_outputs(small_tiles, backend, dtype):
     options = {"softcap": 4.0, "outputs": EXTRAS, "backend": backend}
     found = linear_logprobs(states, weight, targets, **options)
     for name in EXTRAS:
-        figure = getattr(found, name)
+        metric = getattr(found, name)
         if name == "is_top1":
-            assert torch.equal(figure, truth[name])
-            assert figure[:5].all()
+            assert torch.equal(metric, truth[name])
+            assert metric[:5].all()
         else:
-            assert torch.allclose(figure.double(), truth[name], rtol=1e-5, atol=1e-5), name
+            assert torch.allclose(metric.double(), truth[name], rtol=1e-5, atol=1e-5), name
     with_grad = linear_logprobs(states.clone().requires_grad_(), weight, targets, **options)
     assert torch.equal(with_grad.entropy, found.entropy)
     assert not with_grad.entropy.requires_grad

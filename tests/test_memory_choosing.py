@@ -1,4 +1,4 @@
-"""What the planner chooses for a card, a model and its pairs, and what it says about it."""
+"""What the planner chooses for a GPU, a model and its pairs, and what it says about it."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_more_memory_is_never_slower_and_the_card_is_nearly_full(llama):
     kept = [made.policy_counts.get("keep", 0) / made.micro_batch_tokens for made in plans]
     assert kept[0] < kept[-1]
     for made in plans[:-1]:
-        assert made.peak_bytes > 0.85 * made.card_bytes, made.describe()
+        assert made.peak_bytes > 0.85 * made.gpu_bytes, made.describe()
     assert plans[-1].policy_counts == {"keep": 32}
     assert plans[-1].micro_batch_tokens > plans[2].micro_batch_tokens
 
@@ -119,9 +119,9 @@ def test_the_aims_of_the_project_are_within_reach():
         "llama-2-7b": {"6 GB": 1024, "8 GB": 4096},
         "llama-3.1-8b": {"8 GB": 2048, "12 GB": 8192, "16 GB": 16384, "24 GB": 40960},
     }
-    for alias, cards in aims.items():
+    for alias, gpus in aims.items():
         architecture = architecture_named(alias)
-        for size, length in cards.items():
+        for size, length in gpus.items():
             found = longest_pair(architecture, Training(), gpu_spec(size), host_bytes=64 * GIB)
             assert found is not None
             assert found.fits
@@ -168,13 +168,13 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     config = DPOConfig(str(tmp_path), use_cpu=True, optim="adamw_torch")
     scored = {"pairs_per_update": 4, "scored_tokens": 300}
     assert plan_for_run(model, config, lengths, **scored) is None
-    made = plan_for_run(model, config, lengths, card=gpu_spec("1 GB"), host_bytes=GIB, **scored)
+    made = plan_for_run(model, config, lengths, gpu=gpu_spec("1 GB"), host_bytes=GIB, **scored)
     assert made is not None
     assert made.fits
     assert made.micro_batch_tokens == 384  # four groups of 88 tokens, rounded up to 128
     assert made.activation_plan == ("keep",) * 3
     config = DPOConfig(str(tmp_path), use_cpu=True, micro_batch_tokens=128)
-    made = plan_for_run(model, config, lengths, card=gpu_spec("1 GB"), host_bytes=GIB, **scored)
+    made = plan_for_run(model, config, lengths, gpu=gpu_spec("1 GB"), host_bytes=GIB, **scored)
     assert made is not None
     assert made.micro_batch_tokens == 128
 
@@ -186,16 +186,16 @@ def test_pairs_that_do_not_fit_whole_are_planned_row_by_row(tmp_path):
     )
     config = DPOConfig(str(tmp_path), use_cpu=True)
     run = {"pairs_per_update": 2, "scored_tokens": 100_000, "host_bytes": 0}
-    card = gpu_spec("2")
-    whole = plan_for_run(model, config, [100_000], card=card, **run)
+    gpu = gpu_spec("2")
+    whole = plan_for_run(model, config, [100_000], gpu=gpu, **run)
     assert whole is not None
-    size = whole.card_bytes
+    size = whole.gpu_bytes
     while whole.fits:
         size -= 2**26
-        card = replace(card, memory_bytes=size)
-        whole = plan_for_run(model, config, [100_000], card=card, **run)
+        gpu = replace(gpu, memory_bytes=size)
+        whole = plan_for_run(model, config, [100_000], gpu=gpu, **run)
         assert whole is not None
-    split = plan_for_run(model, config, [100_000], longest_row_tokens=50_000, card=card, **run)
+    split = plan_for_run(model, config, [100_000], longest_row_tokens=50_000, gpu=gpu, **run)
     assert split is not None
     assert split.fits
     assert 50_000 <= split.micro_batch_tokens < 100_000

@@ -38,8 +38,8 @@ def plots_of(notebook):
     ]
 
 
-def figure_in(text, name):
-    """The last number of the line that begins with a figure's name."""
+def metric_in(text, name):
+    """The last number of the line that begins with a metric's name."""
     return float(re.search(rf"^{name} .*?(-?[\d.]+)$", text, re.MULTILINE)[1])
 
 
@@ -62,7 +62,7 @@ def test_it_runs_and_shows_what_its_text_says(executed):
     said = said_by(notebook)
     assert "Demo: reusing the model" in said, "its recipe is not that of taught_llama.py"
     assert "Largest margin of the first update: 0.0 nats" in said
-    assert figure_in(said, "preference accuracy") > 0.9
+    assert metric_in(said, "preference accuracy") > 0.9
     log = [
         json.loads(line)
         for line in (place / "fastdpo-output/walkthrough/adapter/metrics.jsonl")
@@ -82,7 +82,7 @@ def test_it_was_saved_from_a_run():
     notebook = read()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert figure_in(said_by(notebook), "preference accuracy") > 0.9
+    assert metric_in(said_by(notebook), "preference accuracy") > 0.9
     plots = plots_of(notebook)
     assert len(plots) == PLOTS
     for plot in plots:

@@ -188,7 +188,7 @@ def test_nearest_name_and_none():
         (PreferenceOptions, {"micro_batch_tokens": 127}, ["--micro_batch_tokens", "128"]),
         (PreferenceOptions, {"activations": "drop"}, ["--activations", "recompute", "offload"]),
         (PreferenceOptions, {"mlp_tile_tokens": 64}, ["--mlp_tile_tokens", "128"]),
-        (PreferenceOptions, {"embeddings": "disk"}, ["--embeddings", "card", "host"]),
+        (PreferenceOptions, {"embeddings": "disk"}, ["--embeddings", "gpu", "host"]),
         (PreferenceOptions, {"shared_prefix": "on"}, ["--shared_prefix", "auto", "off"]),
         (PreferenceOptions, {"packing": "on"}, ["--packing", "auto", "off"]),
         (PreferenceOptions, {"attention": "eager"}, ["--attention", "varlen", "flex"]),

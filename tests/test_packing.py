@@ -166,16 +166,16 @@ def test_packing_is_fast():
 
 
 class OneTurn:
-    """What a contender sees of the bench: one turn, and its figures."""
+    """What a contender sees of the bench: one turn, and its metrics."""
 
     def __init__(self):
-        self.facts, self.figures = {}, []
+        self.facts, self.metrics = {}, []
 
     def ready(self, facts):
         self.facts = facts
 
-    def answer(self, figures):
-        self.figures.append(figures)
+    def answer(self, metrics):
+        self.metrics.append(metrics)
 
     def __iter__(self):
         yield
@@ -188,7 +188,7 @@ def test_the_bench_of_layers_runs(contender):
     turns = OneTurn()
     layers.contend(case, turns)
     assert turns.facts["peak_mib"] > -1.0
-    assert turns.figures[0]["wall_s"] > 0
+    assert turns.metrics[0]["wall_s"] > 0
 
 
 def test_the_bound_counts_products():

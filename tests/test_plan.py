@@ -57,7 +57,7 @@ def test_json_is_the_plan_and_nothing_else(said):
     assert code == 0
     made = Plan.from_json(json.loads(out))
     assert made.fits
-    assert made.card_bytes == 24 * 2**30
+    assert made.gpu_bytes == 24 * 2**30
     assert made.allocated_bytes <= made.peak_bytes == sum(made.terms.values())
     assert len(made.activation_plan) == 36
 
@@ -69,7 +69,7 @@ def test_exit_code_3_says_what_would_make_it_fit(said):
     assert code == 3
     assert "does not fit" in out
     assert "shorter pairs (--max_length)" in out
-    assert "a card of 8 GiB" in out
+    assert "a GPU of 8 GiB" in out
     out, code = said("--model", "llama-3.1-8b", "--full", "--gpu", "24GB", *SMALL)
     assert code == 3
     assert "4-bit weights (--qlora)" in out
@@ -89,7 +89,7 @@ def test_an_8_bit_optimizer_is_taken_where_nothing_else_fits(said):
 
 def test_auto_explains_that_there_is_no_card(said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"--gpu is auto, but torch sees no CUDA card.*24GiB"):
+    with pytest.raises(ValueError, match=r"--gpu is auto, but torch sees no CUDA GPU.*24GiB"):
         said("--model", "llama-7b")
 
 

@@ -1,4 +1,4 @@
-"""progress/: the figures in a file, and the sentences about curves."""
+"""progress/: the metrics in a file, and the sentences about curves."""
 
 import json
 

@@ -81,7 +81,7 @@ NOT_FOR_A_TEST = {
     "bf16_full_eval", "fp16_full_eval", "load_best_model_at_end", "optim_target_modules",
     "dataloader_prefetch_factor", "project", "mp_parameters", "liger_kernel_config",
 }  # fmt: skip
-"""Several processes, the hub, or a card: refused, or looked at by other tests (bf16, fp16: 4)."""
+"""Several processes, the hub, or a GPU: refused, or looked at by other tests (bf16, fp16: 4)."""
 
 
 def key_of(options, rows=PAIRS, model=None, peft_config=None):

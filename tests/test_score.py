@@ -1,4 +1,4 @@
-"""`python -m fastdpo.score`: the same rows with figures; and it agrees with evaluate."""
+"""`python -m fastdpo.score`: the same rows with metrics; and it agrees with evaluate."""
 
 import json
 import shutil
@@ -102,18 +102,18 @@ def test_agrees_with_plain_transformers_and_with_evaluate(workplace, capsys, kin
         assert found["margin"] == pytest.approx(logratios[0] - logratios[1])
         assert abs(found["margin"]) > 1e-3
     evaluate.main([*argv, "--beta", "0.3", "--num_completions", "0"])
-    figures = json.loads(Path("evaluation.json").read_text())
+    metrics = json.loads(Path("evaluation.json").read_text())
     margins = np.array([scores[i]["margin"] for i in kept])
-    assert figures["pairs"] == len(kept)
-    assert figures["preference"]["rewards_margin"] == pytest.approx(0.3 * margins.mean(), abs=1e-4)
-    assert figures["preference"]["preference_accuracy"] == pytest.approx((margins > 0).mean())
+    assert metrics["pairs"] == len(kept)
+    assert metrics["preference"]["rewards_margin"] == pytest.approx(0.3 * margins.mean(), abs=1e-4)
+    assert metrics["preference"]["preference_accuracy"] == pytest.approx((margins > 0).mean())
     for side in ("chosen", "rejected"):
         for who, prefix in (("policy", ""), ("reference", "ref_")):
             logps = np.array([scores[i][f"{prefix}{side}_logps"] for i in kept])
             tokens = sum(scores[i][f"{side}_tokens"] for i in kept)
-            assert figures[who][f"logps_{side}"] == pytest.approx(logps.mean(), abs=1e-4)
+            assert metrics[who][f"logps_{side}"] == pytest.approx(logps.mean(), abs=1e-4)
             perplexity = np.exp(-logps.sum() / tokens)
-            assert figures[who][f"perplexity_{side}"] == pytest.approx(perplexity, rel=1e-4)
+            assert metrics[who][f"perplexity_{side}"] == pytest.approx(perplexity, rel=1e-4)
 
 
 def test_row_i_is_row_i_with_reasons_and_cuts(workplace):

@@ -1,4 +1,4 @@
-"""Every launch configuration compiles for its card, without spills, inside its shared memory."""
+"""Every launch configuration compiles for its GPU, without spills, inside its shared memory."""
 
 import json
 import os

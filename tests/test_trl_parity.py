@@ -93,18 +93,18 @@ def test_loss_and_gradient_norm_equal_trl(story_model, tmp_path, tuning, accumul
 
 
 def assert_equal_curves(ours, theirs, name, updates):
-    """Train both; the figures of the last update, ours and theirs."""
+    """Train both; the metrics of the last update, ours and theirs."""
     our_curve, their_curve = curve(ours), curve(theirs)
     assert len(our_curve) == len(their_curve) == updates
-    for figure in ("loss", "grad_norm"):
+    for metric in ("loss", "grad_norm"):
         pairs = zip(our_curve, their_curve, strict=True)
-        worst = max(abs(a[figure] - b[figure]) / abs(b[figure]) for a, b in pairs)
-        print(f"{name}: {figure} within {worst:.1e} of TRL's")
-        assert worst <= BOUND, f"{figure} differs by {worst:.1e} relative"
-    for figure in ("logps/chosen", "logps/rejected"):
-        assert our_curve[-1][figure] == pytest.approx(their_curve[-1][figure], rel=1e-5), figure
-    for figure in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
-        assert our_curve[-1][figure] == pytest.approx(their_curve[-1][figure], abs=1e-4), figure
+        worst = max(abs(a[metric] - b[metric]) / abs(b[metric]) for a, b in pairs)
+        print(f"{name}: {metric} within {worst:.1e} of TRL's")
+        assert worst <= BOUND, f"{metric} differs by {worst:.1e} relative"
+    for metric in ("logps/chosen", "logps/rejected"):
+        assert our_curve[-1][metric] == pytest.approx(their_curve[-1][metric], rel=1e-5), metric
+    for metric in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+        assert our_curve[-1][metric] == pytest.approx(their_curve[-1][metric], abs=1e-4), metric
     return our_curve[-1], their_curve[-1]
 
 

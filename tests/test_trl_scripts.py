@@ -151,11 +151,11 @@ def test_the_script_of_trl_runs_with_its_import_changed(run, script, model_folde
     argv = (*COMMON, "--model_name_or_path", model_folder, "--dataset_name", data_folder)
     ours, theirs = run(script, "fastdpo", argv), run(script, "trl", argv)
     assert_same_curve(ours, theirs)
-    figures = [
+    metrics = [
         [line for line in trainer.state.log_history if "eval_loss" in line][-1]
         for trainer in (ours, theirs)
     ]
-    assert figures[0]["eval_loss"] == pytest.approx(figures[1]["eval_loss"], rel=BOUND)
+    assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], rel=BOUND)
     for trainer in (ours, theirs):
         assert (Path(trainer.args.output_dir) / "model.safetensors").exists()
 

@@ -107,18 +107,18 @@ def test_dropout_is_the_same_in_both_passes(trainer_with):
     """The second pass by coefficients repeats the first one's masks, so the margins agree."""
     trainer = trainer_with(dropout=0.5, loss_type="aot")
     seen = []
-    real = update_room._StepAttempt._figures
+    real = update_room._StepAttempt._metrics
 
-    def figures(self, micro_batch, rows, outputs):
+    def metrics(self, micro_batch, rows, outputs):
         found = real(self, micro_batch, rows, outputs)
         seen.append(found[0]["logps"].detach().clone())
         return found
 
-    update_room._StepAttempt._figures = figures
+    update_room._StepAttempt._metrics = metrics
     try:
         updated(trainer, micro_batch_tokens=128)
     finally:
-        update_room._StepAttempt._figures = real
+        update_room._StepAttempt._metrics = real
     half = len(seen) // 2
     assert half > 1
     assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))

@@ -1,7 +1,7 @@
-"""Compiles every launch configuration for every card without a GPU; prints one JSON line each.
+"""Compiles every launch configuration for every GPU without a GPU; prints one JSON line each.
 
 Run in a process without TRITON_INTERPRET: python tests/triton_compile.py [--one]. With --one only
-the training kernels in bf16, for every card.
+the training kernels in bf16, for every GPU.
 """
 
 import json

@@ -56,7 +56,7 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
 def shared_prefix_length(group: PromptGroup) -> int:
     """Input tokens that all rows of the group share.
 
-    A row's last token is never an input (nothing is predicted from it), so the trunk ends before
+    A row's last token is never an input (nothing is predicted from it), so the prefix ends before
     the end of the shortest row; it always holds the whole prompt.
     """
     first = group.completions[0]

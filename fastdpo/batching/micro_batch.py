@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one group lies in the row: its trunk from `start`, then its branches, one by one."""
+    """Where one group lies in the row: its prefix from `start`, then its suffixes, one by one."""
 
     start: int
     prefix_tokens: int
@@ -30,7 +30,7 @@ class MicroBatch:
 
     input_ids: Tensor  # (R, L) int64
     position_ids: Tensor  # (R, L) int64
-    segments: tuple[Segment, ...]  # of a packed row, the filler last, without a branch; or none
+    segments: tuple[Segment, ...]  # of a packed row, the filler last, without a suffix; or none
     scored_positions: Tensor  # (N,) int64 into the R * L: the states that predict a completion
     target_ids: Tensor  # (N,) int64
     token_index: Tensor  # (M,) int64 into the N: completion by completion, tokens in order

@@ -1,12 +1,12 @@
 """Pairs to packed micro-batches: every prompt token once, no padding between sequences.
 
 A group is one prompt with k completions. Its rows prompt + completion share their longest common
-token prefix, the trunk, which is computed once; what remains of each row is a branch that attends
-to the trunk and to itself. A micro-batch is one row of at most T tokens: groups one after another,
-each as [trunk | branch 1 | ... | branch k], and a filler segment that nothing reads.
+token prefix, the prefix, which is computed once; what remains of each row is a suffix that attends
+to the prefix and to itself. A micro-batch is one row of at most T tokens: groups one after another,
+each as [prefix | suffix 1 | ... | suffix k], and a filler segment that nothing reads.
 
     tokens       the  cat  sat  .   | ran  off  .   | the  dog ...
-                 `--- trunk ---'`- branch 1 -'`- branch 2 -'`- next group ...
+                 `--- prefix ---'`- suffix 1 -'`- suffix 2 -'`- next group ...
     positions     0    1    2   3     4   5    3   4  5      0    1
 
 Unpacked, for models in which neighbours in a row would mix, a micro-batch is a batch of rows, one
@@ -220,7 +220,7 @@ class _Row:
         self.filled = 0
 
     def append(self, group: PromptGroup) -> None:
-        """Lay one group: its trunk, then its branches."""
+        """Lay one group: its prefix, then its suffixes."""
         prefix, prompt = shared_prefix_length(group), len(group.prompt_ids)
         rows = _rows(group)
         start = self.filled

@@ -45,7 +45,7 @@ class ModelConfig:
     model_revision: str = option("main", "Branch, tag or commit on the hub.")
     dtype: str | None = option(
         "float32",
-        "Precision of the loaded weights; auto is bfloat16 on a CUDA card that supports it, else "
+        "Precision of the loaded weights; auto is bfloat16 on a CUDA GPU that supports it, else "
         "float32.",
         choices=list(DTYPES),
     )

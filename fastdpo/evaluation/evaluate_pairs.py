@@ -66,7 +66,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of `python -m fastdpo.evaluate`."""
+    """The metrics of `python -m fastdpo.evaluate`."""
 
     pairs: int
     beta: float
@@ -82,7 +82,7 @@ class Evaluation:
         return asdict(self)
 
     def describe(self) -> str:
-        """The figures side by side, then the completions."""
+        """The metrics side by side, then the completions."""
         rows = [
             (name.replace("_", " "), f"{reference:.4f}", f"{policy:.4f}")
             for (name, reference), policy in zip(
@@ -117,7 +117,7 @@ def evaluate_scored(
     completions: Sequence[Completion] = (),
     sources: Sequence[Any] = (),
 ) -> Evaluation:
-    """Figures from the log-probs of the same n pairs under both models.
+    """Metrics from the log-probs of the same n pairs under both models.
 
     Args:
         policy: log-probs and scored tokens under the policy.
@@ -141,8 +141,8 @@ def evaluate_scored(
         pairs=len(margins),
         beta=beta,
         loss_type=loss_type,
-        reference=_logprob_figures(reference),
-        policy=_logprob_figures(policy),
+        reference=_logprob_metrics(reference),
+        policy=_logprob_metrics(policy),
         preference=PreferenceFigures(
             loss=float(loss),
             preference_accuracy=preference_accuracy(margins),
@@ -225,7 +225,7 @@ def _metrics_by_slice(
     )
 
 
-def _logprob_figures(scored: ScoredPairs) -> LogprobFigures:
+def _logprob_metrics(scored: ScoredPairs) -> LogprobFigures:
     logps, tokens = scored.logps, scored.tokens
     perplexities = [math.exp(min(-logps[:, s].sum() / tokens[:, s].sum(), 700.0)) for s in (0, 1)]
     return LogprobFigures(

@@ -49,7 +49,7 @@ class Score:
         margin: chosen - rejected log-ratio, nats; beta x margin is the difference of the rewards.
         prompt_tokens, chosen_tokens, rejected_tokens: after truncation.
         truncated_prompt, truncated_chosen, truncated_rejected: whether it was cut to fit.
-        dropped: why the row has no figures.
+        dropped: why the row has no metrics.
     """
 
     chosen_logps: float | None = None
@@ -100,12 +100,12 @@ class ScoredRows:
             yield self._score(at[row]) if row in at else Score(dropped=self._reason(row))
 
     def describe(self) -> str:
-        """A few figures for the screen."""
+        """A few metrics for the screen."""
         logratios = self.policy.logps - self.reference.logps
         margins = torch.from_numpy(logratios[:, 0] - logratios[:, 1])
         rows = [
             ("rows", f"{len(self.rows):,}"),
-            ("pairs with figures", f"{len(self.pairs):,}"),
+            ("pairs with metrics", f"{len(self.pairs):,}"),
             ("preference accuracy", f"{preference_accuracy(margins):.4f}"),
             ("mean margin, nats", f"{float(margins.mean()):.4f}"),
         ]
@@ -152,7 +152,7 @@ def check_rows(rows: Rows, pairs: PairDataset, path: Path, *, prefix: str = "") 
     """
     if len({pair.row for pair in pairs}) < len(pairs):
         raise ValueError(
-            f"{rows.source} gives several pairs a row, and a row has room for the figures of one: "
+            f"{rows.source} gives several pairs a row, and a row has room for the metrics of one: "
             "leave --rated_pairs all out, or write the pairs into a file of their own."
         )
     names = [prefix + name for name in COLUMNS]

@@ -1,6 +1,6 @@
 """What each decoder layer leaves for the backward: everything, its input, or its input on the host.
 
-A layer is kept whole (fastest), recomputed from its input on the card, or recomputed from its input
+A layer is kept whole (fastest), recomputed from its input on the GPU, or recomputed from its input
 in pinned host memory. The gradients are the same bit for bit. It hangs on the per-layer hook of
 transformers' `GradientCheckpointingLayer`, so no forward is replaced; as there, a layer outside
 train mode is kept whole.
@@ -124,11 +124,11 @@ class ActivationOffloader:
 
 
 class OffloadedActivation:
-    """One layer's input in host memory; on its way there and back it is on the card too.
+    """One layer's input in host memory; on its way there and back it is on the GPU too.
 
-    The copies run on a stream of their own. On the way out the card's tensor is held until the next
+    The copies run on a stream of their own. On the way out the GPU's tensor is held until the next
     layer's input leaves; the way back begins when the backward of the layer above does. So of all
-    offloaded layers two inputs lie on the card.
+    offloaded layers two inputs lie on the GPU.
 
     Args:
         layer: its index.
@@ -142,7 +142,7 @@ class OffloadedActivation:
         self.layer = layer
         self._before = before
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
-        self._on_card: Tensor | None = tensor
+        self._on_gpu: Tensor | None = tensor
         self._copied: Any = None  # the CUDA event after the copy under way
         sizes = [PAGE_BYTES] * (tensor.nbytes // PAGE_BYTES) + [tensor.nbytes % PAGE_BYTES]
         self._pages = [
@@ -152,24 +152,24 @@ class OffloadedActivation:
         ]
         self._copied = self._copy(to_host=True)
         if not tensor.is_cuda:
-            self._on_card = None
+            self._on_gpu = None
 
     def release_gpu(self) -> None:
-        """Give the card's memory back, to work that comes after the copy."""
+        """Give the GPU's memory back, to work that comes after the copy."""
         self._wait()
-        self._on_card = None
+        self._on_gpu = None
 
     def fetch(self) -> None:
-        """Begin the copy back to the card."""
-        if self._on_card is None:
-            self._on_card = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        """Begin the copy back to the GPU."""
+        if self._on_gpu is None:
+            self._on_gpu = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._copied = self._copy(to_host=False)
 
     def load(self) -> Tensor:
-        """The input on the card; the one that the backward wants next is sent for."""
+        """The input on the GPU; the one that the backward wants next is sent for."""
         self.fetch()
         self._wait()
-        tensor, self._on_card = self._on_card, None
+        tensor, self._on_gpu = self._on_gpu, None
         assert tensor is not None, "fetched above"
         before = None if self._before is None else self._before()
         if before is not None and tensor.is_cuda:
@@ -177,17 +177,17 @@ class OffloadedActivation:
         return tensor
 
     def __del__(self) -> None:
-        # A backward that broke off: nothing may use the card's memory before the copy has ended.
+        # A backward that broke off: nothing may use the GPU's memory before the copy has ended.
         self._wait()
 
     def _wait(self) -> None:
-        if self._on_card is not None and self._copied is not None:
+        if self._on_gpu is not None and self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def _copy(self, to_host: bool) -> Any:
         """Copy page by page, on CUDA beside the computation; what to wait for."""
-        assert self._on_card is not None, "one end of the copy"
-        parts = self._on_card.view(-1).view(torch.uint8).split(PAGE_BYTES)
+        assert self._on_gpu is not None, "one end of the copy"
+        parts = self._on_gpu.view(-1).view(torch.uint8).split(PAGE_BYTES)
         stream = _copy_stream(self._device) if self._device.type == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(self._device))

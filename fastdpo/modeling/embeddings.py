@@ -1,4 +1,4 @@
-"""Embedding rows served from host memory: a frozen table that the card needs a few rows of."""
+"""Embedding rows served from host memory: a frozen table that the GPU needs a few rows of."""
 
 import logging
 from typing import Any
@@ -15,7 +15,7 @@ class HostEmbedding(nn.Embedding):
     """A frozen embedding whose table lies in host memory, pinned where there is CUDA.
 
     Rows are gathered there and sent to the ids' device, so the numbers are those of the table on
-    the card. The table is no parameter any more (it says nothing about where the model computes,
+    the GPU. The table is no parameter any more (it says nothing about where the model computes,
     and `.to(device)` must not move it back), but keeps its name and place in the state dict.
     """
 
@@ -43,8 +43,8 @@ def embeddings_to_host(model: nn.Module) -> int:
         model: a causal LM or a PeftModel on it.
 
     Returns:
-        Bytes that the card no longer holds; 0 where the model cannot do it, with a warning: the
-        head shares the table (then it must lie on the card), it is trained, or it is no plain
+        Bytes that the GPU no longer holds; 0 where the model cannot do it, with a warning: the
+        head shares the table (then it must lie on the GPU), it is trained, or it is no plain
         `nn.Embedding`.
     """
     causal_lm = unwrap_model(model)
@@ -52,7 +52,7 @@ def embeddings_to_host(model: nn.Module) -> int:
     if type(table) is HostEmbedding:
         return 0
     if reason := _why_not(table, causal_lm.get_output_embeddings()):
-        logger.warning("The embedding rows stay on the card: %s.", reason)
+        logger.warning("The embedding rows stay on the GPU: %s.", reason)
         return 0
     weight = table.weight.detach()
     del table.weight

@@ -23,7 +23,7 @@ class PackedLogprobs:
 
     logps: Tensor  # (C,) float64, nats, summed over each completion's tokens
     token_logps: Tensor  # (M,) float32, nats; completion by completion, tokens in order
-    extras: dict[str, Tensor]  # (M,) figures without gradient, by the names asked for
+    extras: dict[str, Tensor]  # (M,) metrics without gradient, by the names asked for
     aux_loss: Tensor | None = None  # () float32, of the routers over real tokens, when asked for
 
 
@@ -40,7 +40,7 @@ def packed_logprobs(
         model: a causal LM or a PeftModel on it; for packed rows inside `packed_attention` of its
             config. Padded rows run with whatever attends.
         micro_batch: on the model's device.
-        outputs: extra per-token figures, as `linear_logprobs` names them.
+        outputs: extra per-token metrics, as `linear_logprobs` names them.
         aux_loss: also give the load-balancing loss of the model's routers.
 
     Returns:
@@ -63,13 +63,13 @@ def packed_logprobs(
         outputs=outputs,
     )
     per_state = scored._asdict() if isinstance(scored, LinearLogprobs) else {"token_logps": scored}
-    figures = {
-        name: figure[micro_batch.token_index]
-        for name, figure in per_state.items()
-        if figure is not None
+    metrics = {
+        name: metric[micro_batch.token_index]
+        for name, metric in per_state.items()
+        if metric is not None
     }
-    token_logps = figures.pop("token_logps")
-    return PackedLogprobs(completion_sums(token_logps, micro_batch), token_logps, figures, aux)
+    token_logps = metrics.pop("token_logps")
+    return PackedLogprobs(completion_sums(token_logps, micro_batch), token_logps, metrics, aux)
 
 
 def _last_states(
@@ -117,7 +117,7 @@ def _aux_loss(found: Any, config: PreTrainedConfig, micro_batch: MicroBatch) -> 
 
 
 def completion_sums(per_token: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """Sum (M,) per-token figures over each completion: (C,) float64, in token order."""
+    """Sum (M,) per-token metrics over each completion: (C,) float64, in token order."""
     return torch.segment_reduce(
         per_token.double(), "sum", lengths=micro_batch.completion_tokens, unsafe=True
     )

@@ -50,14 +50,14 @@ def score_pairs(
 ) -> ScoredPairs:
     """`score_groups`, collected. Takes its options."""
     scored = sorted(score_groups(model, groups, outputs=outputs, **options), key=lambda s: s.index)
-    figures = {
+    metrics = {
         name: torch.from_numpy(np.concatenate([part for s in scored for part in s.extras[name]]))
         for name in outputs
     }
     tokens = np.array([[len(part) for part in s.token_logps] for s in scored], dtype=np.int64)
     token_logps = np.concatenate([part for s in scored for part in s.token_logps])
     logps = np.stack([s.logps for s in scored])
-    return ScoredPairs(logps, tokens, torch.from_numpy(token_logps), figures)
+    return ScoredPairs(logps, tokens, torch.from_numpy(token_logps), metrics)
 
 
 def score_groups(
@@ -78,7 +78,7 @@ def score_groups(
         model: a causal LM or a PeftModel on it; adapters as the caller has set them.
         groups: what to score; their `ref_logps` are not looked at.
         micro_batch_tokens: T, the most tokens of a micro-batch; a longer group raises it.
-        outputs: extra per-token figures, as `linear_logprobs` names them.
+        outputs: extra per-token metrics, as `linear_logprobs` names them.
         mode: how pairs run through the model; None chooses.
         description: shown beside a progress bar; None shows none.
 
@@ -181,13 +181,13 @@ def _split(
     ends = np.cumsum(micro_batch.completion_tokens.cpu().numpy())[:-1]
     tokens = np.split(logprobs.token_logps.float().cpu().numpy(), ends)
     extras = {
-        name: np.split(figure.cpu().numpy(), ends) for name, figure in logprobs.extras.items()
+        name: np.split(metric.cpu().numpy(), ends) for name, metric in logprobs.extras.items()
     }
     found = []
     first = 0
     for index, group in tried:
         rows = slice(first, first + len(group.completions))
-        own = {name: tuple(figure[rows]) for name, figure in extras.items()}
+        own = {name: tuple(metric[rows]) for name, metric in extras.items()}
         found.append(ScoredGroup(index, logps[rows], tuple(tokens[rows]), own))
         first = rows.stop
     return found

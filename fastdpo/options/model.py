@@ -32,7 +32,7 @@ class ModelOptions:
     model_revision: str = option("main", "Branch, tag or commit on the hub; a commit never moves.")
     dtype: str = option(
         "auto",
-        "Precision of the frozen weights; auto is bfloat16 on a CUDA card that supports it, "
+        "Precision of the frozen weights; auto is bfloat16 on a CUDA GPU that supports it, "
         "else float32.",
         choices=list(DTYPES),
     )

@@ -10,7 +10,7 @@ PACKING_MODES = ("auto", "off")
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
 NONFINITE_MODES = ("stop", "skip")
 ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
-EMBEDDING_PLACES = ("auto", "card", "host")
+EMBEDDING_PLACES = ("auto", "gpu", "host")
 
 
 @dataclass
@@ -27,7 +27,7 @@ class BatchingOptions:
     activations: str = option(
         "auto",
         "What each layer leaves for the backward: keep everything (fastest), recompute from its "
-        "input, or offload that input to host memory. auto: layer by layer as the card has room.",
+        "input, or offload that input to host memory. auto: layer by layer as the GPU has room.",
         choices=list(ACTIVATION_MODES),
     )
     mlp_tile_tokens: int | None = option(
@@ -37,8 +37,8 @@ class BatchingOptions:
     )
     embeddings: str = option(
         "auto",
-        "Where the embedding rows lie: card, or host, which frees as much as the table is large "
-        "where it is frozen and not shared with the head. auto: host where the card is full.",
+        "Where the embedding rows lie: GPU, or host, which frees as much as the table is large "
+        "where it is frozen and not shared with the head. auto: host where the GPU is full.",
         choices=list(EMBEDDING_PLACES),
     )
     shared_prefix: str = option(

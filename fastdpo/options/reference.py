@@ -35,7 +35,7 @@ class ReferenceOptions:
     )
     ref_versions: str = option(
         "warn",
-        "Stored reference log-probs that other library versions or another card computed: warn "
+        "Stored reference log-probs that other library versions or another GPU computed: warn "
         "uses them, as they differ in rounding alone, and says so; strict computes them again.",
         choices=list(REF_VERSIONS_MODES),
     )

@@ -68,7 +68,7 @@ REMOVED_OPTIONS = {
     "no_cuda": "use use_cpu.",
     "no_remove_unused_columns": "columns are never removed; leave it out.",
     "no_gradient_checkpointing": "use gradient_checkpointing false.",
-    "tpu_num_cores": "fastdpo runs on one CUDA card or the CPU; leave it out.",
+    "tpu_num_cores": "fastdpo runs on one CUDA GPU or the CPU; leave it out.",
 }
 
 

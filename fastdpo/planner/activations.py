@@ -15,7 +15,7 @@ KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
 """What a layer leaves for its backward: everything, its input, or its input in host memory."""
 
 OFFLOADED_ON_CARD = 2
-"""Inputs of offloaded layers that lie on the card at a time: one in use, one on its way."""
+"""Inputs of offloaded layers that lie on the GPU at a time: one in use, one on its way."""
 
 NORM_TEMPORARIES = 5
 """Tensors of (T, H) in fp32 that the backward of a norm holds besides what was saved."""
@@ -28,7 +28,7 @@ class Row:
     Attributes:
         tokens: T.
         scored_tokens: N.
-        repeated_tokens: trunk tokens that lie among the keys once more, for the completions after
+        repeated_tokens: prefix tokens that lie among the keys once more, for the completions after
             the first.
         further_tokens: tokens of the completions after the first.
         mask_entries: queries times keys of those completions, of masks that "sdpa" saves.

@@ -9,7 +9,7 @@ from fastdpo.planner.terms import GIB, Training, binary_size
 def notes_on(plan: Plan, architecture: Architecture, training: Training) -> tuple[str, ...]:
     """Sentences, the most important first."""
     notes = []
-    if plan.peak_bytes > plan.card_bytes:
+    if plan.peak_bytes > plan.gpu_bytes:
         notes.append(_missing(plan, architecture, training))
     elif plan.pinned_host_bytes > plan.host_bytes:
         notes.append(
@@ -38,10 +38,10 @@ def _missing(plan: Plan, architecture: Architecture, training: Training) -> str:
         remedies.append("an 8-bit optimizer (--optim adamw_8bit)")
     larger = next((size for size in SIZES_GIB if size * GIB >= plan.peak_bytes), None)
     remedies.append(
-        f"a card of {larger} GiB" if larger else f"a card above {SIZES_GIB[-1]} GiB or less model"
+        f"a GPU of {larger} GiB" if larger else f"a GPU above {SIZES_GIB[-1]} GiB or less model"
     )
     return (
         f"{architecture.name} does not fit: with every means it needs "
-        f"{binary_size(plan.peak_bytes)} of {binary_size(plan.card_bytes)}; the largest term is "
+        f"{binary_size(plan.peak_bytes)} of {binary_size(plan.gpu_bytes)}; the largest term is "
         f"{name} with {binary_size(plan.terms[name])}. What helps: {', '.join(remedies)}."
     )

@@ -31,7 +31,7 @@ def plan_for_run(
     repeated_tokens: int = 0,
     longest_row_tokens: int | None = None,
     attention: str | None = None,
-    card: GPUSpec | None = None,
+    gpu: GPUSpec | None = None,
     host_bytes: int | None = None,
 ) -> Plan | None:
     """Plan a run before its first update.
@@ -42,26 +42,26 @@ def plan_for_run(
         group_tokens: of every training pair, what its rows share counted once.
         pairs_per_update: B.
         scored_tokens: of all pairs.
-        repeated_tokens: trunk tokens of all pairs that lie among the keys a second time.
+        repeated_tokens: prefix tokens of all pairs that lie among the keys a second time.
         longest_row_tokens: of the longest single row, prompt and completion. Where the longest
             pair does not fit, the plan is for rows of at most this, and its T says which pairs are
             to be split into their completions.
         attention: what attends, as in `Training`; None: flash kernels where they run.
-        card: to plan for; None: the CUDA device, with what is free on it now and what the model
+        GPU: to plan for; None: the CUDA device, with what is free on it now and what the model
             holds already; of what else this process holds (a reference model), nothing.
         host_bytes: most pinned memory; None: a share of what the host has free.
 
     Returns:
-        The plan, which may not fit, or None on a CPU: there is no card to fill.
+        The plan, which may not fit, or None on a CPU: there is no GPU to fill.
 
     Raises:
         ValueError: the model has no stack of decoder layers.
     """
-    if card is None:
+    if gpu is None:
         if next(model.parameters()).device.type != "cuda":
             return None
-        card = current_gpu()
-        card = replace(card, memory_bytes=card.memory_bytes - other_allocations(model))
+        gpu = current_gpu()
+        gpu = replace(gpu, memory_bytes=gpu.memory_bytes - other_allocations(model))
     architecture = architecture_of(model, _name_of(model))
     training = training_of(model, config.optim, attention)
     total = sum(group_tokens)
@@ -76,7 +76,7 @@ def plan_for_run(
         return plan(
             architecture,
             training,
-            card,
+            gpu,
             replace(workload, longest_group_tokens=longest_tokens),
             host_bytes=pinnable_host_bytes() if host_bytes is None else host_bytes,
             micro_batch_tokens=config.micro_batch_tokens,
@@ -120,7 +120,7 @@ def training_of(model: nn.Module, optimizer: str, attention: str | None = None) 
 
 
 def other_allocations(model: nn.Module) -> int:
-    """Bytes that this process holds on the card beside what a plan of the model counts.
+    """Bytes that this process holds on the GPU beside what a plan of the model counts.
 
     A frozen adapter, the reference's, is none of that.
     """

@@ -1,4 +1,4 @@
-"""Cards by size and by name: what they hold, how fast they compute and copy."""
+"""GPUs by size and by name: what they hold, how fast they compute and copy."""
 
 import re
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ products included. With it every speed that a plan states is an estimate, not a 
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """A card, as data sheets give it.
+    """A GPU, as data sheets give it.
 
     Attributes:
-        name: of the card, or of the one that its size stands for.
+        name: of the GPU, or of the one that its size stands for.
         memory_bytes: that a run may use, CUDA's own context included.
         tflops: dense bfloat16 products with fp32 sums.
         gb_per_s: of its own memory.
@@ -58,9 +58,9 @@ _OF_SIZE = {
 
 
 def gpu_spec(text: str) -> GPUSpec:
-    """The card of a size ("24GiB", "24GB", "24") or of a name ("RTX 4090", "rtx-4090").
+    """The GPU of a size ("24GiB", "24GB", "24") or of a name ("RTX 4090", "rtx-4090").
 
-    A card sold as 24 GB holds 24 GiB. A size stands for the rates of a usual card of that size, or
+    A GPU sold as 24 GB holds 24 GiB. A size stands for the rates of a usual GPU of that size, or
     of the next smaller one.
 
     Raises:
@@ -70,24 +70,24 @@ def gpu_spec(text: str) -> GPUSpec:
     if size and float(size[1]) > 0:
         return gpu_spec_of_bytes(int(float(size[1]) * GIB))
     wanted = _plain(text)
-    for card in KNOWN:
-        if wanted and wanted == _plain(card.name):
-            return card
+    for gpu in KNOWN:
+        if wanted and wanted == _plain(gpu.name):
+            return gpu
     raise ValueError(
         f"--gpu is {text!r}; it must be auto, a size such as 24GiB, or one of "
-        f"{', '.join(card.name for card in KNOWN)}."
+        f"{', '.join(gpu.name for gpu in KNOWN)}."
     )
 
 
 def gpu_spec_of_bytes(memory_bytes: int, name: str | None = None) -> GPUSpec:
-    """A card of this size, with the rates of the one that CUDA names so or of a usual one."""
-    longest_first = sorted(KNOWN, key=lambda card: -len(card.name))
-    for card in longest_first:
-        if name and _plain(card.name) in _plain(name):
-            return GPUSpec(name, memory_bytes, card.tflops, card.gb_per_s)
+    """A GPU of this size, with the rates of the one that CUDA names so or of a usual one."""
+    longest_first = sorted(KNOWN, key=lambda gpu: -len(gpu.name))
+    for gpu in longest_first:
+        if name and _plain(gpu.name) in _plain(name):
+            return GPUSpec(name, memory_bytes, gpu.tflops, gpu.gb_per_s)
     gib = memory_bytes / GIB
     usual = _OF_SIZE[max((size for size in _OF_SIZE if size <= gib), default=min(_OF_SIZE))]
-    like = next(card for card in KNOWN if card.name == usual)
+    like = next(gpu for gpu in KNOWN if gpu.name == usual)
     stands = f"{gib:.4g} GiB, rates of an {usual}" if name is None else name
     return GPUSpec(stands, memory_bytes, like.tflops, like.gb_per_s)
 
@@ -102,7 +102,7 @@ def current_gpu() -> GPUSpec:
 
     if not torch.cuda.is_available():
         raise ValueError(
-            "--gpu is auto, but torch sees no CUDA card here: pass the size of the card that you "
+            "--gpu is auto, but torch sees no CUDA GPU here: pass the size of the GPU that you "
             "plan for, for example --gpu 24GiB."
         )
     free, total = torch.cuda.mem_get_info()  # the context is made by this call, if it was not there

@@ -22,14 +22,14 @@ class Plan:
         embeddings_on_host: whether the embedding rows are served from pinned host memory.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
         norm_tile_tokens: likewise of the norms.
-        optimizer: `--optim` that the figures are for.
+        optimizer: `--optim` that the metrics are for.
         terms: bytes at the highest moment, by term.
         moments: bytes at every moment that may be the highest, by name.
         pinned_host_bytes: of layer inputs and embeddings.
         allocated_bytes: predicted peak of torch.cuda.max_memory_allocated().
-        peak_bytes: that with the allocator's gaps and CUDA's context: what the card must have.
-        card_bytes: what it has.
-        tokens_per_second: estimated from the card's data sheet, or None without one.
+        peak_bytes: that with the allocator's gaps and CUDA's context: what the GPU must have.
+        gpu_bytes: what it has.
+        tokens_per_second: estimated from the GPU's data sheet, or None without one.
         notes: what the reader should know: assumptions, and what would make it fit.
         routes: kernel routes of the run, by name; set by the trainer.
     """
@@ -45,7 +45,7 @@ class Plan:
     pinned_host_bytes: int
     allocated_bytes: int
     peak_bytes: int
-    card_bytes: int
+    gpu_bytes: int
     host_bytes: int
     tokens_per_second: float | None = None
     notes: tuple[str, ...] = ()
@@ -53,8 +53,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether card and host have what it takes."""
-        return self.peak_bytes <= self.card_bytes and self.pinned_host_bytes <= self.host_bytes
+        """Whether GPU and host have what it takes."""
+        return self.peak_bytes <= self.gpu_bytes and self.pinned_host_bytes <= self.host_bytes
 
     @property
     def policy_counts(self) -> dict[str, int]:
@@ -65,7 +65,7 @@ class Plan:
         """A few lines for the log."""
         layers = ", ".join(f"{count} {what}" for what, count in self.policy_counts.items())
         lines = [
-            f"Memory plan: {binary_size(self.peak_bytes)} of {binary_size(self.card_bytes)}, "
+            f"Memory plan: {binary_size(self.peak_bytes)} of {binary_size(self.gpu_bytes)}, "
             f"micro-batches of up to {self.micro_batch_tokens:,} tokens; layers: {layers}."
         ]
         largest = sorted(self.terms.items(), key=lambda term: -term[1])[:4]

@@ -1,4 +1,4 @@
-"""From an architecture and a card to a plan: T, what each layer leaves, what goes to the host.
+"""From an architecture and a GPU to a plan: T, what each layer leaves, what goes to the host.
 
 Recomputing less is the cheapest speed there is, so as many of the last layers are kept whole as
 fit: their backward comes first, and each is gone when the one below it begins. The first kept
@@ -55,7 +55,7 @@ class Workload:
         longest_group_tokens: tokens of the longest pair, what its rows share counted once.
         update_tokens: tokens of an update; a micro-batch of more gains nothing.
         scored_share: scored tokens over all tokens.
-        repeated_share: trunk tokens over all tokens, of groups with a second completion.
+        repeated_share: prefix tokens over all tokens, of groups with a second completion.
     """
 
     longest_group_tokens: int
@@ -120,7 +120,7 @@ class MemoryLayout:
 
     @cached_property
     def resident(self) -> dict[str, int]:
-        """What lies on the card all the time."""
+        """What lies on the GPU all the time."""
         training = replace(self.training, optimizer=self.means.optimizer)
         return resident_bytes(
             self.architecture, training, embeddings_on_host=self.means.embeddings_on_host
@@ -207,7 +207,7 @@ class MemoryLayout:
         return embeddings + host_bytes_of(policy, self.layer.input)
 
     def policies(self) -> Iterator[tuple[str, ...]]:
-        """From the fastest to the most frugal: fewer kept, then fewer inputs on the card."""
+        """From the fastest to the most frugal: fewer kept, then fewer inputs on the GPU."""
         layers = self.architecture.layers
         if not self.recompute:
             yield (KEEP,) * layers
@@ -218,16 +218,16 @@ class MemoryLayout:
             yield (OFFLOAD,) * offloaded + (RECOMPUTE,) * (layers - offloaded)
 
     def best_policy(self, allocatable: int, host_bytes: int) -> tuple[str, ...] | None:
-        """The fastest policy within the card's and the host's bytes, or None."""
+        """The fastest policy within the GPU's and the host's bytes, or None."""
         for policy in self.policies():
             if self.peak(policy) <= allocatable and self.pinned(policy) <= host_bytes:
                 return policy
         return None
 
 
-def allocatable_bytes(card_bytes: int) -> int:
-    """What tensors may take of a card: less CUDA's context, less the allocator's gaps."""
-    return int((card_bytes - CONTEXT_BYTES) / (1 + SLACK_SHARE))
+def allocatable_bytes(gpu_bytes: int) -> int:
+    """What tensors may take of a GPU: less CUDA's context, less the allocator's gaps."""
+    return int((gpu_bytes - CONTEXT_BYTES) / (1 + SLACK_SHARE))
 
 
 def strategies(
@@ -248,7 +248,7 @@ def strategies(
 def plan(
     architecture: Architecture,
     training: Training,
-    card: GPUSpec,
+    gpu: GPUSpec,
     workload: Workload,
     *,
     host_bytes: int,
@@ -256,7 +256,7 @@ def plan(
     change_optimizer: bool = False,
     recompute: bool = True,
 ) -> Plan:
-    """Choose T, the layers' policy and further means so that the card is nearly full.
+    """Choose T, the layers' policy and further means so that the GPU is nearly full.
 
     Of all ways that fit the fastest by estimate is taken; a means that is not needed is taken only
     where it gains 2 %. Where nothing fits, the plan is the most frugal one and says what is
@@ -265,7 +265,7 @@ def plan(
     Args:
         architecture: of the model.
         training: what is trained.
-        card: where; `memory_bytes` includes what CUDA's context takes.
+        GPU: where; `memory_bytes` includes what CUDA's context takes.
         workload: what the micro-batches are filled with.
         host_bytes: most pinned host memory.
         micro_batch_tokens: T if the user chose it; a longer group raises it.
@@ -277,7 +277,7 @@ def plan(
     lengths = workload.lengths()
     if micro_batch_tokens is not None:
         lengths = [_rounded(max(micro_batch_tokens, workload.longest_group_tokens))]
-    allocatable = allocatable_bytes(card.memory_bytes)
+    allocatable = allocatable_bytes(gpu.memory_bytes)
     best: tuple[float, MemoryLayout, tuple[str, ...]] | None = None
     layout = None
     for means in strategies(architecture, training, change_optimizer=change_optimizer):
@@ -288,25 +288,25 @@ def plan(
             policy = layout.best_policy(allocatable, host_bytes)
             if policy is None:
                 continue
-            per_token = _seconds(layout, policy, card, workload) / tokens
+            per_token = _seconds(layout, policy, gpu, workload) / tokens
             same = best is not None and best[1].means == means
             if best is None or per_token * (1.0 if same else MIN_SPEEDUP) < best[0]:
                 best = (per_token, layout, policy)
     if best is None:
         assert layout is not None, "there is a length and a means"
         *_, smallest = layout.policies()
-        return _finished(layout, smallest, card, workload, host_bytes)
-    return _finished(best[1], best[2], card, workload, host_bytes)
+        return _finished(layout, smallest, gpu, workload, host_bytes)
+    return _finished(best[1], best[2], gpu, workload, host_bytes)
 
 
 def _seconds(
-    layout: MemoryLayout, policy: tuple[str, ...], card: GPUSpec, workload: Workload
+    layout: MemoryLayout, policy: tuple[str, ...], gpu: GPUSpec, workload: Workload
 ) -> float:
     return update_seconds(
         layout.architecture,
         layout.training,
         layout.row,
-        card,
+        gpu,
         policy=policy,
         input_bytes=layout.layer.input,
         group_tokens=workload.longest_group_tokens,
@@ -317,7 +317,7 @@ def _seconds(
 def _finished(
     layout: MemoryLayout,
     policy: tuple[str, ...],
-    card: GPUSpec,
+    gpu: GPUSpec,
     workload: Workload,
     host_bytes: int,
 ) -> Plan:
@@ -338,9 +338,9 @@ def _finished(
         pinned_host_bytes=layout.pinned(policy),
         allocated_bytes=allocated,
         peak_bytes=allocated + gaps + CONTEXT_BYTES,
-        card_bytes=card.memory_bytes,
+        gpu_bytes=gpu.memory_bytes,
         host_bytes=host_bytes,
-        tokens_per_second=layout.row.tokens / _seconds(layout, policy, card, workload),
+        tokens_per_second=layout.row.tokens / _seconds(layout, policy, gpu, workload),
     )
     return replace(made, notes=notes_on(made, layout.architecture, layout.training))
 
@@ -348,7 +348,7 @@ def _finished(
 def longest_pair(
     architecture: Architecture,
     training: Training,
-    card: GPUSpec,
+    gpu: GPUSpec,
     *,
     host_bytes: int,
     change_optimizer: bool = True,
@@ -363,7 +363,7 @@ def longest_pair(
         tokens = steps * ROUNDING_TOKENS
         workload = Workload(tokens, tokens)
         made = plan(
-            architecture, training, card, workload, host_bytes=host_bytes,
+            architecture, training, gpu, workload, host_bytes=host_bytes,
             change_optimizer=change_optimizer,
         )  # fmt: skip
         return made if made.fits else None

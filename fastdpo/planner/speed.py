@@ -42,7 +42,7 @@ def update_seconds(
     architecture: Architecture,
     training: Training,
     row: Row,
-    card: GPUSpec,
+    gpu: GPUSpec,
     *,
     policy: Sequence[str],
     input_bytes: int,
@@ -51,7 +51,7 @@ def update_seconds(
 ) -> float:
     """Seconds of forward and backward of one micro-batch.
 
-    Products at `EFFICIENCY` of the card's dense rate, dequantization at its memory's (tile by tile
+    Products at `EFFICIENCY` of the GPU's dense rate, dequantization at its memory's (tile by tile
     where MLPs are tiled), and offloading where the host's link is slower than all that.
     """
     kept = list(policy).count(KEEP)
@@ -59,13 +59,13 @@ def update_seconds(
     flops = update_flops(
         architecture, training, row, kept_layers=kept, tiled=tiled, group_tokens=group_tokens
     )
-    seconds = flops / (card.tflops * 1e12 * EFFICIENCY)
+    seconds = flops / (gpu.tflops * 1e12 * EFFICIENCY)
     if training.tuning == "qlora":
         mlp = architecture.mlp_parameters
         others = architecture.linear_parameters - mlp
         fewer = kept / architecture.layers  # a kept layer's weights are wanted twice, not thrice
         tiles = -(-row.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
         read = others * (3 - fewer) + mlp * tiles * (3 if tiled else 3 - fewer)
-        seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (card.gb_per_s * 1e9)
+        seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (gpu.gb_per_s * 1e9)
     transfer = 2 * list(policy).count(OFFLOAD) * input_bytes / (HOST_GB_PER_S * 1e9)
     return max(seconds, transfer)

@@ -1,4 +1,4 @@
-"""Bytes by term, each a formula of shapes: what lies on the card for the whole run, and weights.
+"""Bytes by term, each a formula of shapes: what lies on the GPU for the whole run, and weights.
 
 T tokens of a micro-batch, N of them scored, H hidden, I the MLP's width, V vocabulary, d bytes of
 an entry of the frozen weights and of the activations (2 in bfloat16).
@@ -11,7 +11,7 @@ from fastdpo.planner.architecture import Architecture, LinearShape
 GIB, MIB = 2**30, 2**20
 
 CONTEXT_BYTES = int(0.6 * GIB)
-"""What CUDA itself takes of a card before the first tensor: context and kernels."""
+"""What CUDA itself takes of a GPU before the first tensor: context and kernels."""
 
 WORKSPACE_BYTES = 32 * MIB
 """Workspace that torch hands to cuBLAS, from its own allocator (8 MiB before Hopper)."""
@@ -94,10 +94,10 @@ def adapter_parameters(architecture: Architecture, training: Training) -> int:
 
 
 def optimizer_bytes(parameters: int, optimizer: str) -> int:
-    """State on the card for this many fp32 parameters, in tensors of 4096 entries or more.
+    """State on the GPU for this many fp32 parameters, in tensors of 4096 entries or more.
 
     AdamW: two fp32 moments; in 8 bits two bytes and two fp32 scales per 256 entries; paged: in
-    host memory whenever the card wants its own, so nothing is counted. What is not known by name
+    host memory whenever the GPU wants its own, so nothing is counted. What is not known by name
     is counted as AdamW.
     """
     if optimizer.startswith("paged_"):
@@ -111,7 +111,7 @@ def optimizer_bytes(parameters: int, optimizer: str) -> int:
 def resident_bytes(
     architecture: Architecture, training: Training, *, embeddings_on_host: bool
 ) -> dict[str, int]:
-    """What lies on the card from the first update to the last, by term."""
+    """What lies on the GPU from the first update to the last, by term."""
     full = not training.trains_adapter
     entry = 4 if full else training.entry_bytes
     if training.tuning == "qlora":

@@ -173,7 +173,7 @@ def _log_hits(
     flat = [key for row in keys for key in row]
     for differs, count in store.other_versions(flat).most_common(3):
         logger.warning(
-            "%s of %s reference log-probs were computed with other versions or on another card "
+            "%s of %s reference log-probs were computed with other versions or on another GPU "
             "(%s) and may differ in rounding. They are used; --ref_versions strict computes them "
             "again.",
             f"{count:,}",

@@ -32,7 +32,7 @@ class RefLogpsProvider:
         mode: how pairs run through the model; None chooses.
         ld_alpha: weight of what lies beyond a pair's shorter completion; None is 1.
         keep_token_logps: store the log-prob of every token beside their sums.
-        strict_versions: compute again what other library versions or another card computed.
+        strict_versions: compute again what other library versions or another GPU computed.
         spot_check_pairs: how many stored pairs to score again before they are believed.
     """
 

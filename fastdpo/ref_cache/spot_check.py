@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_RMS = {torch.float32: 1e-5, torch.float64: 1e-5}
 LARGEST_RMS_OTHERWISE = 0.03
-"""Nats a token, rms over a completion; what other shapes, kernels and cards may differ by."""
+"""Nats a token, rms over a completion; what other shapes, kernels and GPUs may differ by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,6 @@ def spot_check(
             f"{found.largest_rms:.2g} nats a token apart (rms; at most {allowed:g} in "
             f"{compute_dtype}). Move that folder away to compute them again, or pass another "
             "--ref_cache; --ref_versions strict computes again what other versions or another "
-            "card computed; --ref_spot_check 0 does not look."
+            "GPU computed; --ref_spot_check 0 does not look."
         )
     return found

@@ -19,12 +19,12 @@ class DoesNotFitError(MemoryError):
         return cls(
             f"a single completion with its prompt, {tokens:,} tokens, does not fit into the "
             f"memory that there is ({message}). Lower --max_length, or use --qlora; "
-            "`python -m fastdpo.plan` shows what fits which card."
+            "`python -m fastdpo.plan` shows what fits which GPU."
         )
 
 
 def oom_message(error: RuntimeError) -> str | None:
-    """The first line of an error that a lack of memory on the card has raised; None of others."""
+    """The first line of an error that a lack of memory on the GPU has raised; None of others."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(
         mark in text for mark in ("out of memory", "ALLOC_FAILED")

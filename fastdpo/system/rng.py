@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RNGState:
-    """torch's generators on the CPU and on the card in use, at one moment."""
+    """torch's generators on the CPU and on the GPU in use, at one moment."""
 
     cpu: Tensor
     cuda: Tensor | None

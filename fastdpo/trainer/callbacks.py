@@ -1,4 +1,4 @@
-"""Every logged figure in `metrics.jsonl` in the output folder, whatever trackers are used."""
+"""Every logged metric in `metrics.jsonl` in the output folder, whatever trackers are used."""
 
 import json
 import logging
@@ -136,12 +136,12 @@ def log_line(step: int, steps: int, logs: dict[str, float]) -> str:
     prefix = next((name.removesuffix("loss") for name in logs if name.endswith("loss")), None)
     if prefix is None or prefix == "train_":
         return ""
-    figures = [
+    metrics = [
         f"{label} {logs[prefix + name]:{form}}"
         for name, label, form in SHOWN
         if prefix + name in logs
     ]
-    return "  ".join([f"{prefix.rstrip('_') or 'update'} {step}/{steps}", *figures])
+    return "  ".join([f"{prefix.rstrip('_') or 'update'} {step}/{steps}", *metrics])
 
 
 logger = logging.getLogger(__name__)

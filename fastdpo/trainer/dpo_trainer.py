@@ -70,7 +70,7 @@ class DPOTrainer(ResumableTrainer):
             frame) or a `PairDataset`.
         eval_dataset: likewise, or a dict of them by name.
         processing_class: the tokenizer; by default the one that lies beside `model`.
-        compute_metrics: must be None; the figures are computed from log-probs alone.
+        compute_metrics: must be None; the metrics are computed from log-probs alone.
         callbacks: as in transformers.
         optimizers: as in transformers.
         quantization_config: for a model given by name.
@@ -328,12 +328,12 @@ class DPOTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """TRL's figures over a set of pairs, every pair weighing the same."""
+        """TRL's metrics over a set of pairs, every pair weighing the same."""
         groups, args = dataloader.dataset, self.user_args
         assert isinstance(groups, PairGroups), "get_eval_dataloader makes them"
         ref_logps = self._ref_logps(groups, metric_key_prefix)
         with self.autocast():
-            figures = compute_eval_metrics(
+            metrics = compute_eval_metrics(
                 self.policy,
                 groups,
                 ref_logps,
@@ -343,13 +343,13 @@ class DPOTrainer(ResumableTrainer):
                 loss_function=self.loss_function,
                 description=None if args.disable_tqdm else description,
             )
-        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in figures.items()}
+        metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in metrics.items()}
         return EvalLoopOutput(np.empty(0), None, metrics, num_samples=len(groups))
 
-    # Figures
+    # Metrics
 
     def _logs_this_update(self) -> bool:
-        """Whether a log line follows this update: the costly figures are computed only then."""
+        """Whether a log line follows this update: the costly metrics are computed only then."""
         if self.args.logging_strategy != IntervalStrategy.STEPS:
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         step = self.state.global_step + 1
@@ -357,7 +357,7 @@ class DPOTrainer(ResumableTrainer):
         return first or step % max(1, int(self.state.logging_steps)) == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures of the updates since the last training log to a training log."""
+        """Add the metrics of the updates since the last training log to a training log."""
         if "loss" in logs:
             logs |= self.record.take()
         super().log(logs, start_time)
@@ -476,7 +476,7 @@ def _refuse(**arguments: Any) -> None:
     """Arguments that TRL has and that make no sense here, by name."""
     reasons = {
         "data_collator": "pairs are packed without padding",
-        "compute_metrics": "no logits are ever built; every figure of TRL is logged already",
+        "compute_metrics": "no logits are ever built; every metric of TRL is logged already",
     }
     for name, value in arguments.items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""The figures of one set of pairs under the policy and its reference: an evaluation's, by name."""
+"""The metrics of one set of pairs under the policy and its reference: an evaluation's, by name."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def compute_eval_metrics(
     loss_function: LossFunction | None = None,
     description: str | None = None,
 ) -> dict[str, float]:
-    """TRL's figures over a set of pairs, every pair weighing the same.
+    """TRL's metrics over a set of pairs, every pair weighing the same.
 
     Args:
         policy: as it is.

@@ -169,13 +169,13 @@ def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -
     folder = trainer.args.output_dir
     kind = "adapter" if trainer.trains_adapter else "model"
     print_line(f"\nThe {kind} lies in {folder}.")
-    figures: dict[str, Any] = next(
+    metrics: dict[str, Any] = next(
         (line for line in reversed(trainer.state.log_history) if "eval_loss" in line), {}
     )
-    if figures:
+    if metrics:
         print_line(
-            f"Held-out pairs: preference accuracy {figures['eval_rewards/accuracies']:.3f}, "
-            f"loss {figures['eval_loss']:.4f}, margin {figures['eval_rewards/margins']:.3f}."
+            f"Held-out pairs: preference accuracy {metrics['eval_rewards/accuracies']:.3f}, "
+            f"loss {metrics['eval_loss']:.4f}, margin {metrics['eval_rewards/margins']:.3f}."
         )
     start = model.model_name_or_path
     first = data.mixture.datasets[0].path if data.mixture is not None else DEFAULT_DATASET

@@ -96,7 +96,7 @@ def plan_memory(
     mode: PackingMode,
     pairs_per_update: int,
 ) -> Plan | None:
-    """Predict the peak and choose how to fill the card; None where there is no card or no pair."""
+    """Predict the peak and choose how to fill the GPU; None where there is no GPU or no pair."""
     device = unwrap_model(policy).device
     if device.type != "cuda" or not groups:
         return None

@@ -1,4 +1,4 @@
-"""The figures of training and evaluation under TRL's names, as sums that any split adds up to."""
+"""The metrics of training and evaluation under TRL's names, as sums that any split adds up to."""
 
 import time
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class MetricSums:
         mean_logits: Tensor,  # (M,)
         is_top1: Tensor,  # (M,) bool
     ) -> None:
-        """The figures that cost a look at the whole vocabulary."""
+        """The metrics that cost a look at the whole vocabulary."""
         rejected = (token_rows % 2).bool()
         self.add("entropy", entropy)
         self.add("logits/chosen", mean_logits[~rejected])
@@ -63,7 +63,7 @@ class MetricSums:
         self.add("mean_token_accuracy", is_top1[~rejected])
 
     def averages(self) -> dict[str, float]:
-        """Mean of each figure; empty figures are left out."""
+        """Mean of each metric; empty metrics are left out."""
         return {
             name: total.item() / self.counts[name]
             for name, total in self.sums.items()
@@ -94,7 +94,7 @@ class Throughput:
         self.pairs += pairs
         self.tokens += tokens
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Rates under their logged names; nothing before the first update."""
         if self.began_s is None:
             return {}
@@ -147,13 +147,13 @@ class TrainingMetrics:
             self._sums.add_tokens(result.token_rows, **result.token_metrics)
 
     def take(self) -> dict[str, float]:
-        """The figures since they were last taken, under their logged names."""
-        figures = self._sums.averages() | self._throughput.figures()
-        figures["num_tokens"] = self.tokens_seen
+        """The metrics since they were last taken, under their logged names."""
+        metrics = self._sums.averages() | self._throughput.metrics()
+        metrics["num_tokens"] = self.tokens_seen
         if self.skipped_updates:
-            figures["skipped_updates"] = self.skipped_updates
+            metrics["skipped_updates"] = self.skipped_updates
         if torch.cuda.is_available():
-            figures["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._sums.clear()
         self._throughput = Throughput()
-        return figures
+        return metrics

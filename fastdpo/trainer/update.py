@@ -115,7 +115,7 @@ class Update:
 
         Args:
             groups: B groups of a chosen and a rejected completion.
-            outputs: extra per-token figures, as `linear_logprobs` names them.
+            outputs: extra per-token metrics, as `linear_logprobs` names them.
 
         Raises:
             DoesNotFitError: memory runs out with a single completion in a micro-batch.
@@ -246,23 +246,23 @@ class _StepAttempt:
 
     def _direct(self, micro_batch: MicroBatch) -> None:
         rows = self._rows(micro_batch)
-        figures, aux_loss = self._figures(micro_batch, rows, self.outputs)
+        metrics, aux_loss = self._metrics(micro_batch, rows, self.outputs)
         order = rows.argsort()
-        loss = self._loss({name: values[order] for name, values in figures.items()}, rows[order])
+        loss = self._loss({name: values[order] for name, values in metrics.items()}, rows[order])
         self.update.backward(loss + aux_loss)
         self.loss += loss.detach()
 
     def _grad_cache(self) -> None:
         state = RNGState.capture()
         all_rows = torch.arange(self.tokens.numel(), device=self.device)
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         with torch.no_grad():
             for micro_batch in self.micro_batches:
                 rows = self._rows(micro_batch)
-                for name, values in self._figures(micro_batch, rows, self.outputs)[0].items():
+                for name, values in self._metrics(micro_batch, rows, self.outputs)[0].items():
                     empty = torch.zeros(len(all_rows), dtype=values.dtype, device=self.device)
-                    figures.setdefault(name, empty)[rows] = values
-        leaves = {name: values.requires_grad_() for name, values in figures.items()}
+                    metrics.setdefault(name, empty)[rows] = values
+        leaves = {name: values.requires_grad_() for name, values in metrics.items()}
         loss = self._loss(leaves, all_rows)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         coefficients = {
@@ -275,7 +275,7 @@ class _StepAttempt:
         state.restore()  # the second pass must drop out what the first one did
         for micro_batch in self.micro_batches:
             rows = self._rows(micro_batch)
-            found, aux_loss = self._figures(micro_batch, rows, ())
+            found, aux_loss = self._metrics(micro_batch, rows, ())
             parts = [(found[name] * each[rows]).sum() for name, each in coefficients.items()]
             self.update.backward(torch.stack(parts).sum() + aux_loss)
 
@@ -284,7 +284,7 @@ class _StepAttempt:
         rows = [row for index in micro_batch.group_indices for row in self.pieces[index].rows]
         return torch.tensor(rows, device=self.device)
 
-    def _figures(
+    def _metrics(
         self, micro_batch: MicroBatch, rows: Tensor, outputs: tuple[str, ...]
     ) -> tuple[dict[str, Tensor], Tensor | float]:
         """What the loss may look at of each completion in a micro-batch, and its auxiliary loss.
@@ -298,22 +298,22 @@ class _StepAttempt:
         with self.update.autocast():
             found = packed_logprobs(self.update.policy, micro_batch, wanted, aux_loss=coef != 0)
         lengths = micro_batch.completion_tokens
-        figures = {"logps": found.logps}
+        metrics = {"logps": found.logps}
         if self.options.ld_alpha is not None:
-            figures["sums"] = found.logps
-            figures["logps"] = self._ld_logps(found.token_logps, lengths, rows)
+            metrics["sums"] = found.logps
+            metrics["logps"] = self._ld_logps(found.token_logps, lengths, rows)
         for name in weighing:
-            figures["alignment"] = wpo_alignment(found.token_logps, found.extras[name], lengths)
-        self.logps[rows] = figures["logps"].detach()
+            metrics["alignment"] = wpo_alignment(found.token_logps, found.extras[name], lengths)
+        self.logps[rows] = metrics["logps"].detach()
         for name in outputs:
             self.token_metrics[name].append(found.extras[name])
         if outputs:
             self.token_rows.append(torch.repeat_interleave(rows, lengths))
         if found.aux_loss is None:
-            return figures, 0.0
+            return metrics, 0.0
         share = micro_batch.num_tokens / self.computed_tokens
         self.aux_loss += share * found.aux_loss.detach()
-        return figures, coef * share * found.aux_loss
+        return metrics, coef * share * found.aux_loss
 
     def _ld_logps(self, token_logps: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
         """(C,) sums in which what lies beyond the shorter completion of a pair counts ld_alpha."""
@@ -321,16 +321,16 @@ class _StepAttempt:
         shared = self.tokens.amin(dim=1)[rows // 2]
         return ld_logps(token_logps, lengths, shared, self.options.ld_alpha)
 
-    def _loss(self, figures: dict[str, Tensor], rows: Tensor) -> Tensor:
+    def _loss(self, metrics: dict[str, Tensor], rows: Tensor) -> Tensor:
         """(): what the pairs of `rows`, chosen and rejected in turns, add to the update's loss."""
         pairs = rows.view(-1, 2)[:, 0] // 2
-        alignment = figures.get("alignment")
+        alignment = metrics.get("alignment")
         losses = pair_losses(
             PairLogps(
-                logps=figures["logps"].view(-1, 2),
+                logps=metrics["logps"].view(-1, 2),
                 ref_logps=self.ref_logps[pairs],
                 tokens=self.tokens[pairs],
-                chosen_sums=figures["sums"].view(-1, 2)[:, 0] if "sums" in figures else None,
+                chosen_sums=metrics["sums"].view(-1, 2)[:, 0] if "sums" in metrics else None,
                 weights=None if alignment is None else wpo_weights(alignment.view(-1, 2)),
             ),
             self.options,

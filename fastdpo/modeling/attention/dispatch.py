@@ -193,7 +193,7 @@ def _unsupported_reason(
     if terms.sinks is not None:
         return "attention has sinks"
     if torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "the card is older than compute capability 8.0"
+        return "the GPU is older than compute capability 8.0"
     if name in PACKAGES:
         return ""
     if terms.softcap is not None:

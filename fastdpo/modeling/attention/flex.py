@@ -26,7 +26,7 @@ Allowed = Callable[[Any, Any, Any, Any], Tensor]
 
 
 def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.device) -> Allowed:
-    """Whether a query sees a key: a token of its trunk or of its own branch, not after it."""
+    """Whether a query sees a key: a token of its prefix or of its own suffix, not after it."""
     group, suffix, position = (
         torch.from_numpy(row).to(device, non_blocking=True) for row in _coordinates(segments)
     )
@@ -42,7 +42,7 @@ def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.
 
 
 def _coordinates(segments: tuple[Segment, ...]) -> np.ndarray:
-    """(3, T) int32: group, branch (0 for the trunk) and position of every token of a row."""
+    """(3, T) int32: group, suffix (0 for the prefix) and position of every token of a row."""
     columns = []
     for group, segment in enumerate(segments):
         for suffix, tokens in enumerate((segment.prefix_tokens, *segment.suffix_tokens)):

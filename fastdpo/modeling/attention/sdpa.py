@@ -19,7 +19,7 @@ def attend_segments(
     packed: PackedSegments,
     terms: AttentionParams,
 ) -> Tensor:
-    """Each trunk with its first branch, then every further branch over trunk and itself.
+    """Each prefix with its first suffix, then every further suffix over prefix and itself.
 
     Returns:
         (R, Hq, T, Dv); R is 1 unless the rows are padded ones.

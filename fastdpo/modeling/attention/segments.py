@@ -25,7 +25,7 @@ class PackedSegments:
 
     @property
     def split_tokens(self) -> list[int]:
-        """Lengths that cut the row into what attends as one block: trunk + first branch, others."""
+        """Lengths that cut the row into what attends as one block: prefix + suffix 1, others."""
         lengths = []
         for segment in self.segments:
             first, *others = segment.suffix_tokens or (0,)
