@@ -65,7 +65,7 @@ def plan(rows: Path) -> list[Step]:
 
 def gpu_tests() -> list[str]:
     """Files with a test for CUDA: of others a host may lack what they import, which stops all."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text()]
 
 

@@ -55,7 +55,7 @@ def aim(recorder: Recorder, case: Mapping[str, Any], *, with_trl: bool) -> None:
     if "predicted_mib" in result.facts:
         made = result.facts["plan"]
         note = f"T {made['micro_batch_tokens']}, {made['optimizer']}, " + ", ".join(
-            f"{made['layer_policy'].count(what)} {what}"
+            f"{made['activation_plan'].count(what)} {what}"
             for what in ("keep", "recompute", "offload")
         )
         recorder.add(case, "plan", "peak_mib", [result.facts["predicted_mib"]], note=note)

@@ -3,7 +3,8 @@
 Counted along the autograd graph as transformers and `lora_linear` build it: a norm saves its input
 in fp32 and one number a row, `lora_linear` its input (which layers that read the same tensor
 share), attention its queries, keys, values, output and one number a head, SiLU and product the
-three tensors that they read. `tests/test_memory.py` counts the same on real models, to the byte.
+three tensors that they read. `tests/planner/test_terms.py` counts the same on real models, to the
+byte.
 """
 
 from dataclasses import dataclass

@@ -47,7 +47,7 @@ def plan_for_run(
             pair does not fit, the plan is for rows of at most this, and its T says which pairs are
             to be split into their completions.
         attention: what attends, as in `Training`; None: flash kernels where they run.
-        GPU: to plan for; None: the CUDA device, with what is free on it now and what the model
+        gpu: to plan for; None: the CUDA device, with what is free on it now and what the model
             holds already; of what else this process holds (a reference model), nothing.
         host_bytes: most pinned memory; None: a share of what the host has free.
 

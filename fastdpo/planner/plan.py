@@ -92,7 +92,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint and the command's --json."""
         return asdict(self) | {
-            "layer_policy": list(self.activation_plan),
+            "activation_plan": list(self.activation_plan),
             "terms": dict(self.terms),
             "moments": dict(self.moments),
             "notes": list(self.notes),
@@ -113,7 +113,7 @@ class Plan:
                 "Plan anew."
             )
         known: dict[str, Any] = dict(values)
-        for name in ("layer_policy", "notes"):
+        for name in ("activation_plan", "notes"):
             known[name] = tuple(known[name])
         return cls(**known)
 

@@ -265,7 +265,7 @@ def plan(
     Args:
         architecture: of the model.
         training: what is trained.
-        GPU: where; `memory_bytes` includes what CUDA's context takes.
+        gpu: where; `memory_bytes` includes what CUDA's context takes.
         workload: what the micro-batches are filled with.
         host_bytes: most pinned host memory.
         micro_batch_tokens: T if the user chose it; a longer group raises it.

@@ -465,7 +465,9 @@ def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
     own = copy.copy(args)
     own.per_device_train_batch_size *= own.gradient_accumulation_steps
     own.gradient_accumulation_steps = 1
-    own.activation_checkpointing = own.gradient_checkpointing = False  # see Layout.layer_policy
+    own.activation_checkpointing = own.gradient_checkpointing = (
+        False  # see ExecutionLayout.activation_plan
+    )
     if trains_adapter:
         own.bf16 = own.fp16 = False
         own.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__

@@ -57,13 +57,14 @@ class ExecutionLayout:
 
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {**asdict(self), "layer_policy": list(self.activation_plan)}
+        return {**asdict(self), "activation_plan": list(self.activation_plan)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """What `as_json` wrote."""
-        known: dict[str, Any] = {name: values[name] for name in cls.__dataclass_fields__}
-        known["layer_policy"] = tuple(known["layer_policy"])
+        renamed = {"activation_plan": values.get("layer_policy"), **values}  # as 0.1 wrote it
+        known: dict[str, Any] = {name: renamed[name] for name in cls.__dataclass_fields__}
+        known["activation_plan"] = tuple(known["activation_plan"])
         return cls(**known)
 
     def apply(self, policy: PreTrainedModel | PeftModel) -> None:

@@ -2,9 +2,9 @@
 
 Queries lie as they do in the packed sequence: [prefix | suffix 1], [suffix 2], ... are one sequence
 each. The keys of a later suffix are its prefix's and its own, so the prefixes of those lie a second
-time among the keys: (T + prefix tokens of further suffixes) x Hkv x (D + Dv) numbers of one layer, which take
-the place of keys and values among what backward keeps. In the kernel a causal query of a sequence
-with more keys than queries sees all but the last keys, ends aligned, as a suffix must.
+time among the keys: (T + prefix tokens of further suffixes) x Hkv x (D + Dv) numbers of one layer,
+which take the place of keys and values among what backward keeps. In the kernel a causal query of a
+sequence with more keys than queries sees all but the last keys, ends aligned, as a suffix must.
 
 Flash attention 2 adds query gradients atomically unless torch.use_deterministic_algorithms is on
 (`--full_determinism`); the gather's own gradient has a fixed order.

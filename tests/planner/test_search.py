@@ -1,0 +1,202 @@
+"""What the planner chooses for a GPU, a model and its pairs, and what it says about it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench.synthetic import random_model
+from fastdpo.batching import group_tokens
+from fastdpo.config import DPOConfig
+from fastdpo.modeling.adapters import add_adapter, lora_config
+from fastdpo.planner import (
+    Plan,
+    Training,
+    Workload,
+    architecture_named,
+    compare,
+    gpu_spec,
+    longest_pair,
+    plan,
+    plan_for_run,
+    training_of,
+)
+from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
+from fastdpo.planner.terms import GIB
+from tests.planner.test_terms import SIZES, groups
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return architecture_named("llama-3.1-8b")
+
+
+def planned(architecture, size, longest=2048, update=65536, host=64, **options) -> Plan:
+    training = options.pop("training", Training())
+    return plan(
+        architecture, training, gpu_spec(size), Workload(longest, update),
+        host_bytes=int(host * GIB), **options,
+    )  # fmt: skip
+
+
+def test_more_memory_is_never_slower_and_the_card_is_nearly_full(llama):
+    plans = [planned(llama, f"{size} GB") for size in (8, 12, 16, 24, 48, 80)]
+    assert all(made.fits for made in plans)
+    kept = [made.policy_counts.get("keep", 0) / made.micro_batch_tokens for made in plans]
+    assert kept[0] < kept[-1]
+    for made in plans[:-1]:
+        assert made.peak_bytes > 0.85 * made.gpu_bytes, made.describe()
+    assert plans[-1].policy_counts == {"keep": 32}
+    assert plans[-1].micro_batch_tokens > plans[2].micro_batch_tokens
+
+
+def test_the_kept_layers_are_the_last_and_another_one_would_not_fit(llama):
+    made = planned(llama, "12 GB", micro_batch_tokens=4096)
+    kept = made.activation_plan.count("keep")
+    assert 1 < kept < 32
+    assert made.activation_plan == ("recompute",) * (32 - kept) + ("keep",) * kept
+    layout = MemoryLayout(
+        llama, Training(), Workload(2048, 65536).row(4096),
+        MemoryStrategy(
+            made.optimizer, made.embeddings_on_host, made.norm_tile_tokens, made.mlp_tile_tokens
+        ),
+    )  # fmt: skip
+    allocatable = allocatable_bytes(12 * GIB)
+    assert layout.peak(made.activation_plan) == made.allocated_bytes <= allocatable
+    assert layout.peak(("recompute",) * (31 - kept) + ("keep",) * (kept + 1)) > allocatable
+
+
+def test_long_pairs_go_to_the_host_as_far_as_it_has_room(llama):
+    made = planned(llama, "24 GB", 65536)
+    assert made.fits, made.describe()
+    assert made.activation_plan.count("offload") > 10
+    assert made.pinned_host_bytes >= made.activation_plan.count("offload") * 65536 * 4096 * 2
+    less = planned(llama, "24 GB", 65536, host=8)
+    assert less.fits
+    assert less.pinned_host_bytes <= 8 * GIB < made.pinned_host_bytes
+    assert less.mlp_tile_tokens is not None
+    poor = planned(llama, "24 GB", 65536, host=1)
+    assert not poor.fits
+    assert poor.pinned_host_bytes > GIB
+    assert "pinned host memory and may have 1.00 GiB" in poor.describe()
+
+
+def test_what_does_not_fit_says_what_would_help(llama):
+    made = planned(llama, "6 GB", 32768)
+    assert not made.fits
+    said = made.describe()
+    assert "llama-3.1-8b does not fit" in said
+    assert "--max_length" in said
+    assert "--optim adamw_8bit" in said
+    full = planned(llama, "24 GB", training=Training("full"))
+    assert not full.fits
+    assert "--qlora" in full.describe()
+
+
+def test_the_optimizer_is_changed_only_where_allowed_and_needed(llama):
+    longest = next(
+        tokens
+        for tokens in range(4096, 65536, 256)
+        if not planned(llama, "8 GB", tokens, tokens).fits
+    )
+    saved = planned(llama, "8 GB", longest, longest, change_optimizer=True)
+    assert saved.fits
+    assert saved.optimizer == "adamw_8bit"
+    assert "--optim adamw_8bit" in saved.describe()
+    assert planned(llama, "8 GB", 2048, 2048, change_optimizer=True).optimizer != "adamw_8bit"
+
+
+def test_no_recomputation_where_the_user_wants_none(llama):
+    made = planned(llama, "24 GB", recompute=False)
+    assert made.policy_counts == {"keep": 32}
+    assert not planned(llama, "8 GB", recompute=False).fits
+
+
+def test_the_aims_of_the_project_are_within_reach():
+    aims = {
+        "llama-2-7b": {"6 GB": 1024, "8 GB": 4096},
+        "llama-3.1-8b": {"8 GB": 2048, "12 GB": 8192, "16 GB": 16384, "24 GB": 40960},
+    }
+    for alias, gpus in aims.items():
+        architecture = architecture_named(alias)
+        for size, length in gpus.items():
+            found = longest_pair(architecture, Training(), gpu_spec(size), host_bytes=64 * GIB)
+            assert found is not None
+            assert found.fits
+            assert found.micro_batch_tokens // 2 >= length, (alias, size)
+
+
+def test_tied_embeddings_stay_on_the_card():
+    gemma = architecture_named("gemma-2-9b")
+    made = planned(gemma, "8 GB", 2048, 2048, change_optimizer=True)
+    assert not made.embeddings_on_host
+    assert made.terms["head"] == 0
+
+
+def test_a_plan_survives_the_checkpoint(llama):
+    made = replace(planned(llama, "12 GB"), routes={"attention": "varlen"})
+    text = json.dumps(made.as_json())
+    assert Plan.from_json(json.loads(text)) == made
+    with pytest.raises(ValueError, match="moments missing or unknown"):
+        Plan.from_json({k: v for k, v in made.as_json().items() if k != "moments"})
+
+
+def test_predicted_and_measured_are_compared(llama):
+    made = replace(planned(llama, "12 GB"), allocated_bytes=11 * GIB)
+    said = compare(made, 10 * GIB)
+    assert said == "Peak memory: 10.00 GiB measured, 11.00 GiB predicted (+10.0%)."
+
+
+def test_cards_by_size_and_name():
+    assert gpu_spec("24GiB").memory_bytes == gpu_spec("24 GB").memory_bytes == 24 * GIB
+    assert gpu_spec("rtx-4090").tflops == gpu_spec("24").tflops
+    assert gpu_spec("7.5").name.startswith("7.5 GiB, rates of an RTX 2060")
+    for wrong in ("huge", "", "0", "24 MB"):
+        with pytest.raises(ValueError, match=r"--gpu is .* auto, a size such as 24GiB"):
+            gpu_spec(wrong)
+
+
+def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
+    base = random_model(LlamaConfig(**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True)
+    model = add_adapter(base, lora_config(4, 8, 0.0, ["q_proj", "v_proj"]))
+    assert training_of(model, "adamw_torch") == Training(
+        "qlora", 2, 4, ("q_proj", "v_proj"), "adamw_torch", "varlen"
+    )
+    lengths = [group_tokens(group) for group in groups(6)]
+    config = DPOConfig(str(tmp_path), use_cpu=True, optim="adamw_torch")
+    scored = {"pairs_per_update": 4, "scored_tokens": 300}
+    assert plan_for_run(model, config, lengths, **scored) is None
+    made = plan_for_run(model, config, lengths, gpu=gpu_spec("1 GB"), host_bytes=GIB, **scored)
+    assert made is not None
+    assert made.fits
+    assert made.micro_batch_tokens == 384  # four groups of 88 tokens, rounded up to 128
+    assert made.activation_plan == ("keep",) * 3
+    config = DPOConfig(str(tmp_path), use_cpu=True, micro_batch_tokens=128)
+    made = plan_for_run(model, config, lengths, gpu=gpu_spec("1 GB"), host_bytes=GIB, **scored)
+    assert made is not None
+    assert made.micro_batch_tokens == 128
+
+
+def test_pairs_that_do_not_fit_whole_are_planned_row_by_row(tmp_path):
+    model = add_adapter(
+        random_model(LlamaConfig(**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True),
+        lora_config(16, 32, 0.0, None),
+    )
+    config = DPOConfig(str(tmp_path), use_cpu=True)
+    run = {"pairs_per_update": 2, "scored_tokens": 100_000, "host_bytes": 0}
+    gpu = gpu_spec("2")
+    whole = plan_for_run(model, config, [100_000], gpu=gpu, **run)
+    assert whole is not None
+    size = whole.gpu_bytes
+    while whole.fits:
+        size -= 2**26
+        gpu = replace(gpu, memory_bytes=size)
+        whole = plan_for_run(model, config, [100_000], gpu=gpu, **run)
+        assert whole is not None
+    split = plan_for_run(model, config, [100_000], longest_row_tokens=50_000, gpu=gpu, **run)
+    assert split is not None
+    assert split.fits
+    assert 50_000 <= split.micro_batch_tokens < 100_000
+    assert "completions run one by one" in split.describe()
