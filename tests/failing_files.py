@@ -49,7 +49,7 @@ class Disk:
                     return real(*args, **options)
                 finally:
                     self._depth -= 1
-            if self.halfway and name in ("_write_bytes", "let_write", "save_to_json"):
+            if self.halfway and name in ("_write_bytes", "call_writer", "save_to_json"):
                 real(*args, **options)
                 cut_newest(Path(path))
             if self.code is None:

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 
 OPERATIONS = (
     "append_text",
-    "make_folder",
+    "mkdir",
     "_write_bytes",
-    "let_write",
-    "sync",
+    "call_writer",
+    "fsync",
     "sha256_of",
     "replace",
     "remove",

@@ -409,7 +409,7 @@ def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
     from fastdpo.modeling.attention import dispatch
     from fastdpo.ref_cache import identity as module
 
-    for room, name in ((dispatch, "KIND"), (module, "NUMERICS_VERSION")):
+    for room, name in ((dispatch, "CPU_ATTENTION_KEY"), (module, "NUMERICS_VERSION")):
         with monkeypatch.context() as patch:
             patch.setattr(room, name, "another")
             assert identity_of(model) != identity
@@ -423,7 +423,7 @@ def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
 PRINT_IDENTITIES = """
 import json, sys, torch
 from fastdpo.modeling.loading import load_model
-from fastdpo.reference import ReferenceStore, reference_identity
+from fastdpo.ref_cache import ReferenceStore, reference_identity
 for in_4bit in (False, True):
     model = load_model(sys.argv[1], dtype=torch.float32, load_in_4bit=in_4bit)
     print(json.dumps(reference_identity(model, torch.float32)))

@@ -20,7 +20,7 @@ from tests.modeling.test_packed_pairs import random_groups
 from tests.ref_cache.test_compute import IDENTITY, adapted, fill, shards, temporaries
 from tests.ref_cache.test_store import keys_of, logps_of, lookup, some_rows, written
 
-OPERATIONS = ((files, "_write_bytes"), (files, "sync"), (files, "sha256_of"), (os, "replace"))
+OPERATIONS = ((files, "_write_bytes"), (files, "fsync"), (files, "sha256_of"), (os, "replace"))
 
 
 def fail_at(patch, countdown, code):

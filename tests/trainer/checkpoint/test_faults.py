@@ -75,7 +75,7 @@ def test_a_save_is_made_of_operations_that_can_fail(second_save):
 def test_killed_at_every_operation_of_a_save(second_save, whole, halfway, soak):  # noqa: F811
     _, output_dir, save = second_save
     log, found = operations_of(save), []
-    writes = ("_write_bytes", "let_write", "save_to_json")
+    writes = ("_write_bytes", "call_writer", "save_to_json")
     places = [at for at, entry in enumerate(log) if not halfway or entry.startswith(writes)]
     for at in places:
         with failing(at, halfway=halfway), pytest.raises(Killed):

@@ -196,7 +196,7 @@ def test_no_pickle(tmp_path):
     model, optimizer, schedule = trained()
     checkpoint.save_optimizer(tmp_path, optimizer, schedule.state_dict(), model)
     checkpoint.save_rng_state(tmp_path)
-    checkpoint.seal(tmp_path, {"seed": 1})
+    checkpoint.write_manifest(tmp_path, {"seed": 1})
     paths = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(paths) == 5
     for path in paths:
