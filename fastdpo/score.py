@@ -108,7 +108,7 @@ def run(
             description=f"Scoring with the {side}",
         ),
     )
-    return ScoredRows(read, pairs, policy, reference, compared.beta, rows, tokenizer)
+    return ScoredRows(read, pairs, policy, reference, compared.beta)
 
 
 if __name__ == "__main__":

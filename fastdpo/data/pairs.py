@@ -67,6 +67,7 @@ class PreparationReport:
         rows_read: rows looked at.
         pairs_kept: pairs that came out.
         dropped: reason -> count and the first locations.
+        reasons: row -> why it was dropped, of every dropped row.
         truncated_prompts: pairs whose prompt was cut.
         truncated_completions: completions that were cut (up to two a pair).
         control_token_rows: rows whose content spells a control token.
@@ -85,6 +86,7 @@ class PreparationReport:
     rows_read: int = 0
     pairs_kept: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
     truncated_prompts: int = 0
     truncated_completions: int = 0
     control_token_rows: int = 0
@@ -96,8 +98,9 @@ class PreparationReport:
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, where: str) -> None:
+    def drop(self, reason: str, row: int, where: str) -> None:
         """Count one dropped row; only the first few locations of a reason are kept."""
+        self.reasons.setdefault(row, reason)
         entry = self.dropped.setdefault(reason, Dropped())
         entry.count += 1
         if len(entry.locations) < _LOCATIONS_KEPT:

@@ -9,11 +9,10 @@ from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.options import TokenizationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CONTROL_TOKEN_POLICIES = ("literal", "allow", "error")
 
 Ids = list[int]
 
@@ -41,27 +40,18 @@ class Renderer:
 
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
-        policy: one of `CONTROL_TOKEN_POLICIES`, or None: "literal" for conversational rows,
-            "allow" for strings.
+        options: `special_tokens_in_content` says what becomes of special tokens in the content.
         report: where control-token rows and the plain template are put down.
-
-    Raises:
-        ValueError: a policy that is none of these.
     """
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        policy: str | None,
+        options: TokenizationOptions,
         report: PreparationReport,
     ):
-        if policy is not None and policy not in CONTROL_TOKEN_POLICIES:
-            raise ValueError(
-                f"special_tokens_in_content is {policy!r}; it has to be one of "
-                f"{', '.join(map(repr, CONTROL_TOKEN_POLICIES))}"
-            )
         self.tokenizer = tokenizer
-        self._policy = policy
+        self._options = options
         self._report = report
         self._looked_for: set[str] = set()
         self._control_tokens = SpecialTokens(tokenizer)
@@ -186,7 +176,7 @@ class Renderer:
         found = self._control_tokens.find(content)
         if found is None:
             return None
-        policy = self._policy or default_policy
+        policy = self._options.special_tokens_in_content or default_policy
         if policy == "error":
             raise DataError(
                 f"the content spells the control token {found!r}; remove it, or pass "

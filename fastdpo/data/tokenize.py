@@ -19,7 +19,8 @@ from fastdpo.data.pairs import (
 )
 from fastdpo.data.reading import Rows
 from fastdpo.data.rendering import RenderedRow, Renderer
-from fastdpo.data.truncation import Limits, truncate
+from fastdpo.data.truncation import truncate
+from fastdpo.options import TokenizationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,13 +36,8 @@ _T = TypeVar("_T")
 def prepare_pairs(
     rows: Rows,
     tokenizer: "PreTrainedTokenizerBase",
+    options: TokenizationOptions | None = None,
     *,
-    max_length: int | None = 1024,
-    max_prompt_length: int | None = None,
-    max_completion_length: int | None = None,
-    truncation_mode: str = "keep_completion",
-    special_tokens_in_content: str | None = None,
-    strict_data: bool = False,
     vocabulary_size: int | None = None,
     limit: int | None = None,
     progress: bool = True,
@@ -55,15 +51,8 @@ def prepare_pairs(
     Args:
         rows: from `read_rows` or `rows_from`.
         tokenizer: without a chat template it gets the plain one when conversational rows come.
-        max_length: most tokens of prompt + completion, at least 2; None for no limit.
-        max_prompt_length: most tokens of the prompt, whose left is cut; None for no limit.
-        max_completion_length: most tokens of a completion, whose end is cut; None for no limit.
-        truncation_mode: "keep_completion" cuts the prompt from its left first, "keep_start" keeps
-            the first tokens (TRL); see `fastdpo.data.truncation`.
-        special_tokens_in_content: "literal" encodes control tokens spelled in the content as plain
-            text, "allow" as control tokens, "error" refuses them; None means literal for
-            conversations and allow for strings.
-        strict_data: make every row that would be dropped an error.
+        options: lengths, special tokens and strictness; a `DPOConfig` is one, None takes the
+            defaults.
         vocabulary_size: number of embeddings of the model; ids beyond it are an error.
         limit: stop reading at this many pairs; what a stream needs that has no end.
         progress: show a progress bar for more than 2,000 rows.
@@ -72,20 +61,13 @@ def prepare_pairs(
         The pairs in the order of the rows, with the account of what was dropped and cut.
 
     Raises:
-        ValueError: an option has an unknown value.
+        ValueError: `limit` is below 1.
         DataError: a malformed row, a tokenizer that lacks what the rows need, an id beyond the
             vocabulary, a dropped row under `strict_data`, or no pair left.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, at least 1 is needed, or None for no limit")
-    preparation = _Preparation(
-        rows,
-        tokenizer,
-        limits=Limits(max_length, truncation_mode, max_prompt_length, max_completion_length),
-        policy=special_tokens_in_content,
-        strict_data=strict_data,
-        vocabulary_size=vocabulary_size,
-    )
+    preparation = _Preparation(rows, tokenizer, options or TokenizationOptions(), vocabulary_size)
     batch: list[RenderedRow] = []
     for row, preferences in _with_progress(preparation.preferences(), rows, progress):
         batch += preparation.render(row, preferences)
@@ -108,20 +90,16 @@ class _Preparation:
         self,
         rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
-        *,
-        limits: Limits,
-        policy: str | None,
-        strict_data: bool,
+        options: TokenizationOptions,
         vocabulary_size: int | None,
     ):
         self.rows = rows
         self.tokenizer = tokenizer
-        self.limits = limits
-        self.strict_data = strict_data
+        self.options = options
         self.vocabulary_size = vocabulary_size
         self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.report = PreparationReport(rows.source)
-        self.renderer = Renderer(tokenizer, policy, self.report)
+        self.renderer = Renderer(tokenizer, options, self.report)
         self.builder = PairBuilder()
         self._rows_with_nul = 0
 
@@ -200,7 +178,7 @@ class _Preparation:
             prompt,
             chosen,
             rejected,
-            limits=self.limits,
+            options=self.options,
             bos_token_id=self.bos_token_id,
         )
         if cut is None:
@@ -225,12 +203,12 @@ class _Preparation:
 
     def _drop(self, reason: str, row: int) -> None:
         where = self.rows.where(row)
-        if self.strict_data:
+        if self.options.strict_data:
             raise DataError(
                 f"{where}: {reason}, and strict_data is on; correct or remove the row, or leave "
                 "strict_data off to have such rows dropped and counted"
             )
-        self.report.drop(reason, where)
+        self.report.drop(reason, row, where)
 
     def _note_unstable(self, row: int, trimmed: Ids) -> None:
         if not self.report.unstable_prompts:
