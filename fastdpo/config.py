@@ -213,8 +213,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        PreferenceOptions.__post_init__(self)
-        TrlOptions.__post_init__(self)
+        PreferenceOptions.__post_init__(self)  # and, by the order of the bases, TrlOptions
         self._apply_trl_aliases()
         check_printable("output_dir", self.output_dir)
         self._check_unsupported()

@@ -15,7 +15,7 @@ from fastdpo.options import (
     TokenizationOptions,
     refuse_training_options,
 )
-from fastdpo.options.checks import check_whole, option
+from fastdpo.options.checks import Options, option, whole
 from fastdpo.system import files
 from fastdpo.system.console import print_line
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """What an evaluation shows."""
 
     _argument_group_name = "Evaluation"
 
-    num_completions: int = option(3, "Prompts that both models complete, for you to read.")
-    max_new_tokens: int = option(64, "Most tokens of such a completion.")
+    num_completions: int = option(
+        3, "Prompts that both models complete, for you to read.", check=whole(0, "0 writes none")
+    )
+    max_new_tokens: int = option(
+        64, "Most tokens of such a completion.", check=whole(1, "64 is usual")
+    )
     output_file: str = option("evaluation.json", "JSON file that the metrics are written to.")
-
-    def __post_init__(self) -> None:
-        check_whole("num_completions", self.num_completions, 0, "0 writes none")
-        check_whole("max_new_tokens", self.max_new_tokens, 1, "64 is usual")
 
 
 def main(argv: Sequence[str]) -> None:

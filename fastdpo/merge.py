@@ -16,7 +16,7 @@ from fastdpo.options import (
     refuse_training_options,
     resolve_model,
 )
-from fastdpo.options.checks import check_choice, check_whole, option
+from fastdpo.options.checks import Options, option, whole
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ ONTO_MODES = ("bf16", "dequantized")
 
 
 @dataclass
-class MergingOptions:
+class MergingOptions(Options):
     """What an adapter is merged into, and how the result is checked."""
 
     _argument_group_name = "Merging"
@@ -49,11 +49,11 @@ class MergingOptions:
         8,
         "Pairs of --dataset on which log-probs before and after are compared; a few show what "
         "moved, and each costs three passes. 0 compares none.",
+        check=whole(0, "8 is usual, 0 compares none"),
     )
 
     def __post_init__(self) -> None:
-        check_choice("onto", self.onto, ONTO_MODES)
-        check_whole("report_pairs", self.report_pairs, 0, "8 is usual, 0 compares none")
+        super().__post_init__()
         if self.adapter is None:
             raise ValueError(
                 "--adapter is missing: pass the folder that training with --lora or --qlora wrote."

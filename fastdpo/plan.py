@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, resolve_model
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
+from fastdpo.options.checks import Options, check_choice, number, option, whole
 from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PlanningOptions:
+class PlanningOptions(Options):
     """Which GPU and which pairs the run is planned for."""
 
     _argument_group_name = "Plan"
@@ -29,18 +29,23 @@ class PlanningOptions:
     host_memory_gib: float | None = option(
         None,
         "Most pinned host memory, GiB; unset: a share of what is free on this machine.",
+        check=number("0 pins nothing.", at_least=0),
     )
     max_length: int = option(
         1024,
         "Most tokens of prompt + completion, as in training; the longest pair is taken to be two "
         "such rows that share nothing.",
+        check=whole(8, "1024 is usual"),
     )
     pairs_per_update: int = option(
         32,
         "Pairs of an update; the average one is taken to be half as long as the longest.",
+        check=whole(1, "32 is usual"),
     )
     micro_batch_tokens: int | None = option(
-        None, "Most tokens of a micro-batch, at least 128. Unset: chosen."
+        None,
+        "Most tokens of a micro-batch, at least 128. Unset: chosen.",
+        check=whole(128, "leave it out to choose"),
     )
     optim: str = option(
         "auto",
@@ -52,18 +57,9 @@ class PlanningOptions:
     json: bool = option(False, "Print the plan as JSON and nothing else.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gpu.strip():
             raise ValueError("--gpu is empty; it must be auto, a size such as 24GiB, or a name.")
-        if self.host_memory_gib is not None:
-            check_number(
-                "host_memory_gib", self.host_memory_gib, at_least=0, remedy="0 pins nothing."
-            )
-        check_whole("max_length", self.max_length, 8, "1024 is usual")
-        check_whole("pairs_per_update", self.pairs_per_update, 1, "32 is usual")
-        if self.micro_batch_tokens is not None:
-            check_whole(
-                "micro_batch_tokens", self.micro_batch_tokens, 128, "leave it out to choose"
-            )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from fastdpo.options import (
     TokenizationOptions,
     refuse_training_options,
 )
-from fastdpo.options.checks import option
+from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SCORE_ENDINGS = (".jsonl", ".parquet")
 
 
 @dataclass
-class ScoringOptions:
+class ScoringOptions(Options):
     """Where the scored rows go, and how their new columns are called."""
 
     _argument_group_name = "Scores"

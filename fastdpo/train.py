@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
-from fastdpo.options.checks import option
+from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
 from fastdpo.trainer.from_options import (
     make_trainer,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TrainOptions:
+class TrainOptions(Options):
     """What `python -m fastdpo.train` does besides training."""
 
     _argument_group_name = "This command"

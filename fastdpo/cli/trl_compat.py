@@ -9,15 +9,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
 
 from fastdpo.cli.yaml_file import load_yaml_config
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
-from fastdpo.options.model import DTYPES
+from fastdpo.options.checks import Options, option
+from fastdpo.options.model import DTYPES, LORA_ALPHA, LORA_DROPOUT, LORA_R
 from fastdpo.options.removed import suggest_option
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ QUANT_TYPES = ("nf4", "fp4")
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Options):
     """Which model, in which precision, with which adapter; TRL's names and defaults.
 
     Two defaults are not TRL's: 4-bit weights have their scales quantized too
@@ -53,20 +53,19 @@ class ModelConfig:
         None, "Not used: attention over packed pairs is fastdpo's own."
     )
     use_peft: bool = option(False, "Train a LoRA adapter.")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Adapter scale, applied as alpha / r.")
-    lora_dropout: float = option(0.05, "Dropout before the adapter, 0 to below 1.")
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers that get an adapter, or all-linear. Unset: what PEFT has for the model."
-        },
+    lora_r: int = option(16, "Rank of the adapter.", check=LORA_R)
+    lora_alpha: int = option(32, "Adapter scale, applied as alpha / r.", check=LORA_ALPHA)
+    lora_dropout: float = option(
+        0.05, "Dropout before the adapter, 0 to below 1.", check=LORA_DROPOUT
     )
-    lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters that are no layers and get an adapter."}
+    lora_target_modules: list[str] | None = option(
+        None, "Layers that get an adapter, or all-linear. Unset: what PEFT has for the model."
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Layers that are trained as a whole beside the adapter."}
+    lora_target_parameters: list[str] | None = option(
+        None, "Parameters that are no layers and get an adapter."
+    )
+    lora_modules_to_save: list[str] | None = option(
+        None, "Layers that are trained as a whole beside the adapter."
     )
     lora_task_type: str = option("CAUSAL_LM", "Must be CAUSAL_LM.")
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(r).")
@@ -102,11 +101,7 @@ class ModelConfig:
             )
         if self.dtype is None:
             self.dtype = "auto"
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
-        check_whole("lora_r", self.lora_r, 1, "16 is usual")
-        check_number("lora_alpha", self.lora_alpha, above=0, remedy="Twice --lora_r is usual.")
-        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1, remedy="0 is usual.")
+        super().__post_init__()
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"  # pyrefly: ignore[bad-assignment]
         if self.attn_implementation is not None:

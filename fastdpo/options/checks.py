@@ -1,19 +1,121 @@
-"""How an option is declared, and the checks that name its flag, its value and what to do."""
+"""How an option is declared, with its bounds, and the one loop that checks them all.
+
+Every message names the flag, the value that arrived, what is needed and what to do.
+"""
 
 import json
 import math
-from collections.abc import Collection
-from dataclasses import field
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import Field, field
+from types import MappingProxyType, NoneType
+from typing import Any, ClassVar, get_args
+
+Check = Callable[[str, Any], None]
+"""Takes the name and the value of an option, and raises ValueError where the value is wrong."""
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with its help text, and `choices` or `aliases` for the command line."""
-    return field(default=default, metadata={"help": help, **metadata})
+def option(default: Any, help: str, *, check: Check | None = None, **metadata: Any) -> Any:
+    """Declare a field of a dataclass that inherits `Options`.
+
+    Args:
+        default: its value if nothing is given; a list is copied for every instance.
+        help: what the option is, in which unit, and why the default is what it is.
+        check: bounds of the value, as `whole` and `number` make them.
+        metadata: `choices`, which are checked too, and `aliases` for the command line.
+
+    Returns:
+        The dataclass field.
+    """
+    metadata = {"help": help, "check": check, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Options:
+    """Base of the dataclasses of options: their values are checked as their fields declare it.
+
+    A `__post_init__` of a dataclass normalizes its values, calls `super().__post_init__()`, which
+    checks each value by itself, and then checks how values go together. None passes where the
+    type of the field allows it.
+
+    Attributes:
+        checks: the check of every option that has one, by name, those of base classes included.
+    """
+
+    checks: ClassVar[dict[str, Check]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Collect the checks, and leave in each field's metadata what argparse understands."""
+        cls.checks = {
+            name: check
+            for base in reversed(cls.__mro__)
+            for name, check in vars(base).get("checks", {}).items()
+        }
+        for name, entry in vars(cls).items():
+            if not isinstance(entry, Field):
+                continue
+            metadata = dict(entry.metadata)
+            check = metadata.pop("check", None)
+            if "choices" in metadata:
+                check = _one_of(metadata["choices"])
+            if check is not None:
+                may_be_none = NoneType in get_args(cls.__annotations__[name])
+                cls.checks[name] = _unless_none(check) if may_be_none else check
+            entry.metadata = MappingProxyType(metadata)
+
+    def __post_init__(self) -> None:
+        for name, check in self.checks.items():
+            check(name, getattr(self, name))
+
+
+def whole(at_least: int, remedy: str, *, or_zero: bool = False) -> Check:
+    """A check for whole numbers of at least `at_least`, and for 0 where that has a meaning."""
+
+    def check(name: str, value: Any) -> None:
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if is_whole and (value >= at_least or (or_zero and value == 0)):
+            return
+        raise ValueError(
+            f"--{name} is {value!r}; it must be a whole number, {at_least} or more: {remedy}."
+        )
+
+    return check
+
+
+def number(
+    remedy: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> Check:
+    """A check for finite numbers within the bounds (`above` and `below` are excluded)."""
+    bounds = (("above", above), ("of at least", at_least), ("below", below), ("at most", at_most))
+    needed = " and ".join(f"{words} {bound}" for words, bound in bounds if math.isfinite(bound))
+
+    def check(name: str, value: Any) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        # Infinite bounds bound nothing, since the value is finite.
+        within = is_number and above < value < below and at_least <= value <= at_most
+        if within and math.isfinite(value):
+            return
+        raise ValueError(
+            f"--{name} is {value!r}; it must be {f'a finite number {needed}'.strip()}. {remedy}"
+        )
+
+    return check
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 
 def check_printable(name: str, value: Any) -> None:
-    """Refuse a file name with a newline, a NUL or the like."""
+    """Refuse a file name with a newline, a NUL or another character that cannot be printed."""
     if any(not character.isprintable() for character in str(value)):
         raise ValueError(
             f"--{name} is {str(value)!r}, which has a character that cannot be printed; give a "
@@ -21,44 +123,8 @@ def check_printable(name: str, value: Any) -> None:
         )
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Refuse what is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(choices)}.")
-
-
-def check_whole(name: str, value: Any, least: int, remedy: str) -> None:
-    """Refuse what is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"--{name} is {value!r}; it must be a whole number, {least} or more: {remedy}."
-        )
-
-
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    below: float = math.inf,
-    at_most: float = math.inf,
-    remedy: str,
-) -> None:
-    """Refuse what is not a finite number within the bounds (`above` and `below` are excluded)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    # Infinite bounds bound nothing: value is finite.
-    if number and above < value < below and at_least <= value <= at_most:
-        return
-    bounds = (("above", above), ("of at least", at_least), ("below", below), ("at most", at_most))
-    needed = " and ".join(f"{words} {bound}" for words, bound in bounds if math.isfinite(bound))
-    raise ValueError(
-        f"--{name} is {value!r}; it must be {f'a finite number {needed}'.strip()}. {remedy}"
-    )
-
-
 def as_dict(name: str, value: Any) -> dict[str, Any] | None:
-    """A dict given as such or as JSON text."""
+    """Read a dict that is given as one or as JSON text; None stays None."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -70,3 +136,15 @@ def as_dict(name: str, value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"--{name} is {value!r}; it must be a dict, or JSON text of one.")
     return value
+
+
+def _one_of(choices: Collection[str]) -> Check:
+    return lambda name, value: check_choice(name, value, choices)
+
+
+def _unless_none(check: Check) -> Check:
+    def check_if_given(name: str, value: Any) -> None:
+        if value is not None:
+            check(name, value)
+
+    return check_if_given

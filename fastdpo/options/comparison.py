@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, fields
 
-from fastdpo.options.checks import check_number, option
+from fastdpo.options.checks import Options, number, option
 from fastdpo.options.data import DataOptions
 from fastdpo.options.model import ModelOptions
 
 
 @dataclass
-class ComparisonOptions:
+class ComparisonOptions(Options):
     """Which trained model stands beside which reference."""
 
     _argument_group_name = "Policy and reference"
@@ -19,10 +19,14 @@ class ComparisonOptions:
     reference: str | None = option(
         None, "The model that a fully trained --model started from, to compare with."
     )
-    beta: float = option(0.1, "Reward per nat of log-ratio, as in training.")
+    beta: float = option(
+        0.1,
+        "Reward per nat of log-ratio, as in training.",
+        check=number("Pass the beta of the training run.", above=0),
+    )
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, above=0, remedy="Pass the beta of the training run.")
+        super().__post_init__()
         if self.adapter is not None and self.reference is not None:
             raise ValueError(
                 "--adapter and --reference exclude each other: with an adapter the reference is "

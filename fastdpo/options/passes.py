@@ -1,9 +1,9 @@
 """How the model is run over the pairs of an update: micro-batches, what is shared, dropout."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.options.checks import as_dict, check_choice, check_whole, option
+from fastdpo.options.checks import Options, as_dict, option, whole
 
 SHARED_PREFIX_MODES = ("auto", "off")
 PACKING_MODES = ("auto", "off")
@@ -14,7 +14,7 @@ EMBEDDING_PLACES = ("auto", "gpu", "host")
 
 
 @dataclass
-class BatchingOptions:
+class BatchingOptions(Options):
     """Micro-batches and memory."""
 
     _argument_group_name = "Micro-batches and memory"
@@ -23,6 +23,7 @@ class BatchingOptions:
         None,
         "Most tokens of a packed micro-batch, at least 128; bounds the memory, never changes the "
         "update. Unset: chosen for the device.",
+        check=whole(128, "leave it out to choose"),
     )
     activations: str = option(
         "auto",
@@ -34,6 +35,7 @@ class BatchingOptions:
         None,
         "Run MLPs and norms over at most so many tokens at once, 128 or more, to hold less of "
         "their inside; 0 never does. Unset: chosen for the device.",
+        check=whole(128, "0 is never, 4096 is usual", or_zero=True),
     )
     embeddings: str = option(
         "auto",
@@ -73,30 +75,18 @@ class BatchingOptions:
         "ends the run and names the rows, skip goes on with the next update and counts.",
         choices=list(NONFINITE_MODES),
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "More arguments for from_pretrained, as a dict or JSON."},
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "More arguments for from_pretrained, as a dict or JSON."
     )
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens is not None:
-            check_whole(
-                "micro_batch_tokens", self.micro_batch_tokens, 128, "leave it out to choose"
-            )
-        check_choice("activations", self.activations, ACTIVATION_MODES)
-        if self.mlp_tile_tokens not in (None, 0):
-            check_whole("mlp_tile_tokens", self.mlp_tile_tokens, 128, "0 is never, 4096 is usual")
-        check_choice("embeddings", self.embeddings, EMBEDDING_PLACES)
-        check_choice("shared_prefix", self.shared_prefix, SHARED_PREFIX_MODES)
-        check_choice("packing", self.packing, PACKING_MODES)
-        check_choice("attention", self.attention, ATTENTION_BACKENDS)
+        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
+        super().__post_init__()
         if self.merge_prompts and "off" in (self.packing, self.shared_prefix):
             raise ValueError(
                 "--merge_prompts shares prompts, which --packing off and --shared_prefix off turn "
                 "off: leave one of them out."
             )
-        check_choice("nonfinite", self.nonfinite, NONFINITE_MODES)
-        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
 
     @property
     def from_pretrained_options(self) -> dict[str, Any]:
