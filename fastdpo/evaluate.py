@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
         hidden=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.given)
+    refuse_training_options(parsed.explicit)
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
     evaluation = run(parsed.model, parsed.data, rows, compared, options)

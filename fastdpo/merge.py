@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
         hidden=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.given)
+    refuse_training_options(parsed.explicit)
     run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(TokenizationOptions))
 
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         "model beside its reference; row i of the result is row i of the data.",
         hidden=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.given)
+    refuse_training_options(parsed.explicit)
     options = parsed.group(ScoringOptions)
     scored = run(
         parsed.model,

@@ -64,7 +64,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
 
     groups = trainer.train_groups
     assert groups is not None, "the command reads one"
-    shown = parsed.given | set(presets(dict.fromkeys(parsed.given))) - {"dry_run"}
+    shown = parsed.explicit | set(presets(dict.fromkeys(parsed.explicit))) - {"dry_run"}
     for options in (asdict(parsed.model), asdict(parsed.data), vars(trainer.user_args)):
         for name in sorted(shown & set(options)):
             if options[name] is not None:

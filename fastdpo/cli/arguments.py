@@ -50,11 +50,14 @@ class TrlParser(HfArgumentParser):
         for kind in kinds:
             hints = get_type_hints(kind)
             for entry in fields(kind):
+                if entry.name == "config":
+                    raise ValueError(
+                        f"{kind.__name__} has a field named config, which is the parser's own: "
+                        "rename it."
+                    )
                 self.hints[entry.name] = hints[entry.name]
                 for alias in entry.metadata.get("aliases", ()):
                     self.aliases[alias.lstrip("-")] = entry.name
-        if "config" in self.hints:
-            raise ValueError("a dataclass has a field named config, the parser's own: rename it.")
         self._adjust_actions()
         self._add_missing_negations()
 
