@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _UNSET: Any = None  # of a field that TrainingArguments declares without None
 _ONE_GPU = "fastdpo trains on one GPU in one process; leave it out"
 
-# name, the values that mean "not asked for", and why anything else is refused.
+# name, the values that mean "not requested", and why anything else is refused.
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "auto_find_batch_size",
@@ -83,7 +83,7 @@ _IN_MEMORY = "pairs lie in memory as token ids and are packed in this process"
 _WITHOUT_LOGITS = "evaluation adds up log-probs and builds no logits"
 _ONE_PROCESS = "there is one process"
 
-# Inherited options that nothing here reads: asking for them is said to be in vain.
+# Inherited options that nothing here reads: setting one logs a warning with this reason.
 _UNUSED: dict[str, str] = {
     "per_device_eval_batch_size": "micro_batch_tokens bounds a micro-batch of an evaluation too",
     "bf16_full_eval": "evaluation has the precision of training",
@@ -247,7 +247,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     @property
     def tokenizer_options(self) -> dict[str, Any]:
-        """Where the tokenizer of a model given by name comes from: the model's own revision."""
+        """Arguments to load the tokenizer of a model given by name: the model's own revision."""
         given = self.from_pretrained_options
         return {
             "revision": given.get("revision") or "main",
@@ -255,11 +255,11 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers does it, which hides whatever is called a token; a padding is none."""
+        """Return the options as a dict in which `pad_token` is not hidden as a secret."""
         return super().to_dict() | {"pad_token": self.pad_token}
 
     def _apply_trl_aliases(self) -> None:
-        """Give our own options what TRL's names ask of them, where it is no contradiction."""
+        """Set our own options as TRL's names require, or refuse where the two contradict."""
         if self.activation_offloading:
             if self.activations not in ("auto", "offload"):
                 raise ValueError(
@@ -300,5 +300,5 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
 
 def cuda_has_bf16() -> bool:
-    """Whether there is a CUDA GPU with bfloat16 units (compute capability 8.0 or later)."""
+    """True where there is a CUDA GPU with bfloat16 units (compute capability 8.0 or later)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluationOptions(Options):
-    """What an evaluation shows."""
+    """The options that say what an evaluation shows."""
 
     _argument_group_name = "Evaluation"
 
@@ -70,7 +70,7 @@ def run(
     """Load what the options name and evaluate it.
 
     Raises:
-        ValueError: an option is missing, or the model or data cannot be had.
+        ValueError: an option is missing, or the model or data cannot be loaded.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
     from fastdpo.evaluation.evaluate_pairs import Completion, evaluate_scored, generate_completions

@@ -29,7 +29,7 @@ ONTO_MODES = ("bf16", "dequantized")
 
 @dataclass
 class MergingOptions(Options):
-    """What an adapter is merged into, and how the result is checked."""
+    """The options that say what an adapter is merged into and how the result is checked."""
 
     _argument_group_name = "Merging"
 
@@ -81,7 +81,7 @@ def run(
     """Merge, write the folder and report.
 
     Raises:
-        ValueError: the adapter, its base or the data cannot be had or do not fit together, or
+        ValueError: the adapter, its base or the data cannot be loaded or do not fit, or
             something else lies in the folder.
     """
     from fastdpo.merging import claim_folder, finish_folder, write_folder
@@ -128,7 +128,7 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
 def _plans(
     base: "Base", adapter: "Adapter", model: ModelOptions, options: MergingOptions
 ) -> list["MergePlan"]:
-    """The merge that was asked for, then, for a 4-bit base, the other choice to compare with."""
+    """Plan the requested merge and, for a 4-bit base, the other choice to compare it with."""
     from fastdpo.merging import plan_merge
     from fastdpo.modeling.loading import resolve_dtype
 
@@ -145,7 +145,7 @@ def _groups(
     rows: TokenizationOptions,
     base: str,
 ) -> list["PromptGroup"]:
-    """The pairs to compare log-probs on; none without a data set."""
+    """Read the pairs to compare log-probs on; none without a data set."""
     from fastdpo.batching import PairGroups
     from fastdpo.evaluation.load_both import read_pairs, tokenizer_of
 
@@ -164,7 +164,7 @@ def _measure(
     others: Sequence["MergePlan"],
     groups: Sequence["PromptGroup"],
 ) -> "Fidelity":
-    """The adapter on its base, then each merged model in its place: one in memory at a time."""
+    """Score with the adapter on its base, then with each merged model; one in memory at a time."""
     from fastdpo.evaluation.load_both import load_policy, load_weights
     from fastdpo.merging.fidelity import compare, logps_of, put_in_place
 

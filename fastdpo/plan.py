@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PlanningOptions(Options):
-    """Which GPU and which pairs the run is planned for."""
+    """The options that say for which GPU and which pairs a run is planned."""
 
     _argument_group_name = "Plan"
 
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, plan, print the terms, the choice and the longest pairs.
 
     Raises:
-        SystemExit: 3 where the pairs asked for do not fit, after saying what would make them fit.
-        ValueError: the model or the GPU cannot be had.
+        SystemExit: 3 where the pairs do not fit, after saying what would make them fit.
+        ValueError: the model or the GPU is unknown.
     """
     parsed = parse(
         "plan",
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
     if model.model_name_or_path is None:
         raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
-    gpu = _card(options.gpu)
+    gpu = _gpu_of(options.gpu)
     architecture = architecture_named(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
 
-def _card(text: str) -> "GPUSpec":
+def _gpu_of(text: str) -> "GPUSpec":
     from fastdpo.planner import current_gpu, gpu_spec
 
     return current_gpu() if text.strip().lower() == "auto" else gpu_spec(text)
@@ -123,7 +123,7 @@ def _host_bytes(options: PlanningOptions) -> int:
 
 
 def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
-    """As `python -m fastdpo.train` would do it on that GPU: without a flag, LoRA."""
+    """Return the training that `python -m fastdpo.train` would run; without a flag, LoRA."""
     from fastdpo.planner import Training
 
     if options.optim != "auto":
@@ -191,7 +191,7 @@ def longest_pairs(
     host_bytes: int,
     options: PlanningOptions,
 ) -> str:
-    """The longest pair 2 x L of each size of GPU, as a table."""
+    """Tabulate the longest pair 2 x L that fits each size of GPU."""
     from fastdpo.planner import gpu_spec, longest_pair
     from fastdpo.planner.gpus import SIZES_GIB
     from fastdpo.planner.terms import binary_size
@@ -199,27 +199,27 @@ def longest_pairs(
     rows = []
     for size in SIZES_GIB:
         gpu = gpu_spec(str(size))
-        found = longest_pair(
+        best = longest_pair(
             architecture, training, gpu, host_bytes=host_bytes, change_optimizer=False
         )
-        too_short = found is None or found.micro_batch_tokens < 2 * options.max_length
+        too_short = best is None or best.micro_batch_tokens < 2 * options.max_length
         if too_short and options.optim == "auto":
-            found = longest_pair(architecture, training, gpu, host_bytes=host_bytes)
-        if found is None:
+            best = longest_pair(architecture, training, gpu, host_bytes=host_bytes)
+        if best is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue
-        means = [f"{count} {what}" for what, count in found.policy_counts.items()]
-        means += ["embeddings on host"] if found.embeddings_on_host else []
-        means += ["tiled norms"] if found.norm_tile_tokens is not None else []
-        means += ["tiled MLPs"] if found.mlp_tile_tokens is not None else []
-        means += [found.optimizer] if found.optimizer != training.optimizer else []
+        strategy = [f"{count} {what}" for what, count in best.policy_counts.items()]
+        strategy += ["embeddings on host"] if best.embeddings_on_host else []
+        strategy += ["tiled norms"] if best.norm_tile_tokens is not None else []
+        strategy += ["tiled MLPs"] if best.mlp_tile_tokens is not None else []
+        strategy += [best.optimizer] if best.optimizer != training.optimizer else []
         rows.append(
             [
                 f"{size} GB",
-                f"2 x {found.micro_batch_tokens // 2:,}",
-                binary_size(found.peak_bytes),
-                binary_size(found.pinned_host_bytes),
-                ", ".join(means),
+                f"2 x {best.micro_batch_tokens // 2:,}",
+                binary_size(best.peak_bytes),
+                binary_size(best.pinned_host_bytes),
+                ", ".join(strategy),
             ]
         )
     limit = f"at most {binary_size(host_bytes)} of pinned host memory"

@@ -26,7 +26,7 @@ SCORE_ENDINGS = (".jsonl", ".parquet")
 
 @dataclass
 class ScoringOptions(Options):
-    """Where the scored rows go, and how their new columns are called."""
+    """The options that say where the scored rows go and how their new columns are called."""
 
     _argument_group_name = "Scores"
 
@@ -85,7 +85,7 @@ def run(
     """Load what the options name and score every pair with both models.
 
     Raises:
-        ValueError: an option is missing, the model or data cannot be had, or the rows have no
+        ValueError: an option is missing, the model or data cannot be loaded, or the rows have no
             room for the metrics.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainOptions(Options):
-    """What `python -m fastdpo.train` does besides training."""
+    """The options that `python -m fastdpo.train` has besides those of training."""
 
     _argument_group_name = "This command"
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
-    """What a run with these options would do: the options, the layout, and three pairs.
+    """Print what a run with these options would do: the options, the layout, and three pairs.
 
     The options are those that the user gave and those that the command sets, as they stand now.
     """
@@ -82,7 +82,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
 
 
 def _written(value: Any) -> str:
-    """As the command line takes it."""
+    """Return a value as the command line takes it."""
     if isinstance(value, list | tuple):
         return " ".join(map(_written, value)) or "none"
     return str(value.value if isinstance(value, Enum) else value)

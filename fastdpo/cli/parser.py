@@ -42,7 +42,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a command was asked to do.
+    """The options of a command, as the user and the defaults set them.
 
     Attributes:
         groups: one instance for each dataclass that was parsed, DPOConfig included.
@@ -58,12 +58,12 @@ class Parsed:
 
     @property
     def model(self) -> ModelOptions:
-        """Which model, and which of its weights move."""
+        """The options that say which model is trained, and which of its weights."""
         return self.group(ModelOptions)
 
     @property
     def data(self) -> DataOptions:
-        """Which preference pairs."""
+        """The options that say which preference pairs are read."""
         return self.group(DataOptions)
 
     @property
@@ -159,7 +159,7 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
 
 
 def _format_error(error: Exception) -> str:
-    """What went wrong; of a file which one, and what to do."""
+    """Return the text of an error; that of a system call names the file and a remedy."""
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return str(error)
     remedy = _REMEDIES.get(error.errno or 0)
@@ -167,7 +167,7 @@ def _format_error(error: Exception) -> str:
 
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:
-    """An instance of each dataclass from the values that belong to it."""
+    """Make an instance of each dataclass of the values that belong to it."""
     built = {kind: kind(**_fields_of(kind, given)) for kind in groups}
     if training:
         from fastdpo.config import DPOConfig
@@ -182,7 +182,7 @@ def _fields_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inherited_options(groups: Sequence[type]) -> type:
-    """A dataclass of the DPOConfig options that the brief help does not show."""
+    """Make a dataclass of the DPOConfig options that the brief help does not show."""
     from fastdpo.config import DPOConfig
 
     shown = {
@@ -202,7 +202,7 @@ def _inherited_options(groups: Sequence[type]) -> type:
 def _make_parser(
     command: str, groups: Sequence[type], training: bool, description: str, *, inherited: bool
 ) -> TrlParser:
-    """The parser of one command; `inherited` adds the options that the brief help leaves out."""
+    """Make the parser of one command; `inherited` adds what the brief help leaves out."""
     kinds = list(groups)
     if training:
         kinds += [*DPO_OPTION_GROUPS, TrainerDefaults]

@@ -1,4 +1,4 @@
-"""What a script written for TRL imports beside its trainer: model options, weights, adapters.
+"""The names that a script written for TRL imports beside its trainer, for model and adapter.
 
 Names, defaults and return values are those of TRL 1.16's `scripts/dpo.py`; where one of TRL's
 defaults is a trap, the docstring says what is done in its place.
@@ -22,7 +22,7 @@ QUANT_TYPES = ("nf4", "fp4")
 
 @dataclass
 class ModelConfig(Options):
-    """Which model, in which precision, with which adapter; TRL's names and defaults.
+    """Options for model, precision and adapter under TRL's names and with its defaults.
 
     Two defaults are not TRL's: 4-bit weights have their scales quantized too
     (`use_bnb_nested_quant`), and a single name in `lora_target_modules` is a name and not a pattern
@@ -105,7 +105,7 @@ class ModelConfig(Options):
 
 
 def get_quantization_config(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
-    """How `model_args` has the weights quantized.
+    """Make the quantization config that `model_args` stands for.
 
     The compute dtype is that of the other weights, as in TRL. On a GPU set `dtype` to bfloat16:
     with TRL's default, float32, embeddings and head take twice the memory.
@@ -129,7 +129,7 @@ def get_quantization_config(model_args: ModelConfig) -> "BitsAndBytesConfig | No
 
 
 def get_peft_config(model_args: ModelConfig) -> "LoraConfig | None":
-    """The adapter that `model_args` asks for; None without `use_peft`."""
+    """Make the config of the adapter that `model_args` stands for; None without `use_peft`."""
     if not model_args.use_peft:
         return None
     from peft import LoraConfig

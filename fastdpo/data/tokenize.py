@@ -1,4 +1,4 @@
-"""From rows to pairs of token ids: the way in which every dropped or cut row is counted."""
+"""Turning rows into pairs of token ids, with every dropped or cut row counted."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -42,9 +42,9 @@ def prepare_pairs(
     limit: int | None = None,
     progress: bool = True,
 ) -> PairDataset:
-    """Normalise, render, tokenise and truncate preference rows.
+    """Normalize, render, tokenize and truncate preference rows.
 
-    The prompt ids are what tokenised prompt, prompt + chosen and prompt + rejected have in common
+    The prompt ids are what tokenized prompt, prompt + chosen and prompt + rejected have in common
     at their start; the rest of each is its completion (TRL's rule). String completions end with
     exactly one EOS; conversations end as their chat template ends them.
 
@@ -105,17 +105,17 @@ class _Preparation:
 
     @property
     def kept(self) -> int:
-        """Pairs so far."""
+        """The number of pairs so far."""
         return len(self.builder)
 
     def preferences(self) -> Iterator[tuple[int, list[PreferenceRow]]]:
-        """Number and preferences of each row, counted."""
+        """Yield the number and the preferences of each row, and count the rows."""
         for row, preferences in self.rows.preferences(self.report.shapes):
             self.report.rows_read += 1
             yield row, preferences
 
     def render(self, row: int, preferences: list[PreferenceRow]) -> list[RenderedRow]:
-        """The texts of a row's preferences, without those that are useless already."""
+        """Render the preferences of a row; those that are useless already are dropped."""
         if not preferences:
             self._drop(RATED_ALIKE, row)
         rendered = [self._render(row, preference) for preference in preferences]
@@ -139,12 +139,12 @@ class _Preparation:
             raise DataError(f"{self.rows.where(index)}: {error}") from error
 
     def add(self, batch: list[RenderedRow]) -> None:
-        """Tokenise a batch and keep its pairs."""
+        """Tokenize a batch and keep its pairs."""
         for rendered, ids in zip(batch, self.renderer.encode(batch), strict=True):
             self._add_pair(rendered.row, *ids)
 
     def finish(self, note: str | None = None) -> PairDataset:
-        """The pairs and their report."""
+        """Return the pairs with their complete report."""
         self.report.pairs_kept = self.kept
         self.report.notes += [] if note is None else [note]
         if not self.report.pairs_kept:
@@ -174,26 +174,30 @@ class _Preparation:
         )
         if reason := self._useless(prompt, chosen, rejected):
             return self._drop(reason, row)
-        cut = truncate(
+        truncated = truncate(
             prompt,
             chosen,
             rejected,
             options=self.options,
             bos_token_id=self.bos_token_id,
         )
-        if cut is None:
+        if truncated is None:
             return self._drop(OVER_LONG_PROMPT, row)
-        if cut[1] == cut[2]:
+        if truncated[1] == truncated[2]:
             return self._drop(IDENTICAL_AFTER_TRUNCATION, row)
-        shorter = (len(cut[0]) < shared, len(cut[1]) < len(chosen), len(cut[2]) < len(rejected))
-        self.report.truncated_prompts += shorter[0]
-        self.report.truncated_completions += shorter[1] + shorter[2]
+        cut = (
+            len(truncated[0]) < shared,
+            len(truncated[1]) < len(chosen),
+            len(truncated[2]) < len(rejected),
+        )
+        self.report.truncated_prompts += cut[0]
+        self.report.truncated_completions += cut[1] + cut[2]
         if shared < len(prompt_alone):
             self._note_unstable(row, prompt_alone[shared:])
-        self.builder.add(*cut, row, shorter)
+        self.builder.add(*truncated, row, cut)
 
     def _useless(self, prompt: Ids, chosen: Ids, rejected: Ids) -> str | None:
-        """Why a pair can't teach anything, or None."""
+        """Return the reason why a pair cannot teach anything, or None."""
         if not prompt:
             return EMPTY_PROMPT
         for completion in (chosen, rejected):

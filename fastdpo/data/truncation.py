@@ -13,7 +13,7 @@ def truncate(
     options: TokenizationOptions,
     bos_token_id: int | None,
 ) -> tuple[Ids, Ids, Ids] | None:
-    """Cut a pair so that prompt + either completion keeps within its options.
+    """Cut a pair so that prompt + either completion keeps within the limits.
 
     First the left of the prompt is cut to `max_prompt_length` (its BOS stays) and the end of the
     completions to `max_completion_length`. Then "keep_completion" takes from the left of the prompt
@@ -48,7 +48,7 @@ def truncate(
 
 
 def _keep_end(prompt: Ids, keep: int, bos_token_id: int | None) -> Ids:
-    """The last `keep` (>= 1) ids, the first of them BOS where the prompt began with BOS."""
+    """Keep the last `keep` (>= 1) ids, the first of them BOS where the prompt began with BOS."""
     if len(prompt) <= keep:
         return prompt
     if prompt[0] == bos_token_id:

@@ -1,4 +1,4 @@
-"""Which trained model stands beside which reference."""
+"""The options of the commands that compare a trained model with its reference."""
 
 from dataclasses import dataclass, fields
 
@@ -9,7 +9,7 @@ from fastdpo.options.model import ModelOptions
 
 @dataclass
 class ComparisonOptions(Options):
-    """Which trained model stands beside which reference."""
+    """The options that say which trained model is compared with which reference."""
 
     _argument_group_name = "Policy and reference"
 
@@ -46,12 +46,12 @@ LOADING = {
         "max_line_mib",
     },
 }
-"""What a command that trains nothing takes of the groups that it shares with training."""
+"""The options that a command that trains nothing takes of the groups it shares with training."""
 
 TRAINING_OPTIONS = frozenset(
     entry.name for kind, used in LOADING.items() for entry in fields(kind) if entry.name not in used
 )
-"""What it would ignore: refused, and left out of its help."""
+"""The options that such a command would ignore; they are refused, and left out of its help."""
 
 
 def refuse_training_options(given: frozenset[str]) -> None:

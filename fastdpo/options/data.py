@@ -1,4 +1,4 @@
-"""Which preference pairs are read, from one set or from several."""
+"""The options that say which preference pairs are read, from one set or from several."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -6,28 +6,31 @@ from typing import Any
 from fastdpo.options.checks import Options, check_choice, number, option, whole
 
 DEFAULT_DATASET = "trl-lib/ultrafeedback_binarized"
-ROLES = (
-    "prompt",
-    "question",
-    "input",
-    "history",
-    "conversations",
-    "system",
-    "chosen",
-    "rejected",
-    "completions",
-    "ratings",
-    "ranks",
-    "tools",
-    "chat_template_kwargs",
-)
-"""What a column can be to a preference row; the names that --columns takes on its left."""
+COLUMN_NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt",),
+    "question": ("question", "instruction", "query"),
+    "input": ("input",),
+    "history": ("history",),
+    "conversations": ("conversations", "conversation", "messages"),
+    "system": ("system", "system_prompt"),
+    "chosen": ("chosen", "chosen_response", "preferred"),
+    "rejected": ("rejected", "rejected_response", "dispreferred"),
+    "completions": ("completions", "responses", "answers", "generations", "outputs"),
+    "ratings": ("ratings", "rating", "scores", "rewards"),
+    "ranks": ("ranks",),
+    "tools": ("tools",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+}
+"""Role -> the column names that are known for it.
+
+A role is what a column can be to a preference row, and a name that --columns takes on its left.
+"""
 RATED_PAIRS = ("best_worst", "all")
 
 
 @dataclass
 class DataOptions(Options):
-    """Which preference pairs are read."""
+    """The options that say which preference pairs are read, and how their columns are taken."""
 
     _argument_group_name = "Data"
 
@@ -98,7 +101,7 @@ class DataOptions(Options):
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How any of the sets is read: keyword arguments of `fastdpo.data.read_rows`."""
+        """Keyword arguments of `fastdpo.data.read_rows`, the same for every set that is read."""
         return {
             "columns": column_roles(self.columns),
             "rated_pairs": self.rated_pairs,
@@ -107,7 +110,7 @@ class DataOptions(Options):
 
     @property
     def mixture(self) -> "DatasetMixtureConfig | None":
-        """The mixture, where `datasets` lists one."""
+        """The mixture that `datasets` lists, or None."""
         if self.datasets is None:
             return None
         return DatasetMixtureConfig(
@@ -223,7 +226,7 @@ class ScriptArguments(Options):
 
 
 def column_roles(columns: Any) -> dict[str, str]:
-    """What columns are, from `["prompt=question", ...]` or a dict: role -> column name.
+    """Read the roles of columns, `["prompt=question", ...]` or a dict, as role -> column name.
 
     Raises:
         ValueError: a word that is no `role=name`, an unknown role, or one given twice.
@@ -241,7 +244,7 @@ def column_roles(columns: Any) -> dict[str, str]:
             pairs.append((role, name))
     roles = dict(pairs)
     for role in roles:
-        check_choice("columns", role, ROLES)
+        check_choice("columns", role, COLUMN_NAMES)
     if len(roles) < len(pairs) or len(set(roles.values())) < len(roles):
         raise ValueError(f"--columns names something twice ({columns}); name each one once.")
     return roles

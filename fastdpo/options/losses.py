@@ -1,4 +1,4 @@
-"""Which loss is taken over a pair, and its parameters."""
+"""The options that say which loss is taken over a pair, with its parameters."""
 
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ _FORMER_LOSSES = {
 
 @dataclass
 class LossOptions(Options):
-    """The loss of a pair."""
+    """The options of the loss of a pair."""
 
     _argument_group_name = "Loss"
 
@@ -195,7 +195,7 @@ class LossOptions(Options):
             )
 
     def _reject_unused(self) -> None:
-        """An option that changes nothing is a mistake: say so."""
+        """Refuse a parameter that the chosen losses do not read, since it would change nothing."""
         for name, unset, readers in (
             ("label_smoothing", 0.0, _SMOOTHED_LOSSES),
             ("f_divergence_type", "reverse_kl", _SCORE_LOSSES),

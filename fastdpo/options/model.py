@@ -1,4 +1,4 @@
-"""Which model is trained, in which precision, and which of its weights move."""
+"""The options that say which model is trained, in which precision, and which of its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ LORA_DROPOUT = number("0 is usual.", at_least=0, below=1)
 
 @dataclass
 class ModelOptions(Options):
-    """Which model is trained, in which precision, and which of its weights move."""
+    """The options that say which model is trained, in which precision, and which weights."""
 
     _argument_group_name = "Model"
 
@@ -113,7 +113,7 @@ class ModelOptions(Options):
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
-    """What a model name stands for.
+    """Resolve the name of a model: an alias becomes the repository that it stands for.
 
     Args:
         name: a folder, a hub id or one of `MODEL_ALIASES`.

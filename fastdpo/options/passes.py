@@ -1,4 +1,4 @@
-"""How the model is run over the pairs of an update: micro-batches, what is shared, dropout."""
+"""The options of running the model over the pairs of an update: micro-batches, memory, dropout."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ EMBEDDING_PLACES = ("auto", "gpu", "host")
 
 @dataclass
 class BatchingOptions(Options):
-    """Micro-batches and memory."""
+    """The options of micro-batches and of memory."""
 
     _argument_group_name = "Micro-batches and memory"
 
@@ -90,6 +90,6 @@ class BatchingOptions(Options):
 
     @property
     def from_pretrained_options(self) -> dict[str, Any]:
-        """`model_init_kwargs` as the dict that it is from `__post_init__` on."""
+        """A copy of `model_init_kwargs`, the arguments for from_pretrained."""
         assert not isinstance(self.model_init_kwargs, str), "__post_init__ has read the JSON"
         return dict(self.model_init_kwargs or {})

@@ -1,4 +1,4 @@
-"""The options of DPO itself, the groups of them put together."""
+"""The options of DPO itself, put together from their groups."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the reference is and where its log-probs are kept."""
+"""The options that say what the reference is and where its log-probs are kept."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ REF_VERSIONS_MODES = ("warn", "strict")
 
 @dataclass
 class ReferenceOptions(Options):
-    """The reference and its store."""
+    """The options of the reference and of its store."""
 
     _argument_group_name = "Reference"
 
@@ -78,12 +78,12 @@ class ReferenceOptions(Options):
 
 
 def reference_folder(ref_cache: str | None) -> Path | None:
-    """The folder of the reference store that `--ref_cache` asks for; None means off."""
+    """Return the folder of the reference stores for a value of `--ref_cache`; None means off."""
     if ref_cache == "off":
         return None
     if ref_cache is not None:
         return Path(ref_cache).expanduser()
-    if own := os.environ.get("FASTDPO_CACHE"):
-        return Path(own).expanduser() / "reference"
+    if cache := os.environ.get("FASTDPO_CACHE"):
+        return Path(cache).expanduser() / "reference"
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(user).expanduser() / "fastdpo" / "reference"

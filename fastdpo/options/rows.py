@@ -1,4 +1,4 @@
-"""How a row becomes token ids: truncation, control tokens, what is useless."""
+"""The options of turning rows into token ids: lengths, special tokens, useless rows."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
 
 @dataclass
 class TokenizationOptions(Options):
-    """From rows to token ids."""
+    """The options of turning rows into token ids."""
 
     _argument_group_name = "Rows to tokens"
 
@@ -37,7 +37,7 @@ class TokenizationOptions(Options):
     )
     special_tokens_in_content: str | None = option(
         None,
-        "Control tokens written inside the data: literal encodes them as plain text, allow as "
+        "Special tokens written inside the data: literal encodes them as plain text, allow as "
         "tokens, error refuses the row. Unset: literal in conversations, allow in ready strings.",
         choices=list(SPECIAL_TOKEN_MODES),
     )

@@ -1,4 +1,4 @@
-"""The inherited training options that runs set most, and what the commands preset them to."""
+"""The inherited training options that runs set most, with the presets of the command."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -50,11 +50,11 @@ class TrainerDefaults(Options):
 
 
 def presets(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The command's defaults for the inherited training options, to be laid below `given`.
+    """Return the command's defaults for the inherited training options, to be laid below `given`.
 
     Where one given option decides what another one means, the other's preset gives way: naming
-    one of the two batch numbers leaves TRL's default for the other (8 and 1), `eval_steps` asks
-    for evaluation by steps, and `full` trains at TRL's 1e-6.
+    one of the two batch numbers leaves TRL's default for the other (8 and 1), `eval_steps` means
+    evaluation by steps, and `full` trains at TRL's 1e-6.
 
     Args:
         given: what the user set, by name.

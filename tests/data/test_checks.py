@@ -181,12 +181,12 @@ def test_a_preview_shows_parts_cuts_and_where_the_completions_part(gpt2):
 
 def test_colours_where_a_terminal_wants_them_and_no_other_escape(gpt2, monkeypatch):
     pairs = prepare(gpt2, strings("a\x1b[2Jb", " c\u202e", " d\rx"))
-    plain = show_pairs(pairs, gpt2, colour=False)
+    plain = show_pairs(pairs, gpt2, color=False)
     assert "\x1b" not in plain
     assert "a\\u001b[2Jb" in plain
     assert "\\u202e" in plain
     assert "\\u000dx" in plain
-    painted = show_pairs(pairs, gpt2, colour=True)
+    painted = show_pairs(pairs, gpt2, color=True)
     assert "\x1b[36ma\\u001b[2Jb\x1b[0m" in painted
     assert re.sub("\x1b\\[[0-9;]*m", "", painted) == plain
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
