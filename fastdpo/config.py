@@ -2,19 +2,18 @@
 
 import logging
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
-from fastdpo.options.checks import check_printable
+from fastdpo.options.checks import check_printable, option
 from fastdpo.options.removed import suggest_option
 
 logger = logging.getLogger(__name__)
 
-_UNSET: Any = None  # of a field that TrainingArguments declares without None
 _ONE_GPU = "fastdpo trains on one GPU in one process; leave it out"
 
 # name, the values that mean "not requested", and why anything else is refused.
@@ -148,58 +147,43 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     _argument_group_name = "Training"
 
-    output_dir: str | None = field(
-        default="fastdpo-output",
-        metadata={"help": "Folder of checkpoints, the result and its log."},
+    output_dir: str | None = option(
+        "fastdpo-output", "Folder of checkpoints, the result and its log."
     )
-    learning_rate: float = field(
-        default=1e-6,
-        metadata={"help": "Peak learning rate; TRL's default, adapters want about 1e-5."},
+    learning_rate: float = option(
+        1e-6, "Peak learning rate; TRL's default, adapters want about 1e-5."
     )
-    logging_steps: float = field(
-        default=10,
-        metadata={"help": "Updates between two log lines, or below 1 a share of the run."},
+    logging_steps: float = option(
+        10, "Updates between two log lines, or below 1 a share of the run."
     )
-    bf16: bool = field(
-        default=_UNSET,
-        metadata={
-            "help": "Mixed precision in bfloat16; unset: on where CUDA supports it, else off."
-        },
+    bf16: bool = option(
+        None, "Mixed precision in bfloat16; unset: on where CUDA supports it, else off."
     )
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Recompute activations in the backward to save memory; unset means on.",
-            "nargs": "?",
-            "const": True,
-        },
+    activation_checkpointing: bool | None = option(
+        None,
+        "Recompute activations in the backward to save memory; unset means on.",
+        nargs="?",
+        const=True,
     )
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Arguments for activation checkpointing, as a dict or JSON."},
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for activation checkpointing, as a dict or JSON."
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "The former name of activation_checkpointing; either may be given.",
-            "nargs": "?",
-            "const": True,
-        },
+    gradient_checkpointing: bool | None = option(
+        None,
+        "The former name of activation_checkpointing; either may be given.",
+        nargs="?",
+        const=True,
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Must stay off: a NaN loss is shown, never replaced by an average."},
+    logging_nan_inf_filter: bool = option(
+        False, "Must stay off: a NaN loss is shown, never replaced by an average."
     )
-    allow_config_change: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Settings in which a resumed run may differ from its checkpoint, as the "
-            "refusal names them."
-        },
+    allow_config_change: list[str] | None = option(
+        None,
+        "Settings in which a resumed run may differ from its checkpoint, as the "
+        "refusal names them.",
     )
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Must stay off: pairs are no arguments of model.forward."},
+    remove_unused_columns: bool = option(
+        False, "Must stay off: pairs are no arguments of model.forward."
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
