@@ -82,8 +82,12 @@ _IN_MEMORY = "pairs lie in memory as token ids and are packed in this process"
 _WITHOUT_LOGITS = "evaluation adds up log-probs and builds no logits"
 _ONE_PROCESS = "there is one process"
 
-# Inherited options that nothing here reads: setting one logs a warning with this reason.
+# Options that nothing here reads: setting one logs a warning with this reason.
 _UNUSED: dict[str, str] = {
+    "dataset_num_proc": "pairs are tokenised in one process",
+    "pad_to_multiple_of": "nothing is padded; micro_batch_tokens bounds a micro-batch",
+    "precompute_ref_batch_size": "micro_batch_tokens bounds the reference pass too",
+    "pad_token": "nothing is padded; set tokenizer.pad_token for what comes after training",
     "per_device_eval_batch_size": "micro_batch_tokens bounds a micro-batch of an evaluation too",
     "bf16_full_eval": "evaluation has the precision of training",
     "fp16_full_eval": "evaluation has the precision of training",
@@ -269,7 +273,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
                 unset = (
                     entry.default if entry.default_factory is MISSING else entry.default_factory()
                 )
-                if getattr(self, entry.name) != unset:
+                if getattr(self, entry.name) not in (unset, None):
                     logger.warning("--%s changes nothing: %s.", entry.name, _UNUSED[entry.name])
 
     def _resolve_checkpointing(self) -> None:

@@ -13,7 +13,6 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     TokenizationOptions,
-    refuse_training_options,
 )
 from fastdpo.options.checks import Options, option, whole
 from fastdpo.system import files
@@ -49,9 +48,8 @@ def main(argv: Sequence[str]) -> None:
         argv,
         training=False,
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
-        hidden=TRAINING_OPTIONS,
+        refused=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.explicit)
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
     evaluation = run(parsed.model, parsed.data, rows, compared, options)

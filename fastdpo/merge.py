@@ -13,7 +13,6 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     TokenizationOptions,
-    refuse_training_options,
     resolve_model,
 )
 from fastdpo.options.checks import Options, option, whole
@@ -69,9 +68,8 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Merge an adapter into its base, tensor by tensor in bounded memory. With "
         "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
-        hidden=TRAINING_OPTIONS,
+        refused=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.explicit)
     run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(TokenizationOptions))
 
 

@@ -13,7 +13,6 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     TokenizationOptions,
-    refuse_training_options,
 )
 from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line
@@ -56,9 +55,8 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Write a data set's rows with log-probs, rewards and margin of a trained "
         "model beside its reference; row i of the result is row i of the data.",
-        hidden=TRAINING_OPTIONS,
+        refused=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.explicit)
     options = parsed.group(ScoringOptions)
     scored = run(
         parsed.model,

@@ -81,7 +81,7 @@ def parse(
     *,
     training: bool,
     description: str = "",
-    hidden: Collection[str] = (),
+    refused: Collection[str] = (),
 ) -> Parsed:
     """Parse the arguments of `python -m fastdpo.<command>`.
 
@@ -91,7 +91,7 @@ def parse(
         argv: the arguments after the program's name.
         training: whether the command takes a DPOConfig with the presets below the user's values.
         description: one sentence above the help.
-        hidden: options that are left out of the help, since the command refuses them.
+        refused: options of the groups that change nothing here: left out of the help, and an error.
 
     Returns:
         An instance of every group, of DPOConfig if `training`, and the names the user set.
@@ -107,11 +107,16 @@ def parse(
     brief = {"--help", "-h"} & set(argv) and not everything
     try:
         parser = _make_parser(command, groups, training, description, inherited=not brief)
-        parser.hide(hidden)
+        parser.hide(refused)
         if brief or everything:
             sys.stdout.write(parser.format_help())
             raise SystemExit(0)
         values = parser.read(argv)
+        if useless := sorted(values.keys() & set(refused)):
+            raise ValueError(
+                f"--{useless[0]} changes nothing here: leave it out. The adapter's folder says how "
+                "it was made; --qlora loads the base in 4 bits as in training."
+            )
         return Parsed(_build(groups, training, values), frozenset(values))
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(_format_error(error).split())}\n")

@@ -5,8 +5,10 @@ Every message names the flag, the value that arrived, what is needed and what to
 
 import json
 import math
+from collections import ChainMap
 from collections.abc import Callable, Collection
 from dataclasses import Field, field
+from functools import partial
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, get_args
 
@@ -26,6 +28,8 @@ def option(default: Any, help: str, *, check: Check | None = None, **metadata: A
     Returns:
         The dataclass field.
     """
+    if "choices" in metadata:
+        check = partial(check_choice, choices=metadata["choices"])
     metadata = {"help": help, "check": check, **metadata}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -40,33 +44,28 @@ class Options:
     type of the field allows it.
 
     Attributes:
-        checks: the check of every option that has one, by name, those of base classes included.
+        checks: by name, the check of every option that has one and if None passes it; those of
+            base classes are included.
     """
 
-    checks: ClassVar[dict[str, Check]] = {}
+    checks: ClassVar[dict[str, tuple[Check, bool]]] = {}
 
     def __init_subclass__(cls) -> None:
         """Collect the checks, and leave in each field's metadata what argparse understands."""
-        cls.checks = {
-            name: check
-            for base in reversed(cls.__mro__)
-            for name, check in vars(base).get("checks", {}).items()
-        }
+        cls.checks = dict(ChainMap(*(vars(base).get("checks", {}) for base in cls.__mro__)))
         for name, entry in vars(cls).items():
             if not isinstance(entry, Field):
                 continue
             metadata = dict(entry.metadata)
-            check = metadata.pop("check", None)
-            if "choices" in metadata:
-                check = _one_of(metadata["choices"])
-            if check is not None:
-                may_be_none = NoneType in get_args(cls.__annotations__[name])
-                cls.checks[name] = _unless_none(check) if may_be_none else check
+            if check := metadata.pop("check", None):
+                cls.checks[name] = check, NoneType in get_args(cls.__annotations__[name])
             entry.metadata = MappingProxyType(metadata)
 
     def __post_init__(self) -> None:
-        for name, check in self.checks.items():
-            check(name, getattr(self, name))
+        for name, (check, may_be_none) in self.checks.items():
+            value = getattr(self, name)
+            if not (value is None and may_be_none):
+                check(name, value)
 
 
 def whole(at_least: int, remedy: str, *, or_zero: bool = False) -> Check:
@@ -136,15 +135,3 @@ def as_dict(name: str, value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"--{name} is {value!r}; it must be a dict, or JSON text of one.")
     return value
-
-
-def _one_of(choices: Collection[str]) -> Check:
-    return lambda name, value: check_choice(name, value, choices)
-
-
-def _unless_none(check: Check) -> Check:
-    def check_if_given(name: str, value: Any) -> None:
-        if value is not None:
-            check(name, value)
-
-    return check_if_given

@@ -51,18 +51,4 @@ LOADING = {
 TRAINING_OPTIONS = frozenset(
     entry.name for kind, used in LOADING.items() for entry in fields(kind) if entry.name not in used
 )
-"""The options that such a command would ignore; they are refused, and left out of its help."""
-
-
-def refuse_training_options(given: frozenset[str]) -> None:
-    """Refuse what a command that trains nothing would ignore.
-
-    Raises:
-        ValueError: names the first of them.
-    """
-    useless = TRAINING_OPTIONS & given
-    if useless:
-        raise ValueError(
-            f"--{min(useless)} changes nothing here: leave it out. The adapter's folder says how "
-            "it was made; --qlora loads the base in 4 bits as in training."
-        )
+"""The options that such a command would ignore; `parse` refuses them."""

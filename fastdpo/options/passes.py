@@ -5,12 +5,8 @@ from typing import Any
 
 from fastdpo.options.checks import Options, as_dict, option, whole
 
-SHARED_PREFIX_MODES = ("auto", "off")
-PACKING_MODES = ("auto", "off")
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
-NONFINITE_MODES = ("stop", "skip")
 ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
-EMBEDDING_PLACES = ("auto", "gpu", "host")
 
 
 @dataclass
@@ -41,19 +37,19 @@ class BatchingOptions(Options):
         "auto",
         "Where the embedding rows lie: GPU, or host, which frees as much as the table is large "
         "where it is frozen and not shared with the head. auto: host where the GPU is full.",
-        choices=list(EMBEDDING_PLACES),
+        choices=["auto", "gpu", "host"],
     )
     shared_prefix: str = option(
         "auto",
         "auto computes the prompt of a pair once for both completions where that is exact; off "
         "computes it once per completion.",
-        choices=list(SHARED_PREFIX_MODES),
+        choices=["auto", "off"],
     )
     packing: str = option(
         "auto",
         "auto lays completions one after another in rows without padding where the model can do "
         "that exactly; off gives every completion a padded row and shares nothing.",
-        choices=list(PACKING_MODES),
+        choices=["auto", "off"],
     )
     merge_prompts: bool = option(
         False,
@@ -73,7 +69,7 @@ class BatchingOptions(Options):
         "stop",
         "What follows a loss or gradient that is not finite; either way no weight changes: stop "
         "ends the run and names the rows, skip goes on with the next update and counts.",
-        choices=list(NONFINITE_MODES),
+        choices=["stop", "skip"],
     )
     model_init_kwargs: dict[str, Any] | str | None = option(
         None, "More arguments for from_pretrained, as a dict or JSON."

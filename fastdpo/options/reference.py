@@ -6,9 +6,6 @@ from pathlib import Path
 
 from fastdpo.options.checks import Options, number, option, whole
 
-REF_TOKEN_LOGPS_MODES = ("on", "off")
-REF_VERSIONS_MODES = ("warn", "strict")
-
 
 @dataclass
 class ReferenceOptions(Options):
@@ -31,13 +28,13 @@ class ReferenceOptions(Options):
         "on",
         "on stores the reference log-prob of every token beside their sum, 4 bytes each, which "
         "--ld_alpha needs and the spot check compares; off stores the sums alone.",
-        choices=list(REF_TOKEN_LOGPS_MODES),
+        choices=["on", "off"],
     )
     ref_versions: str = option(
         "warn",
         "Stored reference log-probs that other library versions or another GPU computed: warn "
         "uses them, as they differ in rounding alone, and says so; strict computes them again.",
-        choices=list(REF_VERSIONS_MODES),
+        choices=["warn", "strict"],
     )
     ref_spot_check: int = option(
         4,

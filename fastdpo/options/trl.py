@@ -1,27 +1,15 @@
-"""The names of `trl.DPOConfig` that fastdpo settles in its own way."""
+"""The options of `trl.DPOConfig` that fastdpo takes over in its own way."""
 
-import logging
 from dataclasses import dataclass
 
 from fastdpo.options.checks import Options, option, whole
 
-logger = logging.getLogger(__name__)
-
-_UNUSED = {
-    "dataset_num_proc": "pairs are tokenised in one process",
-    "pad_to_multiple_of": "nothing is padded; micro_batch_tokens bounds a micro-batch",
-    "precompute_ref_batch_size": "micro_batch_tokens bounds the reference pass too",
-    "pad_token": "nothing is padded; set tokenizer.pad_token for what comes after training",
-}
 _ONE_OR_MORE = whole(1, "it is not needed here, leave it out")
 
 
 @dataclass
 class TrlOptions(Options):
-    """Options of `trl.DPOConfig` 1.16 that say what happens here anyway, or that have no use here.
-
-    What changes nothing says so in the log.
-    """
+    """The options of `trl.DPOConfig` 1.16 that happen here anyway, or that have no use here."""
 
     _argument_group_name = "Names of TRL"
 
@@ -54,9 +42,6 @@ class TrlOptions(Options):
             unset = multiple.lower() in ("auto", "none", "null")
             self.pad_to_multiple_of = None if unset else _as_whole(multiple)
         super().__post_init__()
-        for name, reason in _UNUSED.items():
-            if getattr(self, name) is not None:
-                logger.warning("--%s changes nothing: %s.", name, reason)
 
 
 def _as_whole(text: str) -> int | str:
