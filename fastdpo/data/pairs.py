@@ -67,7 +67,7 @@ class PreparationReport:
         rows_read: rows looked at.
         pairs_kept: pairs that came out.
         dropped: reason -> count and the first locations.
-        reasons: row -> why it was dropped, of every dropped row.
+        reasons: row -> why it was dropped; where a row makes several pairs, the first reason.
         truncated_prompts: pairs whose prompt was cut.
         truncated_completions: completions that were cut (up to two a pair).
         special_token_rows: rows whose content spells a special token.

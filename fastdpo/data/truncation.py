@@ -1,4 +1,11 @@
-"""Cutting a pair to its lengths: one prompt for both sides, and something to score on each."""
+"""Cutting a pair to its lengths: one prompt for both sides, and something to score on each.
+
+A prompt of six tokens and a completion of four under max_length 8:
+
+    whole             ppppppcccc
+    keep_completion     ppppcccc    the prompt loses its left, as far as a quarter of max_length
+    keep_start        ppppppcc      the completion loses its end, as in TRL
+"""
 
 from fastdpo.options import TokenizationOptions
 

@@ -1,4 +1,4 @@
-"""command_line.py: parsing, YAML, presets, help, refusals. One subprocess, for the help."""
+"""cli/parser.py and cli/arguments.py: parsing, YAML, presets, help. One subprocess, for the help."""
 
 import dataclasses
 import json

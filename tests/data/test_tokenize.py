@@ -524,6 +524,7 @@ def test_useless_rows_are_dropped_by_reason_or_refused(gpt2, reason):
     assert [pair.row for pair in pairs] == [0, 2]
     assert list(pairs.report.dropped) == [reason]
     assert pairs.report.dropped[reason].count == 2
+    assert pairs.report.reasons == {1: reason, 3: reason}
     assert pairs.report.dropped[reason].locations == ["rows row 1", "rows row 3"]
     assert f"dropped 2, {reason}: row 1, row 3" in pairs.report.describe()
     with pytest.raises(DataError, match=f"rows row 1: {reason}, and strict_data"):

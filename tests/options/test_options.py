@@ -1,4 +1,4 @@
-"""options.py, former_options.py and config.py: defaults, checks, presets, refusals."""
+"""The options room and config.py: defaults, checks, presets, refusals."""
 
 import copy
 import dataclasses
