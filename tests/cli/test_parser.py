@@ -1,4 +1,4 @@
-"""cli/parser.py and cli/arguments.py: parsing, YAML, presets, help. One subprocess, for the help."""
+"""cli/parser.py and cli/arguments.py: parsing, YAML, presets, help. One subprocess, for help."""
 
 import dataclasses
 import json
