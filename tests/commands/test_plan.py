@@ -102,7 +102,7 @@ def test_auto_reads_what_is_free(said, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     out, code = said("--model", "llama-7b", "--qlora", *SMALL)
     assert code == 0
-    assert "card: NVIDIA GeForce RTX 4090" in out
+    assert "GPU: NVIDIA GeForce RTX 4090" in out
     assert " of 10.60 GiB" in out  # with the context, which is made already
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.25)
     assert " of 6.60 GiB" in said("--model", "llama-7b", "--qlora", *SMALL)[0]
