@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
-    from fastdpo.cli.trl_compat import (
-        ModelConfig,
-        TrlParser,
-        get_peft_config,
-        get_quantization_config,
-    )
+    from fastdpo.cli.arguments import TrlParser
+    from fastdpo.cli.trl_compat import ModelConfig, get_peft_config, get_quantization_config
     from fastdpo.config import DPOConfig
     from fastdpo.data import get_dataset
     from fastdpo.options.data import DatasetMixtureConfig, ScriptArguments
@@ -27,7 +23,7 @@ _HOMES = {
     "DatasetMixtureConfig": "fastdpo.options.data",
     "ModelConfig": "fastdpo.cli.trl_compat",
     "ScriptArguments": "fastdpo.options.data",
-    "TrlParser": "fastdpo.cli.trl_compat",
+    "TrlParser": "fastdpo.cli.arguments",
     "get_dataset": "fastdpo.data",
     "get_peft_config": "fastdpo.cli.trl_compat",
     "get_quantization_config": "fastdpo.cli.trl_compat",

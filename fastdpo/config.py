@@ -2,22 +2,21 @@
 
 import logging
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
-from fastdpo.options.checks import check_printable
+from fastdpo.options.checks import check_printable, option
 from fastdpo.options.removed import suggest_option
 
 logger = logging.getLogger(__name__)
 
-_UNSET: Any = None  # of a field that TrainingArguments declares without None
 _ONE_GPU = "fastdpo trains on one GPU in one process; leave it out"
 
-# name, the values that mean "not asked for", and why anything else is refused.
+# name, the values that mean "not requested", and why anything else is refused.
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "auto_find_batch_size",
@@ -83,8 +82,12 @@ _IN_MEMORY = "pairs lie in memory as token ids and are packed in this process"
 _WITHOUT_LOGITS = "evaluation adds up log-probs and builds no logits"
 _ONE_PROCESS = "there is one process"
 
-# Inherited options that nothing here reads: asking for them is said to be in vain.
+# Options that nothing here reads: setting one logs a warning with this reason.
 _UNUSED: dict[str, str] = {
+    "dataset_num_proc": "pairs are tokenised in one process",
+    "pad_to_multiple_of": "nothing is padded; micro_batch_tokens bounds a micro-batch",
+    "precompute_ref_batch_size": "micro_batch_tokens bounds the reference pass too",
+    "pad_token": "nothing is padded; set tokenizer.pad_token for what comes after training",
     "per_device_eval_batch_size": "micro_batch_tokens bounds a micro-batch of an evaluation too",
     "bf16_full_eval": "evaluation has the precision of training",
     "fp16_full_eval": "evaluation has the precision of training",
@@ -148,58 +151,43 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     _argument_group_name = "Training"
 
-    output_dir: str | None = field(
-        default="fastdpo-output",
-        metadata={"help": "Folder of checkpoints, the result and its log."},
+    output_dir: str | None = option(
+        "fastdpo-output", "Folder of checkpoints, the result and its log."
     )
-    learning_rate: float = field(
-        default=1e-6,
-        metadata={"help": "Peak learning rate; TRL's default, adapters want about 1e-5."},
+    learning_rate: float = option(
+        1e-6, "Peak learning rate; TRL's default, adapters want about 1e-5."
     )
-    logging_steps: float = field(
-        default=10,
-        metadata={"help": "Updates between two log lines, or below 1 a share of the run."},
+    logging_steps: float = option(
+        10, "Updates between two log lines, or below 1 a share of the run."
     )
-    bf16: bool = field(
-        default=_UNSET,
-        metadata={
-            "help": "Mixed precision in bfloat16; unset: on where CUDA supports it, else off."
-        },
+    bf16: bool = option(
+        None, "Mixed precision in bfloat16; unset: on where CUDA supports it, else off."
     )
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Recompute activations in the backward to save memory; unset means on.",
-            "nargs": "?",
-            "const": True,
-        },
+    activation_checkpointing: bool | None = option(
+        None,
+        "Recompute activations in the backward to save memory; unset means on.",
+        nargs="?",
+        const=True,
     )
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Arguments for activation checkpointing, as a dict or JSON."},
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments for activation checkpointing, as a dict or JSON."
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "The former name of activation_checkpointing; either may be given.",
-            "nargs": "?",
-            "const": True,
-        },
+    gradient_checkpointing: bool | None = option(
+        None,
+        "The former name of activation_checkpointing; either may be given.",
+        nargs="?",
+        const=True,
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Must stay off: a NaN loss is shown, never replaced by an average."},
+    logging_nan_inf_filter: bool = option(
+        False, "Must stay off: a NaN loss is shown, never replaced by an average."
     )
-    allow_config_change: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Settings in which a resumed run may differ from its checkpoint, as the "
-            "refusal names them."
-        },
+    allow_config_change: list[str] | None = option(
+        None,
+        "Settings in which a resumed run may differ from its checkpoint, as the "
+        "refusal names them.",
     )
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Must stay off: pairs are no arguments of model.forward."},
+    remove_unused_columns: bool = option(
+        False, "Must stay off: pairs are no arguments of model.forward."
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -213,8 +201,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        PreferenceOptions.__post_init__(self)
-        TrlOptions.__post_init__(self)
+        PreferenceOptions.__post_init__(self)  # and, by the order of the bases, TrlOptions
         self._apply_trl_aliases()
         check_printable("output_dir", self.output_dir)
         self._check_unsupported()
@@ -248,7 +235,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     @property
     def tokenizer_options(self) -> dict[str, Any]:
-        """Where the tokenizer of a model given by name comes from: the model's own revision."""
+        """Arguments to load the tokenizer of a model given by name: the model's own revision."""
         given = self.from_pretrained_options
         return {
             "revision": given.get("revision") or "main",
@@ -256,11 +243,11 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers does it, which hides whatever is called a token; a padding is none."""
+        """Return the options as a dict in which `pad_token` is not hidden as a secret."""
         return super().to_dict() | {"pad_token": self.pad_token}
 
     def _apply_trl_aliases(self) -> None:
-        """Give our own options what TRL's names ask of them, where it is no contradiction."""
+        """Set our own options as TRL's names require, or refuse where the two contradict."""
         if self.activation_offloading:
             if self.activations not in ("auto", "offload"):
                 raise ValueError(
@@ -286,7 +273,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
                 unset = (
                     entry.default if entry.default_factory is MISSING else entry.default_factory()
                 )
-                if getattr(self, entry.name) != unset:
+                if getattr(self, entry.name) not in (unset, None):
                     logger.warning("--%s changes nothing: %s.", entry.name, _UNUSED[entry.name])
 
     def _resolve_checkpointing(self) -> None:
@@ -301,5 +288,5 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
 
 def cuda_has_bf16() -> bool:
-    """Whether there is a CUDA GPU with bfloat16 units (compute capability 8.0 or later)."""
+    """True where there is a CUDA GPU with bfloat16 units (compute capability 8.0 or later)."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

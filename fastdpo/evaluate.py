@@ -13,9 +13,8 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     TokenizationOptions,
-    refuse_training_options,
 )
-from fastdpo.options.checks import check_whole, option
+from fastdpo.options.checks import Options, option, whole
 from fastdpo.system import files
 from fastdpo.system.console import print_line
 
@@ -27,18 +26,18 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluationOptions:
-    """What an evaluation shows."""
+class EvaluationOptions(Options):
+    """The options that say what an evaluation shows."""
 
     _argument_group_name = "Evaluation"
 
-    num_completions: int = option(3, "Prompts that both models complete, for you to read.")
-    max_new_tokens: int = option(64, "Most tokens of such a completion.")
+    num_completions: int = option(
+        3, "Prompts that both models complete, for you to read.", check=whole(0, "0 writes none")
+    )
+    max_new_tokens: int = option(
+        64, "Most tokens of such a completion.", check=whole(1, "64 is usual")
+    )
     output_file: str = option("evaluation.json", "JSON file that the metrics are written to.")
-
-    def __post_init__(self) -> None:
-        check_whole("num_completions", self.num_completions, 0, "0 writes none")
-        check_whole("max_new_tokens", self.max_new_tokens, 1, "64 is usual")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,9 +48,8 @@ def main(argv: Sequence[str]) -> None:
         argv,
         training=False,
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
-        hidden=TRAINING_OPTIONS,
+        refused=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.given)
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
     evaluation = run(parsed.model, parsed.data, rows, compared, options)
@@ -70,7 +68,7 @@ def run(
     """Load what the options name and evaluate it.
 
     Raises:
-        ValueError: an option is missing, or the model or data cannot be had.
+        ValueError: an option is missing, or the model or data cannot be loaded.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
     from fastdpo.evaluation.evaluate_pairs import Completion, evaluate_scored, generate_completions

@@ -13,10 +13,9 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     TokenizationOptions,
-    refuse_training_options,
     resolve_model,
 )
-from fastdpo.options.checks import check_choice, check_whole, option
+from fastdpo.options.checks import Options, option, whole
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ ONTO_MODES = ("bf16", "dequantized")
 
 
 @dataclass
-class MergingOptions:
-    """What an adapter is merged into, and how the result is checked."""
+class MergingOptions(Options):
+    """The options that say what an adapter is merged into and how the result is checked."""
 
     _argument_group_name = "Merging"
 
@@ -49,11 +48,11 @@ class MergingOptions:
         8,
         "Pairs of --dataset on which log-probs before and after are compared; a few show what "
         "moved, and each costs three passes. 0 compares none.",
+        check=whole(0, "8 is usual, 0 compares none"),
     )
 
     def __post_init__(self) -> None:
-        check_choice("onto", self.onto, ONTO_MODES)
-        check_whole("report_pairs", self.report_pairs, 0, "8 is usual, 0 compares none")
+        super().__post_init__()
         if self.adapter is None:
             raise ValueError(
                 "--adapter is missing: pass the folder that training with --lora or --qlora wrote."
@@ -69,9 +68,8 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Merge an adapter into its base, tensor by tensor in bounded memory. With "
         "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
-        hidden=TRAINING_OPTIONS,
+        refused=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.given)
     run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(TokenizationOptions))
 
 
@@ -81,7 +79,7 @@ def run(
     """Merge, write the folder and report.
 
     Raises:
-        ValueError: the adapter, its base or the data cannot be had or do not fit together, or
+        ValueError: the adapter, its base or the data cannot be loaded or do not fit, or
             something else lies in the folder.
     """
     from fastdpo.merging import claim_folder, finish_folder, write_folder
@@ -128,7 +126,7 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
 def _plans(
     base: "Base", adapter: "Adapter", model: ModelOptions, options: MergingOptions
 ) -> list["MergePlan"]:
-    """The merge that was asked for, then, for a 4-bit base, the other choice to compare with."""
+    """Plan the requested merge and, for a 4-bit base, the other choice to compare it with."""
     from fastdpo.merging import plan_merge
     from fastdpo.modeling.loading import resolve_dtype
 
@@ -145,7 +143,7 @@ def _groups(
     rows: TokenizationOptions,
     base: str,
 ) -> list["PromptGroup"]:
-    """The pairs to compare log-probs on; none without a data set."""
+    """Read the pairs to compare log-probs on; none without a data set."""
     from fastdpo.batching import PairGroups
     from fastdpo.evaluation.load_both import read_pairs, tokenizer_of
 
@@ -164,7 +162,7 @@ def _measure(
     others: Sequence["MergePlan"],
     groups: Sequence["PromptGroup"],
 ) -> "Fidelity":
-    """The adapter on its base, then each merged model in its place: one in memory at a time."""
+    """Score with the adapter on its base, then with each merged model; one in memory at a time."""
     from fastdpo.evaluation.load_both import load_policy, load_weights
     from fastdpo.merging.fidelity import compare, logps_of, put_in_place
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, resolve_model
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
+from fastdpo.options.checks import Options, check_choice, number, option, whole
 from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PlanningOptions:
-    """Which GPU and which pairs the run is planned for."""
+class PlanningOptions(Options):
+    """The options that say for which GPU and which pairs a run is planned."""
 
     _argument_group_name = "Plan"
 
@@ -29,18 +29,23 @@ class PlanningOptions:
     host_memory_gib: float | None = option(
         None,
         "Most pinned host memory, GiB; unset: a share of what is free on this machine.",
+        check=number("0 pins nothing.", at_least=0),
     )
     max_length: int = option(
         1024,
         "Most tokens of prompt + completion, as in training; the longest pair is taken to be two "
         "such rows that share nothing.",
+        check=whole(8, "1024 is usual"),
     )
     pairs_per_update: int = option(
         32,
         "Pairs of an update; the average one is taken to be half as long as the longest.",
+        check=whole(1, "32 is usual"),
     )
     micro_batch_tokens: int | None = option(
-        None, "Most tokens of a micro-batch, at least 128. Unset: chosen."
+        None,
+        "Most tokens of a micro-batch, at least 128. Unset: chosen.",
+        check=whole(128, "leave it out to choose"),
     )
     optim: str = option(
         "auto",
@@ -52,26 +57,17 @@ class PlanningOptions:
     json: bool = option(False, "Print the plan as JSON and nothing else.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gpu.strip():
             raise ValueError("--gpu is empty; it must be auto, a size such as 24GiB, or a name.")
-        if self.host_memory_gib is not None:
-            check_number(
-                "host_memory_gib", self.host_memory_gib, at_least=0, remedy="0 pins nothing."
-            )
-        check_whole("max_length", self.max_length, 8, "1024 is usual")
-        check_whole("pairs_per_update", self.pairs_per_update, 1, "32 is usual")
-        if self.micro_batch_tokens is not None:
-            check_whole(
-                "micro_batch_tokens", self.micro_batch_tokens, 128, "leave it out to choose"
-            )
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, plan, print the terms, the choice and the longest pairs.
 
     Raises:
-        SystemExit: 3 where the pairs asked for do not fit, after saying what would make them fit.
-        ValueError: the model or the GPU cannot be had.
+        SystemExit: 3 where the pairs do not fit, after saying what would make them fit.
+        ValueError: the model or the GPU is unknown.
     """
     parsed = parse(
         "plan",
@@ -85,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
     if model.model_name_or_path is None:
         raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
-    gpu = _card(options.gpu)
+    gpu = _gpu_of(options.gpu)
     architecture = architecture_named(
         model.model_name_or_path,
         revision=model.model_revision,
@@ -112,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
 
-def _card(text: str) -> "GPUSpec":
+def _gpu_of(text: str) -> "GPUSpec":
     from fastdpo.planner import current_gpu, gpu_spec
 
     return current_gpu() if text.strip().lower() == "auto" else gpu_spec(text)
@@ -127,7 +123,7 @@ def _host_bytes(options: PlanningOptions) -> int:
 
 
 def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
-    """As `python -m fastdpo.train` would do it on that GPU: without a flag, LoRA."""
+    """Return the training that `python -m fastdpo.train` would run; without a flag, LoRA."""
     from fastdpo.planner import Training
 
     if options.optim != "auto":
@@ -195,7 +191,7 @@ def longest_pairs(
     host_bytes: int,
     options: PlanningOptions,
 ) -> str:
-    """The longest pair 2 x L of each size of GPU, as a table."""
+    """Tabulate the longest pair 2 x L that fits each size of GPU."""
     from fastdpo.planner import gpu_spec, longest_pair
     from fastdpo.planner.gpus import SIZES_GIB
     from fastdpo.planner.terms import binary_size
@@ -203,27 +199,27 @@ def longest_pairs(
     rows = []
     for size in SIZES_GIB:
         gpu = gpu_spec(str(size))
-        found = longest_pair(
+        best = longest_pair(
             architecture, training, gpu, host_bytes=host_bytes, change_optimizer=False
         )
-        too_short = found is None or found.micro_batch_tokens < 2 * options.max_length
+        too_short = best is None or best.micro_batch_tokens < 2 * options.max_length
         if too_short and options.optim == "auto":
-            found = longest_pair(architecture, training, gpu, host_bytes=host_bytes)
-        if found is None:
+            best = longest_pair(architecture, training, gpu, host_bytes=host_bytes)
+        if best is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue
-        means = [f"{count} {what}" for what, count in found.policy_counts.items()]
-        means += ["embeddings on host"] if found.embeddings_on_host else []
-        means += ["tiled norms"] if found.norm_tile_tokens is not None else []
-        means += ["tiled MLPs"] if found.mlp_tile_tokens is not None else []
-        means += [found.optimizer] if found.optimizer != training.optimizer else []
+        strategy = [f"{count} {what}" for what, count in best.policy_counts.items()]
+        strategy += ["embeddings on host"] if best.embeddings_on_host else []
+        strategy += ["tiled norms"] if best.norm_tile_tokens is not None else []
+        strategy += ["tiled MLPs"] if best.mlp_tile_tokens is not None else []
+        strategy += [best.optimizer] if best.optimizer != training.optimizer else []
         rows.append(
             [
                 f"{size} GB",
-                f"2 x {found.micro_batch_tokens // 2:,}",
-                binary_size(found.peak_bytes),
-                binary_size(found.pinned_host_bytes),
-                ", ".join(means),
+                f"2 x {best.micro_batch_tokens // 2:,}",
+                binary_size(best.peak_bytes),
+                binary_size(best.pinned_host_bytes),
+                ", ".join(strategy),
             ]
         )
     limit = f"at most {binary_size(host_bytes)} of pinned host memory"

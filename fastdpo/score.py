@@ -13,9 +13,8 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     TokenizationOptions,
-    refuse_training_options,
 )
-from fastdpo.options.checks import option
+from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ SCORE_ENDINGS = (".jsonl", ".parquet")
 
 
 @dataclass
-class ScoringOptions:
-    """Where the scored rows go, and how their new columns are called."""
+class ScoringOptions(Options):
+    """The options that say where the scored rows go and how their new columns are called."""
 
     _argument_group_name = "Scores"
 
@@ -56,9 +55,8 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Write a data set's rows with log-probs, rewards and margin of a trained "
         "model beside its reference; row i of the result is row i of the data.",
-        hidden=TRAINING_OPTIONS,
+        refused=TRAINING_OPTIONS,
     )
-    refuse_training_options(parsed.given)
     options = parsed.group(ScoringOptions)
     scored = run(
         parsed.model,
@@ -85,7 +83,7 @@ def run(
     """Load what the options name and score every pair with both models.
 
     Raises:
-        ValueError: an option is missing, the model or data cannot be had, or the rows have no
+        ValueError: an option is missing, the model or data cannot be loaded, or the rows have no
             room for the metrics.
     """
     from fastdpo.batching import PairGroups, default_micro_batch_tokens
@@ -108,7 +106,7 @@ def run(
             description=f"Scoring with the {side}",
         ),
     )
-    return ScoredRows(read, pairs, policy, reference, compared.beta, rows, tokenizer)
+    return ScoredRows(read, pairs, policy, reference, compared.beta)
 
 
 if __name__ == "__main__":

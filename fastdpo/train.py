@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
-from fastdpo.options.checks import option
+from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
 from fastdpo.trainer.from_options import (
     make_trainer,
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class TrainOptions:
-    """What `python -m fastdpo.train` does besides training."""
+class TrainOptions(Options):
+    """The options that `python -m fastdpo.train` has besides those of training."""
 
     _argument_group_name = "This command"
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
-    """What a run with these options would do: the options, the layout, and three pairs.
+    """Print what a run with these options would do: the options, the layout, and three pairs.
 
     The options are those that the user gave and those that the command sets, as they stand now.
     """
@@ -64,7 +64,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
 
     groups = trainer.train_groups
     assert groups is not None, "the command reads one"
-    shown = parsed.given | set(presets(dict.fromkeys(parsed.given))) - {"dry_run"}
+    shown = parsed.explicit | set(presets(dict.fromkeys(parsed.explicit))) - {"dry_run"}
     for options in (asdict(parsed.model), asdict(parsed.data), vars(trainer.user_args)):
         for name in sorted(shown & set(options)):
             if options[name] is not None:
@@ -82,7 +82,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
 
 
 def _written(value: Any) -> str:
-    """As the command line takes it."""
+    """Return a value as the command line takes it."""
     if isinstance(value, list | tuple):
         return " ".join(map(_written, value)) or "none"
     return str(value.value if isinstance(value, Enum) else value)

@@ -1,24 +1,15 @@
-"""What a script written for TRL imports beside its trainer: model options, YAML parser, adapters.
+"""The names that a script written for TRL imports beside its trainer, for model and adapter.
 
 Names, defaults and return values are those of TRL 1.16's `scripts/dpo.py`; where one of TRL's
 defaults is a trap, the docstring says what is done in its place.
 """
 
-import argparse
 import logging
-import os
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser
-
-from fastdpo.cli.yaml_file import load_yaml_config
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
-from fastdpo.options.model import DTYPES
-from fastdpo.options.removed import suggest_option
+from fastdpo.options.checks import Options, option
+from fastdpo.options.model import DTYPES, LORA_ALPHA, LORA_DROPOUT, LORA_R
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -30,8 +21,8 @@ QUANT_TYPES = ("nf4", "fp4")
 
 
 @dataclass
-class ModelConfig:
-    """Which model, in which precision, with which adapter; TRL's names and defaults.
+class ModelConfig(Options):
+    """Options for model, precision and adapter under TRL's names and with its defaults.
 
     Two defaults are not TRL's: 4-bit weights have their scales quantized too
     (`use_bnb_nested_quant`), and a single name in `lora_target_modules` is a name and not a pattern
@@ -53,20 +44,19 @@ class ModelConfig:
         None, "Not used: attention over packed pairs is fastdpo's own."
     )
     use_peft: bool = option(False, "Train a LoRA adapter.")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Adapter scale, applied as alpha / r.")
-    lora_dropout: float = option(0.05, "Dropout before the adapter, 0 to below 1.")
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers that get an adapter, or all-linear. Unset: what PEFT has for the model."
-        },
+    lora_r: int = option(16, "Rank of the adapter.", check=LORA_R)
+    lora_alpha: int = option(32, "Adapter scale, applied as alpha / r.", check=LORA_ALPHA)
+    lora_dropout: float = option(
+        0.05, "Dropout before the adapter, 0 to below 1.", check=LORA_DROPOUT
     )
-    lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters that are no layers and get an adapter."}
+    lora_target_modules: list[str] | None = option(
+        None, "Layers that get an adapter, or all-linear. Unset: what PEFT has for the model."
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Layers that are trained as a whole beside the adapter."}
+    lora_target_parameters: list[str] | None = option(
+        None, "Parameters that are no layers and get an adapter."
+    )
+    lora_modules_to_save: list[str] | None = option(
+        None, "Layers that are trained as a whole beside the adapter."
     )
     lora_task_type: str = option("CAUSAL_LM", "Must be CAUSAL_LM.")
     use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(r).")
@@ -102,11 +92,7 @@ class ModelConfig:
             )
         if self.dtype is None:
             self.dtype = "auto"
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("bnb_4bit_quant_type", self.bnb_4bit_quant_type, QUANT_TYPES)
-        check_whole("lora_r", self.lora_r, 1, "16 is usual")
-        check_number("lora_alpha", self.lora_alpha, above=0, remedy="Twice --lora_r is usual.")
-        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1, remedy="0 is usual.")
+        super().__post_init__()
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"  # pyrefly: ignore[bad-assignment]
         if self.attn_implementation is not None:
@@ -119,7 +105,7 @@ class ModelConfig:
 
 
 def get_quantization_config(model_args: ModelConfig) -> "BitsAndBytesConfig | None":
-    """How `model_args` has the weights quantized.
+    """Make the quantization config that `model_args` stands for.
 
     The compute dtype is that of the other weights, as in TRL. On a GPU set `dtype` to bfloat16:
     with TRL's default, float32, embeddings and head take twice the memory.
@@ -143,7 +129,7 @@ def get_quantization_config(model_args: ModelConfig) -> "BitsAndBytesConfig | No
 
 
 def get_peft_config(model_args: ModelConfig) -> "LoraConfig | None":
-    """The adapter that `model_args` asks for; None without `use_peft`."""
+    """Make the config of the adapter that `model_args` stands for; None without `use_peft`."""
     if not model_args.use_peft:
         return None
     from peft import LoraConfig
@@ -160,131 +146,3 @@ def get_peft_config(model_args: ModelConfig) -> "LoraConfig | None":
         use_dora=model_args.use_dora,
         bias="none",
     )
-
-
-class TrlParser(HfArgumentParser):
-    """A parser of dataclasses that also reads them from `--config file.yaml`; TRL's interface.
-
-    The command line overrides the file, and the file the defaults. A mapping `env:` in the file
-    sets environment variables. Unknown names are answered with advice.
-
-    Args:
-        dataclass_types: one dataclass or several.
-        kwargs: for `argparse.ArgumentParser`.
-    """
-
-    def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
-        if dataclass_types is None:
-            dataclass_types = []
-        kinds = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
-        for kind in kinds:
-            if any(entry.name == "config" for entry in fields(kind)):
-                raise ValueError(
-                    f"{kind.__name__} has a field named config, which is the parser's own: rename "
-                    "it."
-                )
-        super().__init__(kinds, **kwargs)
-        self._add_missing_negations()
-
-    def _add_missing_negations(self) -> None:
-        """`--no_x` for every flag: HfArgumentParser has it only where the default is True."""
-        for kind in self.dataclass_types:
-            for entry in fields(kind):  # pyrefly: ignore[bad-argument-type]
-                is_flag = entry.type in (bool, bool | None)
-                if is_flag and f"--no_{entry.name}" not in self._option_string_actions:
-                    self.add_argument(
-                        f"--no_{entry.name}",
-                        f"--no-{entry.name.replace('_', '-')}",
-                        action="store_false",
-                        dest=entry.name,
-                        default=argparse.SUPPRESS,
-                        help=argparse.SUPPRESS,
-                    )
-
-    def parse_args_and_config(
-        self,
-        args: Iterable[str] | None = None,
-        return_remaining_strings: bool = False,
-        fail_with_unknown_args: bool = True,
-        separate_remaining_strings: bool = False,
-    ) -> tuple[Any, ...]:
-        """Parse the command line and the file that its `--config` names.
-
-        Args:
-            args: the arguments; by default the process's.
-            return_remaining_strings: also return what no dataclass knows, the file's first.
-            fail_with_unknown_args: refuse unknown keys of the file; else they are said in the log.
-            separate_remaining_strings: return the file's and the command line's apart.
-
-        Returns:
-            One instance for each dataclass, then the remaining strings if asked for.
-
-        Raises:
-            ValueError: an unknown name, or a wrong value.
-        """
-        words = list(sys.argv[1:] if args is None else args)
-        remaining: list[str] = []
-        if path := _take_config(words):
-            values = load_yaml_config(Path(path))
-            _set_environment(values.pop("env", None) or {}, path)
-            remaining = self.set_defaults_with_config(**{str(key): values[key] for key in values})
-            unknown = [self._advice(word) for word in remaining[::2]]
-            if unknown and not return_remaining_strings:
-                if fail_with_unknown_args:
-                    raise ValueError(f"{path}: {'; '.join(unknown)}")
-                logger.warning("%s: not used: %s", path, "; ".join(unknown))
-        *parsed, rest = self.parse_args_into_dataclasses(words, return_remaining_strings=True)
-        if return_remaining_strings:
-            return (
-                *parsed,
-                *((remaining, rest) if separate_remaining_strings else [remaining + rest]),
-            )
-        if rest:
-            raise ValueError(self._advice(next((w for w in rest if w.startswith("--")), rest[0])))
-        return tuple(parsed)
-
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """Make values the defaults of the options of these names, subcommands' included.
-
-        Returns:
-            The values that belong to no option, as `--name`, `value`, ...
-        """
-        used: set[str] = set()
-        for parser in self._with_subparsers():
-            for action in parser._actions:
-                if action.dest in kwargs:
-                    action.default, action.required = kwargs[action.dest], False
-                    used.add(action.dest)
-        return [w for n, v in kwargs.items() if n not in used for w in (f"--{n}", str(v))]
-
-    def _with_subparsers(self) -> Sequence[argparse.ArgumentParser]:
-        found: list[argparse.ArgumentParser] = [self]
-        for parser in found:
-            for action in parser._actions:
-                if isinstance(action, argparse._SubParsersAction):
-                    found += action.choices.values()
-        return found
-
-    def _advice(self, word: str) -> str:
-        name = word.removeprefix("--").split("=")[0].replace("-", "_")
-        known = {action.dest for parser in self._with_subparsers() for action in parser._actions}
-        return f"unknown option --{name}; {suggest_option(name, known, '--')}"
-
-
-def _take_config(words: list[str]) -> str | None:
-    """Take `--config file` out of the arguments."""
-    for place, word in enumerate(words):
-        if word.startswith("--config="):
-            return words.pop(place).partition("=")[2]
-        if word == "--config":
-            if place + 1 == len(words):
-                raise ValueError("--config is the last argument; name the YAML file after it.")
-            words.pop(place)
-            return words.pop(place)
-    return None
-
-
-def _set_environment(values: Any, path: str) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: env holds {values!r}; write variables as NAME: value below it.")
-    os.environ.update({str(name): str(value) for name, value in values.items()})

@@ -16,7 +16,7 @@ MAX_VALUES = 100_000
 
 
 def load_yaml_config(path: Path) -> dict[Any, Any]:
-    """The mapping that a YAML file holds; an empty file is an empty one.
+    """Return the mapping that a YAML file holds; an empty file is an empty one.
 
     Raises:
         ValueError: the file is not YAML, no mapping, too large, or says something twice; the text
@@ -55,7 +55,7 @@ def load_yaml_config(path: Path) -> dict[Any, Any]:
 
 
 def _check_nesting(text: str, path: Path) -> None:
-    """Before anything is built of it: PyYAML's time grows with the square of the depth."""
+    """Refuse deep nesting before PyYAML builds it, in time that grows with the depth squared."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent)

@@ -1,4 +1,4 @@
-"""What is odd about a set of pairs: copies, a length bias, many over-long rows."""
+"""Warnings about a prepared set of pairs: copies, a length bias, many over-long rows."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +13,11 @@ _BIAS_FROM_PAIRS = 50
 
 
 def check_pairs(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
-    """Plain sentences on a prepared set, warnings among them; the lengths always.
+    """Describe a prepared set in plain sentences: its mean lengths, and a warning for each oddity.
 
     Args:
         pairs: at least one, with their report.
-        where: the place of a row, for examples.
+        where: gives the place of a row, as in "pairs.jsonl:17", for examples.
     """
     return [
         *_copies(pairs, where),
@@ -27,7 +27,7 @@ def check_pairs(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
 
 
 def _copies(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
-    """Pairs whose tokens are those of an earlier pair."""
+    """Return a warning if some pairs have exactly the tokens of an earlier pair."""
     prints = pairs.fingerprints()
     counts = Counter(prints)
     copies = len(prints) - len(counts)
@@ -43,11 +43,11 @@ def _copies(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
 
 
 def _lengths(pairs: PairDataset) -> list[str]:
-    """Mean tokens, and a warning where the chosen completion is nearly always the longer one."""
+    """Return the mean lengths in tokens, and a warning where chosen is nearly always longer."""
     lengths = pairs.lengths
-    said = ", ".join(f"{name} {tokens.mean():.0f}" for name, tokens in lengths._asdict().items())
+    means = ", ".join(f"{name} {tokens.mean():.0f}" for name, tokens in lengths._asdict().items())
     longest = int((lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)).max())
-    lines = [f"mean tokens: {said}; longest prompt with completion {longest:,}"]
+    lines = [f"mean tokens: {means}; longest prompt with completion {longest:,}"]
     for name, longer in (
         ("longer", lengths.chosen > lengths.rejected),
         ("shorter", lengths.chosen < lengths.rejected),

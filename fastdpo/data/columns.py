@@ -1,9 +1,9 @@
-"""Recognising what the columns of a set are, by its first row, and reading every row so.
+"""Recognizing by its first row what the columns of a set are, and reading every row by that.
 
-A column plays a role (`fastdpo.options.data.ROLES`); which names are known for a role stands in
-`_NAMES`, and the user's `columns` come before them. A text column named `prompt` is ready-made
-text, as in TRL; a `question`, `instruction` or `input` is a user's turn, so that its row becomes a
-conversation for the chat template, and so does a `prompt` beside a `system` column.
+A column plays a role; which names are known for a role stands in `COLUMN_NAMES` of
+`fastdpo.options.data`, and the user's `columns` come before them. A text column named `prompt` is
+ready-made text, as in TRL; a `question`, `instruction` or `input` is a user's turn, so that its row
+becomes a conversation for the chat template, and so does a `prompt` beside a `system` column.
 """
 
 import re
@@ -22,26 +22,11 @@ from fastdpo.data.messages import (
 )
 from fastdpo.data.normalize import PreferenceRow, preference_row
 from fastdpo.data.ranked import pairs_of_rated
-from fastdpo.options.data import ROLES
+from fastdpo.options.data import COLUMN_NAMES
 
 _SIDES = ("chosen", "rejected")
 MEDIA = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
-_NAMES: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt",),
-    "question": ("question", "instruction", "query"),
-    "input": ("input",),
-    "history": ("history",),
-    "conversations": ("conversations", "conversation", "messages"),
-    "system": ("system", "system_prompt"),
-    "chosen": ("chosen", "chosen_response", "preferred"),
-    "rejected": ("rejected", "rejected_response", "dispreferred"),
-    "completions": ("completions", "responses", "answers", "generations", "outputs"),
-    "ratings": ("ratings", "rating", "scores", "rewards"),
-    "ranks": ("ranks",),
-    "tools": ("tools",),
-    "chat_template_kwargs": ("chat_template_kwargs",),
-}
-RECOGNISED = (
+RECOGNIZED = (
     "prompt, chosen, rejected (text or messages; the prompt may be left out where both begin with "
     "it); question or instruction (+ input, history, system), chosen, rejected; conversations, "
     "chosen, rejected (ShareGPT); chosen_response and rejected_response, or preferred and "
@@ -78,7 +63,7 @@ class SchemaReader:
         self._first_keys: Any = None
         self._conversational: bool | None = None
         row = _as_mapping(first)
-        self.columns = self._recognise(row)
+        self.columns = self._recognize(row)
         self._refuse_quoted_messages(row)
         self._add_prompt = self._prompt_builder(row)
         self.name = self._name(row) if row is first else "tuples of prompt, preferred, dispreferred"
@@ -86,14 +71,14 @@ class SchemaReader:
 
     @property
     def wanted(self) -> list[str]:
-        """The columns that reading looks at."""
+        """The names of the columns that must be kept for `read`; the others can be left out."""
         return [*dict.fromkeys([*self.columns.values(), *MEDIA])]
 
-    def verdict(self) -> str:
-        """One sentence: the shape, the columns it was recognised from, and those left aside."""
+    def describe(self) -> str:
+        """Say in one sentence which shape was recognized, by which columns; what is not read."""
         taken = ", ".join(
             role if role == self.columns[role] else f"{self.columns[role]} as {role}"
-            for role in ROLES
+            for role in COLUMN_NAMES
             if role in self.columns
         )
         kind = "by the chat template" if self._conversational else "as ready-made text"
@@ -101,7 +86,7 @@ class SchemaReader:
         return f"read as {self.name}, rendered {kind}, from the columns {taken}{aside}"
 
     def read(self, row: Any) -> list[PreferenceRow]:
-        """The preferences of one row: one, or as many as its rated completions make.
+        """Return the preferences of one row: one, or as many as its rated completions make.
 
         Raises:
             DataError: the row is malformed, or of another shape than the first one.
@@ -117,10 +102,10 @@ class SchemaReader:
                     f"column {name!r} holds images, video or audio, and only text can be trained "
                     "on; pass a set without it, or remove the column if the text stands alone"
                 )
-        found = [
+        preferences = [
             self._preference(row, chosen, rejected) for chosen, rejected in self._completions(row)
         ]
-        for preference in found:
+        for preference in preferences:
             if self._conversational is None:
                 self._conversational = preference.is_conversational
             elif self._conversational != preference.is_conversational:
@@ -129,11 +114,11 @@ class SchemaReader:
                     f"the row is {kinds[preference.is_conversational]}, and the rows before it are "
                     f"{kinds[self._conversational]}; put rows of one kind into one file"
                 )
-        return found
+        return preferences
 
     # Which column is what
 
-    def _recognise(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def _recognize(self, row: Mapping[str, Any]) -> dict[str, str]:
         missing = [column for column in self._given.values() if column not in row]
         if missing:
             raise DataError(
@@ -172,7 +157,7 @@ class SchemaReader:
     def _find_turns(
         self, row: Mapping[str, Any], roles: dict[str, str], find: Callable[[str], bool]
     ) -> None:
-        """Without a prompt column: turns to make one of, or none where the prompt is implicit."""
+        """Find the columns that make the prompt where none is called so; there may be none."""
         given = {"question", "conversations"} & self._given.keys()
         alone = is_answer(row.get(roles.get("chosen", "")))
         if given != {"question"} and (alone or given):
@@ -192,35 +177,35 @@ class SchemaReader:
             roles["question"] = column
 
     def _column(self, role: str, row: Mapping[str, Any]) -> str | None:
-        """The column that plays a role; the user's word first, then the names that are known."""
+        """Return the column that plays a role: the one the user named, or one of a known name."""
         if role in self._given:
             return self._given[role]
         taken = self._given.values()
-        found = [name for name in _NAMES[role] if name in row and name not in taken]
-        if role in found and role in _SIDES:
+        known = [name for name in COLUMN_NAMES[role] if name in row and name not in taken]
+        if role in known and role in _SIDES:
             return role
-        if len(found) > 1:
+        if len(known) > 1:
             raise DataError(
-                f"the columns {' and '.join(map(repr, found))} could both be the {role} (the row "
-                f"has {_listed(row)}); say which, as in --columns {role}={found[0]}"
+                f"the columns {' and '.join(map(repr, known))} could both be the {role} (the row "
+                f"has {_listed(row)}); say which, as in --columns {role}={known[0]}"
             )
-        return found[0] if found else None
+        return known[0] if known else None
 
     def _check_same_shape(self, row: Mapping[str, Any]) -> None:
-        """A row with other columns than the first: allowed where they change no role of weight."""
-        other = self._recognise(row)
-        light = ("system", "tools", "chat_template_kwargs", "input", "history")
-        mine, its = (
-            {role: name for role, name in each.items() if role not in light}
-            for each in (self.columns, other)
+        """Refuse a row whose columns differ from the first row's in more than optional roles."""
+        other = self._recognize(row)
+        optional = ("system", "tools", "chat_template_kwargs", "input", "history")
+        first_required, required = (
+            {role: name for role, name in roles.items() if role not in optional}
+            for roles in (self.columns, other)
         )
-        if mine != its:
+        if required != first_required:
             raise DataError(
                 f"the row is of another shape: its columns are {_listed(row)}, and the first row's "
                 f"were {', '.join(map(repr, self._first_keys))}; put rows of one shape into one "
                 "file"
             )
-        for role in light:
+        for role in optional:
             if role in other:
                 self.columns.setdefault(role, other[role])
 
@@ -266,7 +251,7 @@ class SchemaReader:
     def _prompt_builder(
         self, row: Mapping[str, Any]
     ) -> Callable[[Mapping[str, Any], dict[str, Any]], None]:
-        """What puts the prompt of a row into the fields of its preference."""
+        """Return the method that puts the prompt of a row into the fields of its preference."""
         roles = self.columns
         if "prompt" in roles or "conversations" in roles:
             return self._copy_prompt
@@ -282,7 +267,7 @@ class SchemaReader:
         fields["prompt"] = row[column]
 
     def _add_question(self, row: Mapping[str, Any], fields: dict[str, Any]) -> None:
-        """The user's turn after the history; beside full conversations the question alone."""
+        """Put the user's turn after the history; beside full conversations the question alone."""
         question = question_of(row, self.columns["question"], self.columns.get("input"))
         if isinstance(fields.get("chosen"), str | Mapping):
             turns = history_turns(row.get(self.columns.get("history", "")))
@@ -312,7 +297,7 @@ class SchemaReader:
             )
 
     def _refuse_quoted_messages(self, row: Mapping[str, Any]) -> None:
-        """Messages that became text (a CSV file, str() of a list) would be trained as such."""
+        """Refuse messages that became text, as in a CSV file: their brackets would be trained."""
         for column in self.columns.values():
             value = row.get(column)
             if isinstance(value, str) and re.match(
@@ -368,6 +353,6 @@ def _unknown(row: Mapping[str, Any]) -> str:
         kind = "these are texts without a worse one beside them (SFT), DPO needs two to compare; "
     return (
         f"field 'chosen' is missing: the row has {_listed(row)}; {kind}recognised are: "
-        f"{RECOGNISED}; say which column is what, as in --columns prompt=question chosen=good "
+        f"{RECOGNIZED}; say which column is what, as in --columns prompt=question chosen=good "
         "rejected=bad"
     )

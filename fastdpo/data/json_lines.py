@@ -1,4 +1,4 @@
-r"""A strict reader of JSON and JSON lines: what it can't take at its word is an error with a line.
+r"""A strict reader of JSON and JSON lines: whatever could be misread is an error with its line.
 
 Lines end at the byte \n and nowhere else (U+2028 inside a string is content). A byte order mark,
 \r\n and blank lines are accepted. JSON lines are read one by one, from a pipe too: of the file no
@@ -51,7 +51,7 @@ def read_json_lines(
 def parse_json_lines(
     file: BinaryIO, name: str, *, max_line_mib: int = MAX_LINE_MIB
 ) -> tuple[list[dict[str, Any]], Sequence[int]]:
-    """`read_json_lines` on an open file; `name` stands for it in messages."""
+    """Read JSON lines from an open file as `read_json_lines` does; messages call it `name`."""
     limit = max_line_mib * 2**20
     rows: list[dict[str, Any]] = []
     numbers = array("q")
@@ -117,17 +117,17 @@ def read_json(
             f"{path}: the file is a JSON {type(document).__name__}, a list of rows is needed, each "
             f"like {ROW_SHAPE}"
         )
-    for place, row in enumerate(document):
+    for index, row in enumerate(document):
         if not isinstance(row, dict):
             raise DataError(
-                f"{path} row {place}: it is a JSON {type(row).__name__}, an object like "
+                f"{path} row {index}: it is a JSON {type(row).__name__}, an object like "
                 f"{ROW_SHAPE} is needed"
             )
     return document, None
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a text file that can only be read as a whole, without a byte order mark.
+    """Return the bytes of a text file that must be read as a whole, without byte order mark.
 
     Raises:
         DataError: it holds another kind of data than its name says, or is too large for that.
@@ -155,7 +155,7 @@ def _refuse_other_kinds(beginning: bytes, name: str) -> None:
 
 
 def _parse(content: bytes, where: str, *, cut_off: bool = False, whole_file: bool = False) -> Any:
-    """One JSON value from UTF-8 bytes; `cut_off`: no newline follows, so it may be half a line."""
+    """Parse one JSON value; `cut_off`: no newline follows, so it may be half a line."""
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
@@ -189,7 +189,7 @@ def _too_deep(where: str) -> str:
 
 
 def _check_nesting(value: Any, where: str, levels: int) -> None:
-    """Without recursion: what comes after this walks the value with it."""
+    """Refuse deep nesting, without recursion here, since later code walks the value with it."""
     level = [value]
     for _ in range(levels):
         level = [
@@ -242,7 +242,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_surrogates(value: Any, where: str) -> None:
-    """Half of a surrogate pair is valid JSON but no text: no tokenizer can encode it."""
+    """Refuse half of a surrogate pair: it is valid JSON but no text that could be tokenized."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -10,7 +10,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def question_of(row: Mapping[str, Any], question: str, more: str | None) -> str:
-    """The text of a user's turn: the question, and further input on lines of its own."""
+    """Return the text of a user's turn: the question, and further input on lines of its own."""
     value = row.get(question)
     further = row.get(more) if more is not None else None
     for column, text in ((question, value), (more, further)):
@@ -20,7 +20,7 @@ def question_of(row: Mapping[str, Any], question: str, more: str | None) -> str:
 
 
 def history_turns(history: Any) -> Messages:
-    """The turns before the question, from a list of [question, answer]."""
+    """Make the turns before the question of a list of [question, answer]."""
     turns = []
     for exchange in history or []:
         texts = list(exchange) if isinstance(exchange, list | tuple) else []
@@ -34,7 +34,7 @@ def history_turns(history: Any) -> Messages:
 
 
 def with_system(row: PreferenceRow, system: Any) -> PreferenceRow:
-    """A system text put in front of the conversation; strings beside it become turns.
+    """Put a system text in front of the conversation; strings beside it become turns.
 
     An empty or null text adds no turn, nor does any where the conversation has one.
     """
@@ -51,7 +51,7 @@ def with_system(row: PreferenceRow, system: Any) -> PreferenceRow:
 
 
 def is_answer(value: Any) -> bool:
-    """Whether a completion holds the answer alone, not the conversation before it."""
+    """True where a completion is the answer alone, without the conversation before it."""
     if not isinstance(value, list | tuple):
         return True
     first = value[0] if value and isinstance(value[0], Mapping) else {}
@@ -59,12 +59,12 @@ def is_answer(value: Any) -> bool:
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a string is a dialogue of Human and Assistant, as in HH-RLHF."""
+    """True where a string is a dialogue of Human and Assistant, as in HH-RLHF."""
     return isinstance(value, str) and value.startswith(HUMAN) and ASSISTANT in value
 
 
 def split_transcripts(chosen: Any, rejected: Any) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two transcripts.
+    """Split two transcripts into (prompt, chosen, rejected).
 
     The prompt ends where the last answer begins whose beginning they share, so that every word of
     both answers is scored (the longest common text would end inside them).

@@ -28,19 +28,19 @@ class MixedRows(Rows):
 
     @classmethod
     def of(cls, parts: Sequence[Rows]) -> "MixedRows":
-        """Put sets behind each other."""
+        """Put sets one behind another."""
         return cls(" + ".join(part.source for part in parts), _Chain(parts), parts=tuple(parts))
 
     @property
     def is_stream(self) -> bool:
-        """Whether any of the sets is one."""
+        """True where any of the sets is a stream."""
         return any(part.is_stream for part in self.parts)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def where(self, i: int) -> str:
-        """The place of row `i` in the set that it comes from."""
+        """The place of row `i`, counted over all sets, in the set that it comes from."""
         for part in self.parts[:-1]:
             if part.is_stream or i < len(part):
                 return part.where(i)
@@ -48,22 +48,26 @@ class MixedRows(Rows):
         return self.parts[-1].where(i)
 
     def preferences(
-        self, verdicts: list[str] | None = None
+        self, descriptions: list[str] | None = None
     ) -> Iterator[tuple[int, list[PreferenceRow]]]:
-        """Number (over all sets) and preferences of each row; a verdict for each set."""
+        """Yield the number (over all sets) and the preferences of each row.
+
+        Args:
+            descriptions: gets one sentence on the shape of each set, once its first row is read.
+        """
         number = -1
         for part in self.parts:
-            told: list[str] = []
-            for _, preferences in part.preferences(told):
+            description: list[str] = []
+            for _, preferences in part.preferences(description):
                 number += 1
-                if told and verdicts is not None:
+                if description and descriptions is not None:
                     rows = "a stream" if part.is_stream else f"{len(part):,} rows"
-                    verdicts.append(f"{part.source} ({rows}): {told.pop()}")
+                    descriptions.append(f"{part.source} ({rows}): {description.pop()}")
                 yield number, preferences
 
 
 class _Chain:
-    """The raw rows of several sets."""
+    """The raw rows of several sets, which can be iterated again."""
 
     def __init__(self, parts: Sequence[Rows]):
         self._parts = parts
@@ -76,7 +80,7 @@ class _Chain:
 def read_mixture(
     mixture: DatasetMixtureConfig, **options: Any
 ) -> tuple[MixedRows, MixedRows | None]:
-    """The rows of a mixture, and those held out of it.
+    """Read the rows of a mixture, and hold some of them out if it says so.
 
     Sets may be of different shapes. Streams follow one another, so a run that stops at
     `--max_steps` may never reach the later ones.
@@ -106,7 +110,7 @@ def read_mixture(
 
 
 def get_dataset(mixture: DatasetMixtureConfig) -> "DatasetDict":
-    """The mixture as TRL's `get_dataset` returns it: a DatasetDict of the concatenated columns.
+    """Load a mixture as TRL's `get_dataset` does: a DatasetDict of the concatenated columns.
 
     Args:
         mixture: at least one set; all need the same columns.
@@ -162,7 +166,7 @@ def _read(entry: DatasetConfig, mixture: DatasetMixtureConfig, options: dict[str
 
 
 def _columns(columns: Any) -> tuple[list[str] | None, dict[str, str]]:
-    """The columns to keep (TRL's list of names), and what columns are (ours: role=name)."""
+    """Return the columns to keep (TRL's list of names) and the roles of columns (our role=name)."""
     if columns is None:
         return None, {}
     if isinstance(columns, Mapping) or all("=" in str(word) for word in columns):
@@ -184,7 +188,7 @@ def _only(rows: Rows, names: list[str]) -> Any:
 
 
 def _shares(mixture: DatasetMixtureConfig, parts: list[Rows]) -> list[Rows]:
-    """As many rows of each set as its fraction asks for; the largest mixture without repeats."""
+    """Take the share of each set that its fraction says: the largest mixture without repeats."""
     if not parts:
         raise DataError("the mixture names no data set; list at least one under datasets")
     fractions = [entry.fraction for entry in mixture.datasets]
@@ -194,11 +198,11 @@ def _shares(mixture: DatasetMixtureConfig, parts: list[Rows]) -> list[Rows]:
     weights = [fraction / sum(given) for fraction in given]
     total = min(len(part) / w for part, w in zip(parts, weights, strict=True) if w > 0)
     shares = []
-    for place, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+    for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         count = min(round(weight * total), len(part))
         numbers: Sequence[int] = range(count)
         if mixture.mixture_seed is not None:
-            generator = np.random.default_rng([mixture.mixture_seed, place])
+            generator = np.random.default_rng([mixture.mixture_seed, index])
             drawn = generator.choice(len(part), count, replace=False)
             numbers = np.sort(drawn).tolist()
         shares += [part.take(numbers)] if count else []
@@ -206,7 +210,7 @@ def _shares(mixture: DatasetMixtureConfig, parts: list[Rows]) -> list[Rows]:
 
 
 def _held_out(rows: int, mixture: DatasetMixtureConfig) -> np.ndarray:
-    """Which of all rows are held out: (rows,) bool, a function of the seed."""
+    """Draw the rows that are held out, (rows,) bool over all sets, a function of the seed."""
     size = mixture.test_split_size or 0
     count = math.ceil(size * rows) if size < 1 else int(size)
     if not 0 < count < rows:

@@ -1,4 +1,4 @@
-"""The one form of a preference row, and its checks: TRL's columns, messages in either spelling.
+"""Bringing every row to one form and checking it: TRL's columns, messages in either spelling.
 
 Which columns of a file are prompt, chosen and rejected is found out in `fastdpo.data.columns`.
 """
@@ -42,7 +42,7 @@ class PreferenceRow:
 
     @property
     def is_conversational(self) -> bool:
-        """Whether the parts are lists of messages, to be rendered by a chat template."""
+        """True where the parts are lists of messages, to be rendered by a chat template."""
         return isinstance(self.prompt, list)
 
 
@@ -109,7 +109,7 @@ def split_shared(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def is_blank(completion: str | Messages) -> bool:
-    """Whether a completion says nothing: only whitespace, and no tool call or other field."""
+    """True where a completion says nothing: only whitespace, and no tool call or other field."""
     if isinstance(completion, str):
         return not completion.strip()
     return all(_is_blank_message(message) for message in completion)
@@ -125,7 +125,7 @@ def _is_blank_message(message: dict[str, Any]) -> bool:
 def _prompt_beside_messages(
     prompt: str, chosen: Messages, rejected: Messages
 ) -> tuple[Messages, Messages, Messages]:
-    """A prompt string with message lists: full conversations that repeat it, or answers to it."""
+    """Settle a prompt string beside messages, which either repeat it or answer it."""
     shared, chosen_rest, rejected_rest = split_shared(chosen, rejected)
     roles = [message["role"] for message in chosen if message["role"] != "system"]
     if roles and roles[0] == "user":
@@ -138,7 +138,7 @@ def _prompt_beside_messages(
 def _without_repeated_prompt(
     prompt: Messages, chosen: Messages, rejected: Messages
 ) -> tuple[Messages, Messages]:
-    """Completions that are full conversations lose the prompt they repeat."""
+    """Take the prompt off completions that are full conversations and repeat it."""
     length = len(prompt)
     if length and chosen[:length] == prompt and rejected[:length] == prompt:
         return chosen[length:], rejected[length:]
@@ -168,7 +168,7 @@ def _field(row: Mapping[str, Any], name: str) -> str | Messages:
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
-    """A checked copy of a message without its null keys (Arrow fills absent keys with nulls)."""
+    """Check and copy a message, without its null keys (Arrow fills absent keys with nulls)."""
     if not isinstance(message, Mapping):
         raise DataError(
             f"{place} is {_kind(message)}, a message like "
@@ -257,7 +257,7 @@ def _template_variables(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """What arrived, in words: the type and the beginning of the value."""
+    """Say in words what arrived: the type and the beginning of the value."""
     if value is None:
         return "null"
     names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object"}

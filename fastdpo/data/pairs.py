@@ -1,4 +1,4 @@
-"""Tokenised preference pairs, many of them in few arrays, and the account of their making."""
+"""Tokenized preference pairs, many of them in few arrays, and the account of their making."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,12 +38,12 @@ class Pair:
 
     @property
     def completions(self) -> tuple[np.ndarray, np.ndarray]:
-        """(chosen_ids, rejected_ids)."""
+        """Both completions, chosen first."""
         return self.chosen_ids, self.rejected_ids
 
 
 class PairLengths(NamedTuple):
-    """Tokens of every pair: three (n,) int64 arrays."""
+    """The number of tokens in each part of every pair: three (n,) int64 arrays."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -52,7 +52,7 @@ class PairLengths(NamedTuple):
 
 @dataclass
 class Dropped:
-    """How many rows fell to one reason, and where the first of them lie."""
+    """The number of rows that were dropped for one reason, and the places of the first of them."""
 
     count: int = 0
     locations: list[str] = field(default_factory=list)
@@ -60,17 +60,18 @@ class Dropped:
 
 @dataclass
 class PreparationReport:
-    """What became of the rows on their way to pairs; nothing is dropped that is not counted here.
+    """An account of what became of the rows on their way to pairs; every dropped row is in it.
 
     Attributes:
         source: the file or data set.
         rows_read: rows looked at.
         pairs_kept: pairs that came out.
         dropped: reason -> count and the first locations.
+        reasons: row -> why it was dropped; where a row makes several pairs, the first reason.
         truncated_prompts: pairs whose prompt was cut.
         truncated_completions: completions that were cut (up to two a pair).
-        control_token_rows: rows whose content spells a control token.
-        control_token_policy: what was done with them ("literal", "allow"), "" if there are none.
+        special_token_rows: rows whose content spells a special token.
+        special_token_mode: what was done with them ("literal", "allow"), "" if there are none.
         unstable_prompts: rows whose tokenised prompt is not the beginning of the tokenised
             prompt + completion.
         unstable_example: for the first of those, where it is and the end of the prompt that is
@@ -85,10 +86,11 @@ class PreparationReport:
     rows_read: int = 0
     pairs_kept: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
     truncated_prompts: int = 0
     truncated_completions: int = 0
-    control_token_rows: int = 0
-    control_token_policy: str = ""
+    special_token_rows: int = 0
+    special_token_mode: str = ""
     unstable_prompts: int = 0
     unstable_example: str = ""
     repeated_prompts: int = 0
@@ -96,15 +98,16 @@ class PreparationReport:
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def drop(self, reason: str, where: str) -> None:
+    def drop(self, reason: str, row: int, where: str) -> None:
         """Count one dropped row; only the first few locations of a reason are kept."""
+        self.reasons.setdefault(row, reason)
         entry = self.dropped.setdefault(reason, Dropped())
         entry.count += 1
         if len(entry.locations) < _LOCATIONS_KEPT:
             entry.locations.append(where)
 
     def describe(self) -> str:
-        """A few plain lines for the screen."""
+        """The report as a few plain lines for the screen."""
         lines = [f"{self.source}: {self.rows_read:,} rows read, {self.pairs_kept:,} pairs kept"]
         lines += [f"  {shape}" for shape in self.shapes]
         for reason, entry in self.dropped.items():
@@ -116,11 +119,11 @@ class PreparationReport:
                 f"  cut to length: {self.truncated_prompts:,} prompts, "
                 f"{self.truncated_completions:,} completions"
             )
-        if self.control_token_rows:
-            done = {"literal": "encoded as plain text", "allow": "encoded as control tokens"}
+        if self.special_token_rows:
+            done = {"literal": "encoded as plain text", "allow": "encoded as special tokens"}
             lines.append(
-                f"  {self.control_token_rows:,} rows spell a control token in their content: "
-                f"{done.get(self.control_token_policy, self.control_token_policy)}"
+                f"  {self.special_token_rows:,} rows spell a special token in their content: "
+                f"{done.get(self.special_token_mode, self.special_token_mode)}"
             )
         if self.unstable_prompts:
             lines.append(
@@ -177,12 +180,12 @@ class PairDataset(Sequence[Pair]):
 
     @property
     def lengths(self) -> PairLengths:
-        """Tokens in the prompt, chosen and rejected of every pair, (n,) int64 each."""
+        """The number of tokens of every prompt, chosen and rejected completion, (n,) int64 each."""
         parts = np.diff(self._offsets).reshape(-1, 3)
         return PairLengths(parts[:, 0], parts[:, 1], parts[:, 2])
 
     def fingerprints(self) -> list[int]:
-        """A number for each pair, equal where all of its tokens are."""
+        """Return a hash for each pair, equal for pairs of equal tokens."""
         bounds = self._offsets[:-1].reshape(-1, 3)
         ends = [*bounds[1:, 0].tolist(), int(self._offsets[-1])]
         return [
@@ -200,15 +203,15 @@ class PairDataset(Sequence[Pair]):
     def __getitem__(self, index: int | slice) -> Pair | Sequence[Pair]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        place = as_index(index)
-        if place < 0:
-            place += len(self)
-        if not 0 <= place < len(self):
+        position = as_index(index)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
-        a, b, c, d = self._offsets[3 * place : 3 * place + 4].tolist()
+        a, b, c, d = self._offsets[3 * position : 3 * position + 4].tolist()
         tokens = self._tokens
-        cut = self._cut[3 * place : 3 * place + 3].tolist()
-        return Pair(tokens[a:b], tokens[b:c], tokens[c:d], int(self._rows[place]), tuple(cut))
+        cut = self._cut[3 * position : 3 * position + 3].tolist()
+        return Pair(tokens[a:b], tokens[b:c], tokens[c:d], int(self._rows[position]), tuple(cut))
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(len(self)))
@@ -243,7 +246,7 @@ class PairBuilder:
         self._cut.extend(cut)
 
     def build(self, report: PreparationReport) -> PairDataset:
-        """The packed pairs; the builder may go on being used."""
+        """Return the packed pairs; more can be added to the builder afterwards."""
         return PairDataset(
             np.array(self._tokens, dtype=np.int32),
             np.array(self._offsets, dtype=np.int64),

@@ -1,4 +1,4 @@
-"""A few prepared pairs for the eye: what is prompt, chosen and rejected, and what was cut."""
+"""Showing a few prepared pairs: which text is prompt, chosen and rejected, and what was cut."""
 
 import os
 import re
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_LETTERS = 800
-_COLOURS = {"prompt": "36", "chosen": "32", "rejected": "31", "cut": "7", "shared": "2"}
-# What would move the cursor, colour the screen or turn the direction of writing.
+_COLORS = {"prompt": "36", "chosen": "32", "rejected": "31", "cut": "7", "shared": "2"}
+# What would move the cursor, color the screen or turn the direction of writing.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -22,34 +22,34 @@ def show_pairs(
     pairs: PairDataset,
     tokenizer: "PreTrainedTokenizerBase",
     n: int = 3,
-    colour: bool | None = None,
+    color: bool | None = None,
 ) -> str:
-    """Render pairs as the model sees them, control tokens included.
+    """Render pairs as the model sees them, special tokens included.
 
     Args:
         pairs: at least one.
         tokenizer: that made them.
         n: how many, spread evenly over the set.
-        colour: ANSI colours; None: where standard output is a terminal and NO_COLOR is unset.
+        color: use ANSI colors; None: where standard output is a terminal and NO_COLOR is unset.
 
     Returns:
         Lines: the prompt once, then both completions; `[cut]` where tokens were lost to a length
         limit, `||` where the completions part. The middle of long texts is left out.
     """
-    if colour is None:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    places = np.unique(np.linspace(0, len(pairs) - 1, max(1, min(n, len(pairs)))).astype(int))
-    show = _Shown(tokenizer, colour)
+    if color is None:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    shown = np.unique(np.linspace(0, len(pairs) - 1, max(1, min(n, len(pairs)))).astype(int))
+    show = _Shown(tokenizer, color)
     return "\n\n".join(
-        f"pair {place + 1:,} of {len(pairs):,} (row {pairs[place].row})\n{show.pair(pairs[place])}"
-        for place in places.tolist()
+        f"pair {index + 1:,} of {len(pairs):,} (row {pairs[index].row})\n{show.pair(pairs[index])}"
+        for index in shown.tolist()
     )
 
 
 class _Shown:
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", colour: bool):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", color: bool):
         self._tokenizer = tokenizer
-        self._colour = colour
+        self._color = color
 
     def pair(self, pair: Pair) -> str:
         chosen, rejected = pair.completions
@@ -64,7 +64,7 @@ class _Shown:
         return "\n".join(lines)
 
     def _line(self, name: str, ids: np.ndarray, shared: int, cut: bool) -> str:
-        """The part's name and length, then its text, indented."""
+        """Return a part's name and length, then its text, indented."""
         text = self._paint(self._text(ids[shared:]), name)
         if shared:
             text = f"{self._paint(self._text(ids[:shared]), f'{name} shared')}||{text}"
@@ -83,7 +83,7 @@ class _Shown:
         return f"{text[:half]}[... {len(text) - 2 * half:,} letters ...]{text[-half:]}"
 
     def _paint(self, text: str, kinds: str) -> str:
-        if not self._colour:
+        if not self._color:
             return text
-        codes = ";".join(_COLOURS[kind] for kind in kinds.split())
+        codes = ";".join(_COLORS[kind] for kind in kinds.split())
         return f"\033[{codes}m{text}\033[0m"

@@ -1,4 +1,4 @@
-"""Several completions to one prompt, rated or ranked: which of them make pairs."""
+"""Making pairs of several completions to one prompt that are rated or ranked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _RANKS = ("rank", "ranking")
 def pairs_of_rated(
     completions: Any, ratings: Any, ranks: Any, *, mode: str, rated_by_place: bool = False
 ) -> list[tuple[Any, Any]]:
-    """The (chosen, rejected) pairs of one prompt's completions.
+    """Pair up the completions to one prompt: a list of (chosen, rejected).
 
     Args:
         completions: a list of strings or messages, or of objects that hold a text and a rating.
@@ -53,31 +53,35 @@ def pairs_of_rated(
 
 
 def _scores(completions: Sequence[Any], ratings: Any, ranks: Any) -> list[float | None]:
-    """A number for each completion, the higher the better."""
+    """Return a number for each completion, the higher the better; None for one without rating."""
     sign = 1 if ranks is None else -1
-    found = ratings if ranks is None else ranks
-    if found is None:
+    values = ratings if ranks is None else ranks
+    if values is None:
         key, sign = _rating_key(completions)
-        found = [completion[key] for completion in completions]
-    if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(completions):
+        values = [completion[key] for completion in completions]
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str)
+        or len(values) != len(completions)
+    ):
         raise DataError(
-            f"the ratings are {found!r:.60}; a list of {len(completions)} numbers is needed, one "
+            f"the ratings are {values!r:.60}; a list of {len(completions)} numbers is needed, one "
             "for each completion"
         )
     scores: list[float | None] = []
-    for place, value in enumerate(found):
+    for index, value in enumerate(values):
         if value is None:
             scores.append(None)
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or math.isnan(value):
-            raise DataError(f"rating {place} is {value!r:.60}; a number or null is needed")
+            raise DataError(f"rating {index} is {value!r:.60}; a number or null is needed")
         scores.append(sign * value)
     return scores
 
 
 def _rating_key(completions: Sequence[Any]) -> tuple[str, int]:
-    """Where the completions hold their own rating, and whether the higher is the better."""
+    """Return the key under which completions hold their rating, and -1 where it is a rank."""
     if completions and all(isinstance(each, Mapping) for each in completions):
         for key in (*_RATINGS, *_RANKS):
             if all(key in each for each in completions):
@@ -90,7 +94,7 @@ def _rating_key(completions: Sequence[Any]) -> tuple[str, int]:
 
 
 def _content(completion: Any) -> Any:
-    """The string or messages of a completion."""
+    """Return the string or messages of a completion."""
     if not isinstance(completion, Mapping) or "content" in completion or "value" in completion:
         return completion
     for key in _TEXTS:

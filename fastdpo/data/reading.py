@@ -1,4 +1,4 @@
-"""Finding the rows: a local file, a folder, a set on the hub, or an object from Python."""
+"""Finding the rows in a local file, a folder, a set on the hub, or an object from Python."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,7 +52,7 @@ class Rows:
 
     @property
     def is_stream(self) -> bool:
-        """Whether the rows come one by one and their number is not known."""
+        """True where the rows come one by one and their number is not known."""
         return not hasattr(self.rows, "__len__")
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class Rows:
         return len(self.rows)  # pyrefly: ignore[bad-argument-type]
 
     def take(self, numbers: Sequence[int]) -> "Rows":
-        """Some of the rows, in the order asked for; each keeps its place for messages."""
+        """Return some of the rows, in the order of `numbers`; each keeps its place for messages."""
         rows: Any = self.rows
         if hasattr(rows, "select"):
             taken = rows.select(numbers)
@@ -76,12 +76,12 @@ class Rows:
         )
 
     def preferences(
-        self, verdicts: list[str] | None = None
+        self, descriptions: list[str] | None = None
     ) -> Iterator[tuple[int, list[PreferenceRow]]]:
-        """Number and preferences of each row, in the shape that the first row shows.
+        """Yield the number and the preferences of each row, read in the shape of the first row.
 
         Args:
-            verdicts: gets one sentence on that shape once the first row is read.
+            descriptions: gets one sentence on that shape once the first row is read.
 
         Raises:
             DataError: a row is malformed or of another shape; the text begins with its place and
@@ -102,8 +102,8 @@ class Rows:
                 others = 0 if self.is_stream else sum(_fails(reader, row) for _, row in iterator)
                 more = f"; {others:,} later rows are malformed too" if others else ""
                 raise DataError(f"{self.where(number)}: {error}{more}") from error
-            if number == 0 and verdicts is not None:
-                verdicts.append(reader.verdict())
+            if number == 0 and descriptions is not None:
+                descriptions.append(reader.describe())
             yield number, preferences
 
     def _reader(self, number: int, first: Any) -> SchemaReader:
@@ -142,7 +142,7 @@ def read_rows(
         config_name: the configuration of a hub set that has several.
         columns: role -> column, where the names are not recognised (see `fastdpo.data.columns`).
         rated_pairs: "best_worst" or "all", of several rated completions to a prompt.
-        streaming: leave a folder's or a hub set's rows where they are until they are asked for; a
+        streaming: leave a folder's or a hub set's rows where they are until they are read; a
             single file is read as ever.
         max_line_mib: longer lines of JSON lines are an error.
         files: `data_dir` and `data_files` of a folder or hub set, as `datasets` takes them.
@@ -179,14 +179,14 @@ def read_rows(
 
 
 def read_held_out(dataset: str, *, split: str = "test", **options: Any) -> Rows:
-    """`read_rows` for evaluation: of a single file every row, of anything else its `split`."""
+    """Read rows to evaluate on: every row of a single file, the `split` of anything else."""
     path = Path(dataset)
     whole = (path.is_file() or is_pipe(path)) and "[" not in split
     return read_rows(dataset, split="train" if whole else split, **options)
 
 
 def is_pipe(path: Path) -> bool:
-    """Whether JSON lines can come from it once: a FIFO, or what a shell gives as /dev/..."""
+    """True where JSON lines can be read from it only once: a FIFO, or a shell's /dev/..."""
     return path.is_fifo() or path.is_char_device() or path.is_relative_to("/dev")
 
 
@@ -260,7 +260,7 @@ def _read_file(path: Path, ending: str, split: str, max_line_mib: int) -> Rows:
 
 
 def _from_table(table: Any, source: str) -> Rows:
-    """A datasets.Dataset or IterableDataset in plain Python values."""
+    """Take a datasets.Dataset or IterableDataset, to be read as plain Python values."""
     check_only_text(table, source)
     return Rows(source, table.with_format(None))
 
@@ -268,7 +268,7 @@ def _from_table(table: Any, source: str) -> Rows:
 def _load_set(
     name: str, split: str, config_name: str | None, streaming: bool, files: dict[str, Any]
 ) -> Rows:
-    """A folder or a hub set through `datasets`."""
+    """Load a folder or a hub set through `datasets`."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,4 +1,4 @@
-"""From a preference row to the three texts whose tokens make its pair."""
+"""Rendering a preference row as the three texts whose tokens make its pair."""
 
 import re
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.options import TokenizationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CONTROL_TOKEN_POLICIES = ("literal", "allow", "error")
 
 Ids = list[int]
 
@@ -25,46 +24,37 @@ class RenderedRow:
     Attributes:
         row: index of the source row.
         texts: the three, ready for the tokenizer.
-        conversational: a template wrote them, control tokens included; else the tokenizer adds
+        conversational: a template wrote them, special tokens included; else the tokenizer adds
             what it adds to any text.
-        mark: the character that breaks control tokens inside the content, None if there are none.
+        sentinel: the character that breaks special tokens inside the content; None without any.
     """
 
     row: int
     texts: tuple[str, str, str]
     conversational: bool
-    mark: str | None
+    sentinel: str | None
 
 
 class Renderer:
-    """Writes texts and turns them into ids, with BOS and EOS once each and control tokens as asked.
+    """Renders rows as texts and encodes these, with one BOS and one EOS each.
 
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
-        policy: one of `CONTROL_TOKEN_POLICIES`, or None: "literal" for conversational rows,
-            "allow" for strings.
+        options: `special_tokens_in_content` says what becomes of special tokens in the content.
         report: where control-token rows and the plain template are put down.
-
-    Raises:
-        ValueError: a policy that is none of these.
     """
 
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        policy: str | None,
+        options: TokenizationOptions,
         report: PreparationReport,
     ):
-        if policy is not None and policy not in CONTROL_TOKEN_POLICIES:
-            raise ValueError(
-                f"special_tokens_in_content is {policy!r}; it has to be one of "
-                f"{', '.join(map(repr, CONTROL_TOKEN_POLICIES))}"
-            )
         self.tokenizer = tokenizer
-        self._policy = policy
+        self._options = options
         self._report = report
         self._looked_for: set[str] = set()
-        self._control_tokens = SpecialTokens(tokenizer)
+        self._special_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
@@ -72,11 +62,11 @@ class Renderer:
         self._adds_eos = bool(probe) and probe[-1] == self._eos_id
 
     def render(self, index: int, row: PreferenceRow) -> RenderedRow:
-        """The three texts of row number `index`.
+        """Render the three texts of row number `index`.
 
         Raises:
-            DataError: no EOS token, a template that refuses the row, or a control token under the
-                policy "error"; the caller puts the place in front.
+            DataError: no EOS token, a template that refuses the row, or a special token under the
+                mode "error"; the caller puts the place in front.
         """
         if row.is_conversational:
             if ensure_chat_template(self.tokenizer):
@@ -89,27 +79,27 @@ class Renderer:
         return self._render_strings(index, row)
 
     def encode(self, rows: list[RenderedRow]) -> list[tuple[Ids, Ids, Ids]]:
-        """The ids of each row's three texts; one call of the tokenizer for rows of a kind."""
+        """Return the ids of each row's three texts; rows of a kind are tokenized in one call."""
         kinds: dict[tuple[bool, str | None], list[int]] = {}
-        for place, row in enumerate(rows):
-            kinds.setdefault((row.conversational, row.mark), []).append(place)
+        for index, row in enumerate(rows):
+            kinds.setdefault((row.conversational, row.sentinel), []).append(index)
         encoded: dict[int, tuple[Ids, Ids, Ids]] = {}
-        for (conversational, mark), places in kinds.items():
-            texts = [text for place in places for text in rows[place].texts]
+        for (conversational, sentinel), indices in kinds.items():
+            texts = [text for index in indices for text in rows[index].texts]
             special = not conversational
-            if mark is None:
+            if sentinel is None:
                 ids = _encode(self.tokenizer, texts, add_special_tokens=special)
             else:
-                ids = self._control_tokens.encode(texts, mark, add_special_tokens=special)
+                ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
             if not conversational:
                 ids = [self._bos_and_eos_once(text_ids) for text_ids in ids]
-            for nth, place in enumerate(places):
+            for nth, index in enumerate(indices):
                 prompt, chosen, rejected = ids[3 * nth : 3 * nth + 3]
-                encoded[place] = (prompt, chosen, rejected)
-        return [encoded[place] for place in range(len(rows))]
+                encoded[index] = (prompt, chosen, rejected)
+        return [encoded[index] for index in range(len(rows))]
 
     def without_eos(self, text: str) -> str:
-        """`text` without the EOS it may end with."""
+        """Return `text` without the EOS that it may end with."""
         return text.removesuffix(self._eos) if self._eos else text
 
     def _render_strings(self, index: int, row: PreferenceRow) -> RenderedRow:
@@ -119,29 +109,29 @@ class Renderer:
                 "the completions are strings, which end with the EOS token, and the tokenizer has "
                 "none; set tokenizer.eos_token to the token that ends a text"
             )
-        # A BOS in front and an EOS behind are what the user wrote as such, under every policy.
+        # A BOS in front and an EOS behind are what the user wrote as such, under every mode.
         bos = self._bos or ""
         head = bos if str(row.prompt).startswith(bos) else ""
         prompt = str(row.prompt)[len(head) :]
         parts = [prompt, *(self.without_eos(str(text)) for text in (row.chosen, row.rejected))]
-        mark = self._mark("allow", parts)
-        if mark is not None:
-            parts = self._control_tokens.escape(parts, mark)
+        sentinel = self._sentinel_for("allow", parts)
+        if sentinel is not None:
+            parts = self._special_tokens.escape(parts, sentinel)
         prompt, chosen, rejected = (head + parts[0], parts[1] + eos, parts[2] + eos)
-        return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, mark)
+        return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, sentinel)
 
     def _render_messages(self, index: int, row: PreferenceRow) -> RenderedRow:
         content: Any = [row.prompt, row.chosen, row.rejected, row.tools, row.chat_template_kwargs]
-        mark = self._mark("literal", content)
-        if mark is not None:
-            content = self._control_tokens.escape(content, mark)
+        sentinel = self._sentinel_for("literal", content)
+        if sentinel is not None:
+            content = self._special_tokens.escape(content, sentinel)
         prompt, chosen, rejected, tools, variables = content
         texts = (
             self._apply_template(prompt, tools, variables, add_generation_prompt=True),
             self._apply_template(prompt + chosen, tools, variables),
             self._apply_template(prompt + rejected, tools, variables),
         )
-        return RenderedRow(index, texts, True, mark)
+        return RenderedRow(index, texts, True, sentinel)
 
     def _apply_template(
         self,
@@ -170,7 +160,7 @@ class Renderer:
         return text
 
     def _note_unused(self, *names: str | None) -> None:
-        """Say once of each variable that the template never looks at it."""
+        """Note, once for each variable, that the template never looks at it."""
         template = self.tokenizer.chat_template
         for name in names:
             if name is None or name in self._looked_for or not isinstance(template, str):
@@ -181,24 +171,24 @@ class Renderer:
                     f"warning: the chat template does not use {name!r}, which rows give it"
                 )
 
-    def _mark(self, default_policy: str, content: Any) -> str | None:
-        """Look for control tokens, count the row, and give the mark if they are to be broken."""
-        found = self._control_tokens.find(content)
-        if found is None:
+    def _sentinel_for(self, default_mode: str, content: Any) -> str | None:
+        """Count a row that spells special tokens; return what breaks them, None to let them be."""
+        spelled = self._special_tokens.find(content)
+        if spelled is None:
             return None
-        policy = self._policy or default_policy
-        if policy == "error":
+        mode = self._options.special_tokens_in_content or default_mode
+        if mode == "error":
             raise DataError(
-                f"the content spells the control token {found!r}; remove it, or pass "
-                "special_tokens_in_content='literal' (plain text) or 'allow' (the control token)"
+                f"the content spells the special token {spelled!r}; remove it, or pass "
+                "special_tokens_in_content='literal' (plain text) or 'allow' (the special token)"
             )
-        self._report.control_token_rows += 1
-        known = self._report.control_token_policy
-        self._report.control_token_policy = policy if known in ("", policy) else "literal or allow"
-        return self._control_tokens.unused_char(content) if policy == "literal" else None
+        self._report.special_token_rows += 1
+        known = self._report.special_token_mode
+        self._report.special_token_mode = mode if known in ("", mode) else "literal or allow"
+        return self._special_tokens.unused_char(content) if mode == "literal" else None
 
     def _bos_and_eos_once(self, ids: Ids) -> Ids:
-        """Take back what the tokenizer added to a text that already had it."""
+        """Remove the BOS or EOS that the tokenizer added to a text that already had it."""
         if self._adds_eos and ids[-1:] == [self._eos_id]:
             ids = ids[:-1]
         if self._adds_bos and ids[:2] == [self._bos_id, self._bos_id]:

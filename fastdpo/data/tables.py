@@ -68,7 +68,7 @@ def read_csv(path: Path) -> tuple[list[dict[str, str]], list[int]]:
 
 
 def read_table(path: Path) -> Any:
-    """A Parquet or Arrow file as a `datasets.Dataset`, without a copy in the user's cache folder.
+    """Open a Parquet or Arrow file as a `datasets.Dataset`, without a copy in the cache folder.
 
     Raises:
         DataError: the file is broken or of another kind.
@@ -90,12 +90,12 @@ def read_table(path: Path) -> Any:
 
 
 def is_saved_folder(path: Path) -> bool:
-    """Whether `datasets` wrote the folder with save_to_disk."""
+    """True where `datasets` wrote the folder with save_to_disk."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def read_saved(path: Path, split: str) -> Any:
-    """One split of a folder that save_to_disk wrote; slices as in `take_split`.
+    """Open one split of a folder that save_to_disk wrote; slices as in `take_split`.
 
     Raises:
         DataError: the folder is broken.
@@ -116,7 +116,7 @@ def read_saved(path: Path, split: str) -> Any:
 
 
 def take_split(split: str, name: str, rows: int, source: str) -> range | list[int]:
-    """Which rows a split such as "train[:90%]" or "train[:10]+train[-10:]" takes.
+    """Return the rows that a split such as "train[:90%]" or "train[:10]+train[-10:]" takes.
 
     Args:
         split: as `datasets` reads it.
@@ -128,7 +128,7 @@ def take_split(split: str, name: str, rows: int, source: str) -> range | list[in
         The row numbers.
 
     Raises:
-        UnknownSplitError: another split is asked for.
+        UnknownSplitError: another split is requested.
     """
     if split == name:
         return range(rows)
@@ -148,8 +148,8 @@ def take_split(split: str, name: str, rows: int, source: str) -> range | list[in
 def check_only_text(table: Any, source: str) -> None:
     """Refuse a table with columns of images, audio or video before any is decoded."""
     for name, feature in (getattr(table, "features", None) or {}).items():
-        if found := _NO_TEXT.search(repr(feature)):
+        if match := _NO_TEXT.search(repr(feature)):
             raise DataError(
-                f"{source}: column {name!r} is of type {found.group(1)}, and only text can be "
+                f"{source}: column {name!r} is of type {match.group(1)}, and only text can be "
                 "trained on; remove the column if the text stands alone"
             )

@@ -1,4 +1,4 @@
-"""From rows to pairs of token ids: the way in which every dropped or cut row is counted."""
+"""Turning rows into pairs of token ids, with every dropped or cut row counted."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +19,8 @@ from fastdpo.data.pairs import (
 )
 from fastdpo.data.reading import Rows
 from fastdpo.data.rendering import RenderedRow, Renderer
-from fastdpo.data.truncation import Limits, truncate
+from fastdpo.data.truncation import truncate
+from fastdpo.options import TokenizationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,35 +36,23 @@ _T = TypeVar("_T")
 def prepare_pairs(
     rows: Rows,
     tokenizer: "PreTrainedTokenizerBase",
+    options: TokenizationOptions | None = None,
     *,
-    max_length: int | None = 1024,
-    max_prompt_length: int | None = None,
-    max_completion_length: int | None = None,
-    truncation_mode: str = "keep_completion",
-    special_tokens_in_content: str | None = None,
-    strict_data: bool = False,
     vocabulary_size: int | None = None,
     limit: int | None = None,
     progress: bool = True,
 ) -> PairDataset:
-    """Normalise, render, tokenise and truncate preference rows.
+    """Normalize, render, tokenize and truncate preference rows.
 
-    The prompt ids are what tokenised prompt, prompt + chosen and prompt + rejected have in common
+    The prompt ids are what tokenized prompt, prompt + chosen and prompt + rejected have in common
     at their start; the rest of each is its completion (TRL's rule). String completions end with
     exactly one EOS; conversations end as their chat template ends them.
 
     Args:
         rows: from `read_rows` or `rows_from`.
         tokenizer: without a chat template it gets the plain one when conversational rows come.
-        max_length: most tokens of prompt + completion, at least 2; None for no limit.
-        max_prompt_length: most tokens of the prompt, whose left is cut; None for no limit.
-        max_completion_length: most tokens of a completion, whose end is cut; None for no limit.
-        truncation_mode: "keep_completion" cuts the prompt from its left first, "keep_start" keeps
-            the first tokens (TRL); see `fastdpo.data.truncation`.
-        special_tokens_in_content: "literal" encodes control tokens spelled in the content as plain
-            text, "allow" as control tokens, "error" refuses them; None means literal for
-            conversations and allow for strings.
-        strict_data: make every row that would be dropped an error.
+        options: lengths, special tokens and strictness; a `DPOConfig` is one, None takes the
+            defaults.
         vocabulary_size: number of embeddings of the model; ids beyond it are an error.
         limit: stop reading at this many pairs; what a stream needs that has no end.
         progress: show a progress bar for more than 2,000 rows.
@@ -72,20 +61,13 @@ def prepare_pairs(
         The pairs in the order of the rows, with the account of what was dropped and cut.
 
     Raises:
-        ValueError: an option has an unknown value.
+        ValueError: `limit` is below 1.
         DataError: a malformed row, a tokenizer that lacks what the rows need, an id beyond the
             vocabulary, a dropped row under `strict_data`, or no pair left.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, at least 1 is needed, or None for no limit")
-    preparation = _Preparation(
-        rows,
-        tokenizer,
-        limits=Limits(max_length, truncation_mode, max_prompt_length, max_completion_length),
-        policy=special_tokens_in_content,
-        strict_data=strict_data,
-        vocabulary_size=vocabulary_size,
-    )
+    preparation = _Preparation(rows, tokenizer, options or TokenizationOptions(), vocabulary_size)
     batch: list[RenderedRow] = []
     for row, preferences in _with_progress(preparation.preferences(), rows, progress):
         batch += preparation.render(row, preferences)
@@ -108,36 +90,32 @@ class _Preparation:
         self,
         rows: Rows,
         tokenizer: "PreTrainedTokenizerBase",
-        *,
-        limits: Limits,
-        policy: str | None,
-        strict_data: bool,
+        options: TokenizationOptions,
         vocabulary_size: int | None,
     ):
         self.rows = rows
         self.tokenizer = tokenizer
-        self.limits = limits
-        self.strict_data = strict_data
+        self.options = options
         self.vocabulary_size = vocabulary_size
         self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.report = PreparationReport(rows.source)
-        self.renderer = Renderer(tokenizer, policy, self.report)
+        self.renderer = Renderer(tokenizer, options, self.report)
         self.builder = PairBuilder()
         self._rows_with_nul = 0
 
     @property
     def kept(self) -> int:
-        """Pairs so far."""
+        """The number of pairs so far."""
         return len(self.builder)
 
     def preferences(self) -> Iterator[tuple[int, list[PreferenceRow]]]:
-        """Number and preferences of each row, counted."""
+        """Yield the number and the preferences of each row, and count the rows."""
         for row, preferences in self.rows.preferences(self.report.shapes):
             self.report.rows_read += 1
             yield row, preferences
 
     def render(self, row: int, preferences: list[PreferenceRow]) -> list[RenderedRow]:
-        """The texts of a row's preferences, without those that are useless already."""
+        """Render the preferences of a row; those that are useless already are dropped."""
         if not preferences:
             self._drop(RATED_ALIKE, row)
         rendered = [self._render(row, preference) for preference in preferences]
@@ -161,12 +139,12 @@ class _Preparation:
             raise DataError(f"{self.rows.where(index)}: {error}") from error
 
     def add(self, batch: list[RenderedRow]) -> None:
-        """Tokenise a batch and keep its pairs."""
+        """Tokenize a batch and keep its pairs."""
         for rendered, ids in zip(batch, self.renderer.encode(batch), strict=True):
             self._add_pair(rendered.row, *ids)
 
     def finish(self, note: str | None = None) -> PairDataset:
-        """The pairs and their report."""
+        """Return the pairs with their complete report."""
         self.report.pairs_kept = self.kept
         self.report.notes += [] if note is None else [note]
         if not self.report.pairs_kept:
@@ -196,26 +174,30 @@ class _Preparation:
         )
         if reason := self._useless(prompt, chosen, rejected):
             return self._drop(reason, row)
-        cut = truncate(
+        truncated = truncate(
             prompt,
             chosen,
             rejected,
-            limits=self.limits,
+            options=self.options,
             bos_token_id=self.bos_token_id,
         )
-        if cut is None:
+        if truncated is None:
             return self._drop(OVER_LONG_PROMPT, row)
-        if cut[1] == cut[2]:
+        if truncated[1] == truncated[2]:
             return self._drop(IDENTICAL_AFTER_TRUNCATION, row)
-        shorter = (len(cut[0]) < shared, len(cut[1]) < len(chosen), len(cut[2]) < len(rejected))
-        self.report.truncated_prompts += shorter[0]
-        self.report.truncated_completions += shorter[1] + shorter[2]
+        cut = (
+            len(truncated[0]) < shared,
+            len(truncated[1]) < len(chosen),
+            len(truncated[2]) < len(rejected),
+        )
+        self.report.truncated_prompts += cut[0]
+        self.report.truncated_completions += cut[1] + cut[2]
         if shared < len(prompt_alone):
             self._note_unstable(row, prompt_alone[shared:])
-        self.builder.add(*cut, row, shorter)
+        self.builder.add(*truncated, row, cut)
 
     def _useless(self, prompt: Ids, chosen: Ids, rejected: Ids) -> str | None:
-        """Why a pair can't teach anything, or None."""
+        """Return the reason why a pair cannot teach anything, or None."""
         if not prompt:
             return EMPTY_PROMPT
         for completion in (chosen, rejected):
@@ -225,12 +207,12 @@ class _Preparation:
 
     def _drop(self, reason: str, row: int) -> None:
         where = self.rows.where(row)
-        if self.strict_data:
+        if self.options.strict_data:
             raise DataError(
                 f"{where}: {reason}, and strict_data is on; correct or remove the row, or leave "
                 "strict_data off to have such rows dropped and counted"
             )
-        self.report.drop(reason, where)
+        self.report.drop(reason, row, where)
 
     def _note_unstable(self, row: int, trimmed: Ids) -> None:
         if not self.report.unstable_prompts:

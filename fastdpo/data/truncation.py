@@ -1,51 +1,26 @@
-"""Cutting a pair to its lengths: one prompt for both sides, and something to score on each."""
+"""Cutting a pair to its lengths: one prompt for both sides, and something to score on each.
 
-from dataclasses import dataclass
+A prompt of six tokens and a completion of four under max_length 8:
 
-TRUNCATION_MODES = ("keep_completion", "keep_start")
+    whole             ppppppcccc
+    keep_completion     ppppcccc    the prompt loses its left, as far as a quarter of max_length
+    keep_start        ppppppcc      the completion loses its end, as in TRL
+"""
+
+from fastdpo.options import TokenizationOptions
 
 Ids = list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Most tokens of a pair and of its parts; None for no limit.
-
-    Attributes:
-        max_length: of prompt + either completion, at least 2.
-        mode: one of `TRUNCATION_MODES`.
-        max_prompt_length: at least 1.
-        max_completion_length: at least 1.
-
-    Raises:
-        ValueError: a value that is none of these.
-    """
-
-    max_length: int | None = None
-    mode: str = "keep_completion"
-    max_prompt_length: int | None = None
-    max_completion_length: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in TRUNCATION_MODES:
-            raise ValueError(
-                f"truncation_mode is {self.mode!r}; it has to be one of "
-                f"{', '.join(map(repr, TRUNCATION_MODES))}"
-            )
-        for name, least in (
-            ("max_length", 2),
-            ("max_prompt_length", 1),
-            ("max_completion_length", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, at least {least} is needed, or None")
-
-
 def truncate(
-    prompt: Ids, chosen: Ids, rejected: Ids, *, limits: Limits, bos_token_id: int | None
+    prompt: Ids,
+    chosen: Ids,
+    rejected: Ids,
+    *,
+    options: TokenizationOptions,
+    bos_token_id: int | None,
 ) -> tuple[Ids, Ids, Ids] | None:
-    """Cut a pair so that prompt + either completion keeps within its limits.
+    """Cut a pair so that prompt + either completion keeps within the limits.
 
     First the left of the prompt is cut to `max_prompt_length` (its BOS stays) and the end of the
     completions to `max_completion_length`. Then "keep_completion" takes from the left of the prompt
@@ -57,30 +32,30 @@ def truncate(
         prompt: token ids, at least one.
         chosen: token ids, at least one.
         rejected: token ids, at least one.
-        limits: what to keep within.
+        options: the three lengths, and the mode: one of `TRUNCATION_MODES`.
         bos_token_id: the id that stays in front of a cut prompt if the prompt begins with it.
 
     Returns:
         The three parts, none of them empty, or None where the prompt alone fills `max_length`.
     """
-    if limits.max_prompt_length is not None:
-        prompt = _keep_end(prompt, limits.max_prompt_length, bos_token_id)
-    chosen = chosen[: limits.max_completion_length]
-    rejected = rejected[: limits.max_completion_length]
-    if limits.max_length is None:
+    if options.max_prompt_length is not None:
+        prompt = _keep_end(prompt, options.max_prompt_length, bos_token_id)
+    chosen = chosen[: options.max_completion_length]
+    rejected = rejected[: options.max_completion_length]
+    if options.max_length is None:
         return prompt, chosen, rejected
-    if len(prompt) >= limits.max_length:
+    if len(prompt) >= options.max_length:
         return None
     longer = max(len(chosen), len(rejected))
-    if limits.mode == "keep_completion" and len(prompt) + longer > limits.max_length:
-        floor = max(1, limits.max_length // 4)
-        prompt = _keep_end(prompt, max(floor, limits.max_length - longer), bos_token_id)
-    room = limits.max_length - len(prompt)
+    if options.truncation_mode == "keep_completion" and len(prompt) + longer > options.max_length:
+        floor = max(1, options.max_length // 4)
+        prompt = _keep_end(prompt, max(floor, options.max_length - longer), bos_token_id)
+    room = options.max_length - len(prompt)
     return prompt, chosen[:room], rejected[:room]
 
 
 def _keep_end(prompt: Ids, keep: int, bos_token_id: int | None) -> Ids:
-    """The last `keep` (>= 1) ids, the first of them BOS where the prompt began with BOS."""
+    """Keep the last `keep` (>= 1) ids, the first of them BOS where the prompt began with BOS."""
     if len(prompt) <= keep:
         return prompt
     if prompt[0] == bos_token_id:

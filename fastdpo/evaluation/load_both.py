@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,7 +155,7 @@ def pairs_of(
     rows: Rows, options: TokenizationOptions, tokenizer: PreTrainedTokenizerBase
 ) -> PairDataset:
     """The pairs of the rows under the options."""
-    return prepare_pairs(rows, tokenizer, **asdict(options))
+    return prepare_pairs(rows, tokenizer, options)
 
 
 def sources_of(rows: Rows, pairs: PairDataset) -> list[Any]:

@@ -2,40 +2,21 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from fastdpo.data import DataError, PairDataset, Rows
-from fastdpo.data.pairs import (
-    EMPTY_COMPLETION,
-    EMPTY_PROMPT,
-    IDENTICAL,
-    IDENTICAL_AFTER_TRUNCATION,
-    OVER_LONG_PROMPT,
-    RATED_ALIKE,
-)
-from fastdpo.evaluation.load_both import pairs_of
+from fastdpo.data import PairDataset, Rows
 from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.scoring import ScoredPairs
-from fastdpo.options import TokenizationOptions
 from fastdpo.system import files
 from fastdpo.system.console import table
 
 ROWS_AT_ONCE = 1024
-_REASONS = (
-    EMPTY_PROMPT,
-    EMPTY_COMPLETION,
-    IDENTICAL_AFTER_TRUNCATION,  # begins like the next one
-    IDENTICAL,
-    OVER_LONG_PROMPT,
-    RATED_ALIKE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +58,10 @@ class ScoredRows:
 
     Args:
         rows: as they were read.
-        pairs: those of them that became pairs.
+        pairs: those of them that became pairs; their report knows why the others did not.
         policy: log-probs of the pairs.
         reference: the same under the reference.
         beta: reward per nat.
-        options: how the rows became pairs.
-        tokenizer: the one that made the pairs.
     """
 
     rows: Rows
@@ -90,14 +69,13 @@ class ScoredRows:
     policy: ScoredPairs
     reference: ScoredPairs
     beta: float
-    options: TokenizationOptions
-    tokenizer: PreTrainedTokenizerBase
 
     def scores(self) -> Iterator[Score]:
         """One for each row."""
         at = {pair.row: place for place, pair in enumerate(self.pairs)}
+        reasons = self.pairs.report.reasons
         for row in range(len(self.rows)):
-            yield self._score(at[row]) if row in at else Score(dropped=self._reason(row))
+            yield self._score(at[row]) if row in at else Score(dropped=reasons[row])
 
     def describe(self) -> str:
         """A few metrics for the screen."""
@@ -131,16 +109,6 @@ class ScoredRows:
             truncated_rejected=pair.cut[2],
             dropped=None,
         )
-
-    def _reason(self, row: int) -> str:
-        """A dropped row is prepared once more, alone and strictly: its refusal says why."""
-        try:
-            strict = replace(self.options, strict_data=True)
-            pairs_of(self.rows.take([row]), strict, self.tokenizer)
-        except DataError as error:
-            complaint = str(error).removeprefix(f"{self.rows.where(row)}: ")
-            return next(reason for reason in _REASONS if complaint.startswith(reason))
-        raise AssertionError(f"row {row} was dropped, and alone it was not")
 
 
 def check_rows(rows: Rows, pairs: PairDataset, path: Path, *, prefix: str = "") -> None:

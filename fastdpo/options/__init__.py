@@ -8,7 +8,6 @@ go through argparse, so they hold no percent sign.
 from fastdpo.options.comparison import (
     TRAINING_OPTIONS,
     ComparisonOptions,
-    refuse_training_options,
 )
 from fastdpo.options.data import DEFAULT_DATASET, DataOptions
 from fastdpo.options.losses import (
@@ -47,6 +46,5 @@ __all__ = [
     "TRUNCATION_MODES",
     "presets",
     "reference_folder",
-    "refuse_training_options",
     "resolve_model",
 ]

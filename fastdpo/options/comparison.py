@@ -1,15 +1,15 @@
-"""Which trained model stands beside which reference."""
+"""The options of the commands that compare a trained model with its reference."""
 
 from dataclasses import dataclass, fields
 
-from fastdpo.options.checks import check_number, option
+from fastdpo.options.checks import Options, number, option
 from fastdpo.options.data import DataOptions
 from fastdpo.options.model import ModelOptions
 
 
 @dataclass
-class ComparisonOptions:
-    """Which trained model stands beside which reference."""
+class ComparisonOptions(Options):
+    """The options that say which trained model is compared with which reference."""
 
     _argument_group_name = "Policy and reference"
 
@@ -19,10 +19,14 @@ class ComparisonOptions:
     reference: str | None = option(
         None, "The model that a fully trained --model started from, to compare with."
     )
-    beta: float = option(0.1, "Reward per nat of log-ratio, as in training.")
+    beta: float = option(
+        0.1,
+        "Reward per nat of log-ratio, as in training.",
+        check=number("Pass the beta of the training run.", above=0),
+    )
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta, above=0, remedy="Pass the beta of the training run.")
+        super().__post_init__()
         if self.adapter is not None and self.reference is not None:
             raise ValueError(
                 "--adapter and --reference exclude each other: with an adapter the reference is "
@@ -42,23 +46,9 @@ LOADING = {
         "max_line_mib",
     },
 }
-"""What a command that trains nothing takes of the groups that it shares with training."""
+"""The options that a command that trains nothing takes of the groups it shares with training."""
 
 TRAINING_OPTIONS = frozenset(
     entry.name for kind, used in LOADING.items() for entry in fields(kind) if entry.name not in used
 )
-"""What it would ignore: refused, and left out of its help."""
-
-
-def refuse_training_options(given: frozenset[str]) -> None:
-    """Refuse what a command that trains nothing would ignore.
-
-    Raises:
-        ValueError: names the first of them.
-    """
-    useless = TRAINING_OPTIONS & given
-    if useless:
-        raise ValueError(
-            f"--{min(useless)} changes nothing here: leave it out. The adapter's folder says how "
-            "it was made; --qlora loads the base in 4 bits as in training."
-        )
+"""The options that such a command would ignore; `parse` refuses them."""

@@ -1,33 +1,36 @@
-"""Which preference pairs are read, from one set or from several."""
+"""The options that say which preference pairs are read, from one set or from several."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
+from fastdpo.options.checks import Options, check_choice, number, option, whole
 
 DEFAULT_DATASET = "trl-lib/ultrafeedback_binarized"
-ROLES = (
-    "prompt",
-    "question",
-    "input",
-    "history",
-    "conversations",
-    "system",
-    "chosen",
-    "rejected",
-    "completions",
-    "ratings",
-    "ranks",
-    "tools",
-    "chat_template_kwargs",
-)
-"""What a column can be to a preference row; the names that --columns takes on its left."""
+COLUMN_NAMES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt",),
+    "question": ("question", "instruction", "query"),
+    "input": ("input",),
+    "history": ("history",),
+    "conversations": ("conversations", "conversation", "messages"),
+    "system": ("system", "system_prompt"),
+    "chosen": ("chosen", "chosen_response", "preferred"),
+    "rejected": ("rejected", "rejected_response", "dispreferred"),
+    "completions": ("completions", "responses", "answers", "generations", "outputs"),
+    "ratings": ("ratings", "rating", "scores", "rewards"),
+    "ranks": ("ranks",),
+    "tools": ("tools",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+}
+"""Role -> the column names that are known for it.
+
+A role is what a column can be to a preference row, and a name that --columns takes on its left.
+"""
 RATED_PAIRS = ("best_worst", "all")
 
 
 @dataclass
-class DataOptions:
-    """Which preference pairs are read."""
+class DataOptions(Options):
+    """The options that say which preference pairs are read, and how their columns are taken."""
 
     _argument_group_name = "Data"
 
@@ -45,14 +48,14 @@ class DataOptions:
         None, "File, folder or hub id to evaluate on instead of the test split."
     )
     max_line_mib: int = option(
-        16, "Longest line of a JSONL file, MiB; a longer one is rarely a pair."
+        16,
+        "Longest line of a JSONL file, MiB; a longer one is rarely a pair.",
+        check=whole(1, "16 is usual"),
     )
-    columns: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Which column is what, as in prompt=question chosen=good rejected=bad, where "
-            "no name is recognised. question=NAME makes a user turn, prompt=NAME ready text."
-        },
+    columns: list[str] | None = option(
+        None,
+        "Which column is what, as in prompt=question chosen=good rejected=bad, where no name is "
+        "recognised. question=NAME makes a user turn, prompt=NAME ready text.",
     )
     rated_pairs: str = option(
         "best_worst",
@@ -65,12 +68,10 @@ class DataOptions:
         "Read the dataset as a stream and only as many rows as --max_steps needs.",
         aliases=["--streaming"],
     )
-    datasets: list[dict[str, Any]] | None = field(
-        default=None,
-        metadata={
-            "help": "A mixture, in the YAML file: a list with path, name, data_dir, data_files, "
-            "split, columns and fraction for each dataset."
-        },
+    datasets: list[dict[str, Any]] | None = option(
+        None,
+        "A mixture, in the YAML file: a list with path, name, data_dir, data_files, split, columns "
+        "and fraction for each dataset.",
     )
     test_split_size: float | None = option(
         None, "Of a mixture: below 1 the share, from 1 on the rows that are held out."
@@ -82,8 +83,7 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
-        check_choice("rated_pairs", self.rated_pairs, RATED_PAIRS)
-        check_whole("max_line_mib", self.max_line_mib, 1, "16 is usual")
+        super().__post_init__()
         if self.columns is not None:
             column_roles(self.columns)
         if self.datasets is None and (
@@ -101,7 +101,7 @@ class DataOptions:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """How any of the sets is read: keyword arguments of `fastdpo.data.read_rows`."""
+        """Keyword arguments of `fastdpo.data.read_rows`, the same for every set that is read."""
         return {
             "columns": column_roles(self.columns),
             "rated_pairs": self.rated_pairs,
@@ -110,7 +110,7 @@ class DataOptions:
 
     @property
     def mixture(self) -> "DatasetMixtureConfig | None":
-        """The mixture, where `datasets` lists one."""
+        """The mixture that `datasets` lists, or None."""
         if self.datasets is None:
             return None
         return DatasetMixtureConfig(
@@ -151,11 +151,11 @@ class DatasetConfig:
                 "file, a folder or a set on the hub."
             )
         if self.fraction is not None:
-            check_number("datasets fraction", self.fraction, at_least=0, remedy="It is a share.")
+            number("It is a share.", at_least=0)("datasets fraction", self.fraction)
 
 
 @dataclass
-class DatasetMixtureConfig:
+class DatasetMixtureConfig(Options):
     """Several data sets as one; names as in TRL.
 
     Attributes:
@@ -165,18 +165,19 @@ class DatasetMixtureConfig:
         mixture_seed: draws the rows of a fraction; None takes the first ones, as TRL does.
     """
 
-    datasets: list[DatasetConfig] = field(
-        default_factory=list, metadata={"help": "The data sets of the mixture."}
-    )
+    datasets: list[DatasetConfig] = option([], "The data sets of the mixture.")
     streaming: bool = option(False, "Read the datasets as streams.")
     test_split_size: float | None = option(
-        None, "Below 1 the share, from 1 on the number of rows that are held out."
+        None,
+        "Below 1 the share, from 1 on the number of rows that are held out.",
+        check=number("0.05 is usual.", above=0),
     )
     mixture_seed: int | None = option(
         None, "Seed that draws the rows of a fraction; unset takes the first ones."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.datasets = [_dataset_config(entry) for entry in self.datasets]
         fractions = [entry.fraction for entry in self.datasets if entry.fraction is not None]
         if fractions and len(fractions) < len(self.datasets):
@@ -193,7 +194,6 @@ class DatasetMixtureConfig:
             )
         if self.test_split_size is not None:
             size = self.test_split_size
-            check_number("test_split_size", size, above=0, remedy="0.05 is usual.")
             if self.streaming:
                 raise ValueError(
                     "--test_split_size: a stream has no end to hold rows out from; leave "
@@ -206,7 +206,7 @@ class DatasetMixtureConfig:
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(Options):
     """The data options under the names of TRL's scripts."""
 
     dataset_name: str | None = option(None, "File, folder or hub id of the preference pairs.")
@@ -217,6 +217,7 @@ class ScriptArguments:
     ignore_bias_buffers: bool = option(False, "Of distributed runs; must stay off.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ignore_bias_buffers:
             raise ValueError(
                 "--ignore_bias_buffers served distributed runs, and fastdpo trains in one process; "
@@ -225,7 +226,7 @@ class ScriptArguments:
 
 
 def column_roles(columns: Any) -> dict[str, str]:
-    """What columns are, from `["prompt=question", ...]` or a dict: role -> column name.
+    """Read the roles of columns, `["prompt=question", ...]` or a dict, as role -> column name.
 
     Raises:
         ValueError: a word that is no `role=name`, an unknown role, or one given twice.
@@ -243,7 +244,7 @@ def column_roles(columns: Any) -> dict[str, str]:
             pairs.append((role, name))
     roles = dict(pairs)
     for role in roles:
-        check_choice("columns", role, ROLES)
+        check_choice("columns", role, COLUMN_NAMES)
     if len(roles) < len(pairs) or len(set(roles.values())) < len(roles):
         raise ValueError(f"--columns names something twice ({columns}); name each one once.")
     return roles

@@ -1,8 +1,8 @@
-"""Which loss is taken over a pair, and its parameters."""
+"""The options that say which loss is taken over a pair, with its parameters."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from fastdpo.options.checks import check_choice, check_number, option
+from fastdpo.options.checks import Options, number, option
 
 LOSS_TYPES = (
     "sigmoid",
@@ -59,8 +59,8 @@ _FORMER_LOSSES = {
 
 
 @dataclass
-class LossOptions:
-    """The loss of a pair."""
+class LossOptions(Options):
+    """The options of the loss of a pair."""
 
     _argument_group_name = "Loss"
 
@@ -68,25 +68,21 @@ class LossOptions:
         0.1,
         "Reward per nat of log-ratio; higher holds the policy nearer to the reference. 0.1 as in "
         "TRL and most recipes; it is tau in ipo, and simpo wants about 2.",
+        check=number("0.1 is usual; less lets the policy move further.", above=0),
     )
-    loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={
-            "help": f"Loss of a pair, or several to be added up: {', '.join(LOSS_TYPES)}. sigmoid "
-            "is DPO."
-        },
+    loss_type: list[str] = option(
+        ["sigmoid"],
+        f"Loss of a pair, or several to be added up: {', '.join(LOSS_TYPES)}. sigmoid is DPO.",
     )
-    loss_weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "One weight for each loss of loss_type, as in 0.8 0.2 1.0 for MPO; unset: 1."
-        },
+    loss_weights: list[float] | None = option(
+        None, "One weight for each loss of loss_type, as in 0.8 0.2 1.0 for MPO; unset: 1."
     )
     label_smoothing: float = option(
         0.0,
         "Probability that a pair is labelled the wrong way round, for "
         f"{', '.join(_SMOOTHED_LOSSES)}; sigmoid with it is cDPO. exo_pair needs it, 1e-3 is "
         "usual; robust takes less than 0.5.",
+        check=number("0 is usual.", at_least=0, below=1),
     )
     f_divergence_type: str = option(
         "reverse_kl",
@@ -94,18 +90,25 @@ class LossOptions:
         choices=list(F_DIVERGENCES),
     )
     f_alpha_divergence_coef: float = option(
-        0.5, "Alpha of alpha_divergence: 1 is reverse_kl, 0 is forward_kl."
+        0.5,
+        "Alpha of alpha_divergence: 1 is reverse_kl, 0 is forward_kl.",
+        check=number("0.5 is usual."),
     )
     discopop_tau: float = option(
-        0.05, "Temperature of the discopop loss, above 0 and at most 1; 0.05 as in its paper."
+        0.05,
+        "Temperature of the discopop loss, above 0 and at most 1; 0.05 as in its paper.",
+        check=number("0.05 is usual; above 1 the loss grows exponentially.", above=0, at_most=1),
     )
     simpo_gamma: float = option(
-        0.5, "Margin of the simpo loss, in units of its reward; 0.5 as in TRL and LLaMA-Factory."
+        0.5,
+        "Margin of the simpo loss, in units of its reward; 0.5 as in TRL and LLaMA-Factory.",
+        check=number("0.5 is usual.", at_least=0),
     )
     ld_alpha: float | None = option(
         None,
         "LD-DPO: weight, 0 to 1, of the tokens by which one completion of a pair is longer than "
         "the other, against a preference for length; unset: 1.",
+        check=number("Unset is plain DPO.", at_least=0, at_most=1),
     )
     use_weighting: bool = option(
         False,
@@ -120,37 +123,17 @@ class LossOptions:
         None,
         "Weight of the load-balancing loss of a mixture of experts, added to the loss; 0 leaves it "
         "out. Unset: what the model's config says.",
+        check=number("0.001 is usual, 0 leaves it out.", at_least=0),
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        super().__post_init__()
         self._check_loss_types()
         self._check_loss_weights()
-        check_number(
-            "beta", self.beta, above=0, remedy="0.1 is usual; less lets the policy move further."
-        )
         self._check_label_smoothing()
         self._check_divergence()
-        check_number(
-            "discopop_tau",
-            self.discopop_tau,
-            above=0,
-            at_most=1,
-            remedy="0.05 is usual; above 1 the loss grows exponentially.",
-        )
-        check_number("simpo_gamma", self.simpo_gamma, at_least=0, remedy="0.5 is usual.")
-        if self.ld_alpha is not None:
-            check_number(
-                "ld_alpha", self.ld_alpha, at_least=0, at_most=1, remedy="Unset is plain DPO."
-            )
-        if self.router_aux_loss_coef is not None:
-            check_number(
-                "router_aux_loss_coef",
-                self.router_aux_loss_coef,
-                at_least=0,
-                remedy="0.001 is usual, 0 leaves it out.",
-            )
         self._reject_unused()
 
     def _check_loss_types(self) -> None:
@@ -187,12 +170,9 @@ class LossOptions:
                 f"losses ({' '.join(self.loss_type)}); give one weight for each of --loss_type."
             )
         for weight in self.loss_weights:
-            check_number("loss_weights", weight, at_least=0, remedy="1 is usual.")
+            number("1 is usual.", at_least=0)("loss_weights", weight)
 
     def _check_label_smoothing(self) -> None:
-        check_number(
-            "label_smoothing", self.label_smoothing, at_least=0, below=1, remedy="0 is usual."
-        )
         if "robust" in self.loss_type and self.label_smoothing >= 0.5:
             raise ValueError(
                 f"--label_smoothing is {self.label_smoothing}, which --loss_type robust divides by "
@@ -205,10 +185,6 @@ class LossOptions:
             )
 
     def _check_divergence(self) -> None:
-        check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
-        check_number(
-            "f_alpha_divergence_coef", self.f_alpha_divergence_coef, remedy="0.5 is usual."
-        )
         allowed = (*_SCORE_LOSSES, *REFERENCE_FREE_LOSSES)
         others = [name for name in self.loss_type if name not in allowed]
         if self.f_divergence_type != "reverse_kl" and others:
@@ -219,7 +195,7 @@ class LossOptions:
             )
 
     def _reject_unused(self) -> None:
-        """An option that changes nothing is a mistake: say so."""
+        """Refuse a parameter that the chosen losses do not read, since it would change nothing."""
         for name, unset, readers in (
             ("label_smoothing", 0.0, _SMOOTHED_LOSSES),
             ("f_divergence_type", "reverse_kl", _SCORE_LOSSES),

@@ -1,9 +1,9 @@
-"""Which model is trained, in which precision, and which of its weights move."""
+"""The options that say which model is trained, in which precision, and which of its weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
+from fastdpo.options.checks import Options, number, option, whole
 
 MODEL_ALIASES = {
     "llama-7b": "meta-llama/Llama-2-7b-hf",
@@ -16,11 +16,14 @@ MODEL_ALIASES = {
 }
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LORA_R = whole(1, "16 is usual")
+LORA_ALPHA = number("Twice --lora_r is usual.", above=0)
+LORA_DROPOUT = number("0 is usual.", at_least=0, below=1)
 
 
 @dataclass
-class ModelOptions:
-    """Which model is trained, in which precision, and which of its weights move."""
+class ModelOptions(Options):
+    """The options that say which model is trained, in which precision, and which weights."""
 
     _argument_group_name = "Model"
 
@@ -48,14 +51,19 @@ class ModelOptions:
     load_in_4bit: bool = option(
         False, "TRL's name: load 4-bit (NF4) weights, for an adapter; --qlora asks for both."
     )
-    lora_r: int = option(16, "Rank of the adapter; 16 is enough for most preference data.")
-    lora_alpha: int = option(32, "Adapter scale, applied as alpha / r; twice the rank is usual.")
-    lora_dropout: float = option(
-        0.0, "Dropout before the adapter, 0 to below 1; 0, since noise hides small preferences."
+    lora_r: int = option(
+        16, "Rank of the adapter; 16 is enough for most preference data.", check=LORA_R
     )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Layers that get an adapter; unset: every linear layer but the head."},
+    lora_alpha: int = option(
+        32, "Adapter scale, applied as alpha / r; twice the rank is usual.", check=LORA_ALPHA
+    )
+    lora_dropout: float = option(
+        0.0,
+        "Dropout before the adapter, 0 to below 1; 0, since noise hides small preferences.",
+        check=LORA_DROPOUT,
+    )
+    lora_target_modules: list[str] | None = option(
+        None, "Layers that get an adapter; unset: every linear layer but the head."
     )
     use_rslora: bool = option(
         False,
@@ -68,6 +76,7 @@ class ModelOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._resolve_tuning()
         chosen = [f"--{name}" for name in ("qlora", "lora", "full") if getattr(self, name)]
         if len(chosen) > 1:
@@ -75,10 +84,6 @@ class ModelOptions:
                 f"{' and '.join(chosen)} exclude each other: keep one. --qlora needs the least "
                 "memory, --lora is faster where 16-bit weights fit, --full trains every weight."
             )
-        check_choice("dtype", self.dtype, DTYPES)
-        check_whole("lora_r", self.lora_r, 1, "16 is usual")
-        check_number("lora_alpha", self.lora_alpha, above=0, remedy="Twice --lora_r is usual.")
-        check_number("lora_dropout", self.lora_dropout, at_least=0, below=1, remedy="0 is usual.")
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
         if self.lora_target_modules == ["all-linear"]:
@@ -108,7 +113,7 @@ class ModelOptions:
 
 
 def resolve_model(name: str) -> tuple[str, str | None]:
-    """What a model name stands for.
+    """Resolve the name of a model: an alias becomes the repository that it stands for.
 
     Args:
         name: a folder, a hub id or one of `MODEL_ALIASES`.

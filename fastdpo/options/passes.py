@@ -1,21 +1,17 @@
-"""How the model is run over the pairs of an update: micro-batches, what is shared, dropout."""
+"""The options of running the model over the pairs of an update: micro-batches, memory, dropout."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.options.checks import as_dict, check_choice, check_whole, option
+from fastdpo.options.checks import Options, as_dict, option, whole
 
-SHARED_PREFIX_MODES = ("auto", "off")
-PACKING_MODES = ("auto", "off")
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
-NONFINITE_MODES = ("stop", "skip")
 ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
-EMBEDDING_PLACES = ("auto", "gpu", "host")
 
 
 @dataclass
-class BatchingOptions:
-    """Micro-batches and memory."""
+class BatchingOptions(Options):
+    """The options of micro-batches and of memory."""
 
     _argument_group_name = "Micro-batches and memory"
 
@@ -23,6 +19,7 @@ class BatchingOptions:
         None,
         "Most tokens of a packed micro-batch, at least 128; bounds the memory, never changes the "
         "update. Unset: chosen for the device.",
+        check=whole(128, "leave it out to choose"),
     )
     activations: str = option(
         "auto",
@@ -34,24 +31,25 @@ class BatchingOptions:
         None,
         "Run MLPs and norms over at most so many tokens at once, 128 or more, to hold less of "
         "their inside; 0 never does. Unset: chosen for the device.",
+        check=whole(128, "0 is never, 4096 is usual", or_zero=True),
     )
     embeddings: str = option(
         "auto",
         "Where the embedding rows lie: GPU, or host, which frees as much as the table is large "
         "where it is frozen and not shared with the head. auto: host where the GPU is full.",
-        choices=list(EMBEDDING_PLACES),
+        choices=["auto", "gpu", "host"],
     )
     shared_prefix: str = option(
         "auto",
         "auto computes the prompt of a pair once for both completions where that is exact; off "
         "computes it once per completion.",
-        choices=list(SHARED_PREFIX_MODES),
+        choices=["auto", "off"],
     )
     packing: str = option(
         "auto",
         "auto lays completions one after another in rows without padding where the model can do "
         "that exactly; off gives every completion a padded row and shares nothing.",
-        choices=list(PACKING_MODES),
+        choices=["auto", "off"],
     )
     merge_prompts: bool = option(
         False,
@@ -71,35 +69,23 @@ class BatchingOptions:
         "stop",
         "What follows a loss or gradient that is not finite; either way no weight changes: stop "
         "ends the run and names the rows, skip goes on with the next update and counts.",
-        choices=list(NONFINITE_MODES),
+        choices=["stop", "skip"],
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "More arguments for from_pretrained, as a dict or JSON."},
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "More arguments for from_pretrained, as a dict or JSON."
     )
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens is not None:
-            check_whole(
-                "micro_batch_tokens", self.micro_batch_tokens, 128, "leave it out to choose"
-            )
-        check_choice("activations", self.activations, ACTIVATION_MODES)
-        if self.mlp_tile_tokens not in (None, 0):
-            check_whole("mlp_tile_tokens", self.mlp_tile_tokens, 128, "0 is never, 4096 is usual")
-        check_choice("embeddings", self.embeddings, EMBEDDING_PLACES)
-        check_choice("shared_prefix", self.shared_prefix, SHARED_PREFIX_MODES)
-        check_choice("packing", self.packing, PACKING_MODES)
-        check_choice("attention", self.attention, ATTENTION_BACKENDS)
+        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
+        super().__post_init__()
         if self.merge_prompts and "off" in (self.packing, self.shared_prefix):
             raise ValueError(
                 "--merge_prompts shares prompts, which --packing off and --shared_prefix off turn "
                 "off: leave one of them out."
             )
-        check_choice("nonfinite", self.nonfinite, NONFINITE_MODES)
-        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
 
     @property
     def from_pretrained_options(self) -> dict[str, Any]:
-        """`model_init_kwargs` as the dict that it is from `__post_init__` on."""
+        """A copy of `model_init_kwargs`, the arguments for from_pretrained."""
         assert not isinstance(self.model_init_kwargs, str), "__post_init__ has read the JSON"
         return dict(self.model_init_kwargs or {})

@@ -1,4 +1,4 @@
-"""The options of DPO itself, put together of their parts."""
+"""The options of DPO itself, put together from their groups."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,7 @@ class PreferenceOptions(LossOptions, TokenizationOptions, BatchingOptions, Refer
     _argument_group_name = "Preference optimisation and its reference"
 
     def __post_init__(self) -> None:
-        for part in DPO_OPTION_GROUPS:
-            part.__post_init__(self)
+        super().__post_init__()
         if self.reference_free and self.sync_ref_model:
             raise ValueError(
                 "--sync_ref_model moves a reference, and --reference_free has none; leave one out."

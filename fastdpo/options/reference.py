@@ -1,18 +1,15 @@
-"""What the reference is and where its log-probs are kept."""
+"""The options that say what the reference is and where its log-probs are kept."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdpo.options.checks import check_choice, check_number, check_whole, option
-
-REF_TOKEN_LOGPS_MODES = ("on", "off")
-REF_VERSIONS_MODES = ("warn", "strict")
+from fastdpo.options.checks import Options, number, option, whole
 
 
 @dataclass
-class ReferenceOptions:
-    """The reference and its store."""
+class ReferenceOptions(Options):
+    """The options of the reference and of its store."""
 
     _argument_group_name = "Reference"
 
@@ -31,18 +28,19 @@ class ReferenceOptions:
         "on",
         "on stores the reference log-prob of every token beside their sum, 4 bytes each, which "
         "--ld_alpha needs and the spot check compares; off stores the sums alone.",
-        choices=list(REF_TOKEN_LOGPS_MODES),
+        choices=["on", "off"],
     )
     ref_versions: str = option(
         "warn",
         "Stored reference log-probs that other library versions or another GPU computed: warn "
         "uses them, as they differ in rounding alone, and says so; strict computes them again.",
-        choices=list(REF_VERSIONS_MODES),
+        choices=["warn", "strict"],
     )
     ref_spot_check: int = option(
         4,
         "Stored pairs to score again before they are believed; a run stops where they differ by "
         "more than rounding. A few show a wrong store at the cost of a second; 0 does not look.",
+        check=whole(0, "4 is usual, 0 does not look"),
     )
     sync_ref_model: bool = option(
         False,
@@ -53,9 +51,12 @@ class ReferenceOptions:
         0.6,
         "With sync_ref_model: the policy's share, above 0 and at most 1, in the new reference; 0.6 "
         "as in TRL and the paper.",
+        check=number("0.6 is usual, 1 takes the policy itself.", above=0, at_most=1),
     )
     ref_model_sync_steps: int = option(
-        512, "With sync_ref_model: updates from one move of the reference to the next."
+        512,
+        "With sync_ref_model: updates from one move of the reference to the next.",
+        check=whole(1, "512 is usual"),
     )
 
     def __post_init__(self) -> None:
@@ -63,17 +64,7 @@ class ReferenceOptions:
             self.ref_cache = os.fspath(self.ref_cache)
             if not self.ref_cache.strip():
                 raise ValueError("--ref_cache is empty; give a folder, off, or leave it out.")
-        check_choice("ref_token_logps", self.ref_token_logps, REF_TOKEN_LOGPS_MODES)
-        check_choice("ref_versions", self.ref_versions, REF_VERSIONS_MODES)
-        check_whole("ref_spot_check", self.ref_spot_check, 0, "4 is usual, 0 does not look")
-        check_number(
-            "ref_model_mixup_alpha",
-            self.ref_model_mixup_alpha,
-            above=0,
-            at_most=1,
-            remedy="0.6 is usual, 1 takes the policy itself.",
-        )
-        check_whole("ref_model_sync_steps", self.ref_model_sync_steps, 1, "512 is usual")
+        super().__post_init__()
         if not self.sync_ref_model:
             for name, unset in (("ref_model_mixup_alpha", 0.6), ("ref_model_sync_steps", 512)):
                 if getattr(self, name) != unset:
@@ -84,12 +75,12 @@ class ReferenceOptions:
 
 
 def reference_folder(ref_cache: str | None) -> Path | None:
-    """The folder of the reference store that `--ref_cache` asks for; None means off."""
+    """Return the folder of the reference stores for a value of `--ref_cache`; None means off."""
     if ref_cache == "off":
         return None
     if ref_cache is not None:
         return Path(ref_cache).expanduser()
-    if own := os.environ.get("FASTDPO_CACHE"):
-        return Path(own).expanduser() / "reference"
+    if cache := os.environ.get("FASTDPO_CACHE"):
+        return Path(cache).expanduser() / "reference"
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(user).expanduser() / "fastdpo" / "reference"

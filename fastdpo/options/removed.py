@@ -73,7 +73,7 @@ REMOVED_OPTIONS = {
 
 
 def suggest_option(name: str, known: Iterable[str], dashes: str = "") -> str:
-    """What to do about an option that does not exist: advice if it once did, else the nearest."""
+    """Say what to do about an unknown option: advice if it once existed, else the nearest name."""
     if name in REMOVED_OPTIONS:
         return REMOVED_OPTIONS[name]
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

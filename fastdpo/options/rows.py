@@ -1,27 +1,33 @@
-"""How a row becomes token ids: truncation, control tokens, what is useless."""
+"""The options of turning rows into token ids: lengths, special tokens, useless rows."""
 
 from dataclasses import dataclass
 
-from fastdpo.options.checks import check_choice, check_whole, option
+from fastdpo.options.checks import Options, option, whole
 
 TRUNCATION_MODES = ("keep_completion", "keep_start")
 SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
 
 
 @dataclass
-class TokenizationOptions:
-    """From rows to token ids."""
+class TokenizationOptions(Options):
+    """The options of turning rows into token ids."""
 
     _argument_group_name = "Rows to tokens"
 
     max_length: int | None = option(
-        1024, "Most tokens of prompt + completion; longer ones are truncated. none: no limit."
+        1024,
+        "Most tokens of prompt + completion; longer ones are truncated. none: no limit.",
+        check=whole(8, "1024 is usual, none lifts the limit"),
     )
     max_prompt_length: int | None = option(
-        None, "Most tokens of the prompt; the left of a longer one is cut first. Unset: no limit."
+        None,
+        "Most tokens of the prompt; the left of a longer one is cut first. Unset: no limit.",
+        check=whole(1, "512 is usual"),
     )
     max_completion_length: int | None = option(
-        None, "Most tokens of a completion; the end of a longer one is cut. Unset: no limit."
+        None,
+        "Most tokens of a completion; the end of a longer one is cut. Unset: no limit.",
+        check=whole(1, "512 is usual"),
     )
     truncation_mode: str = option(
         "keep_completion",
@@ -31,7 +37,7 @@ class TokenizationOptions:
     )
     special_tokens_in_content: str | None = option(
         None,
-        "Control tokens written inside the data: literal encodes them as plain text, allow as "
+        "Special tokens written inside the data: literal encodes them as plain text, allow as "
         "tokens, error refuses the row. Unset: literal in conversations, allow in ready strings.",
         choices=list(SPECIAL_TOKEN_MODES),
     )
@@ -41,26 +47,16 @@ class TokenizationOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.max_length is not None:
-            check_whole("max_length", self.max_length, 8, "1024 is usual, none lifts the limit")
-        if self.max_prompt_length is not None:
-            check_whole("max_prompt_length", self.max_prompt_length, 1, "512 is usual")
-            if self.max_length is not None and self.max_prompt_length >= self.max_length:
-                raise ValueError(
-                    f"--max_prompt_length is {self.max_prompt_length} and leaves no room for a "
-                    f"completion in --max_length {self.max_length}; lower the one or raise the "
-                    "other."
-                )
-        if self.max_completion_length is not None:
-            check_whole("max_completion_length", self.max_completion_length, 1, "512 is usual")
         if self.truncation_mode == "keep_end":
             raise ValueError(
                 "--truncation_mode is 'keep_end', which cuts each side of a pair at another place "
                 "of the prompt, so that they answer different texts; use keep_completion, which "
                 "cuts the left of the prompt once for both, or keep_start."
             )
-        check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
-        if self.special_tokens_in_content is not None:
-            check_choice(
-                "special_tokens_in_content", self.special_tokens_in_content, SPECIAL_TOKEN_MODES
+        super().__post_init__()
+        longest, prompt = self.max_length, self.max_prompt_length
+        if longest is not None and prompt is not None and prompt >= longest:
+            raise ValueError(
+                f"--max_prompt_length is {prompt} and leaves no room for a completion in "
+                f"--max_length {longest}; lower the one or raise the other."
             )

@@ -1,14 +1,14 @@
-"""The inherited training options that runs set most, and what the commands preset them to."""
+"""The inherited training options that runs set most, with the presets of the command."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from fastdpo.options.checks import option
+from fastdpo.options.checks import Options, option
 
 
 @dataclass
-class TrainerDefaults:
+class TrainerDefaults(Options):
     """The inherited training options that runs set most, with the defaults of the command.
 
     `python -m fastdpo.train` shows them and lays them below what the user gave; `DPOConfig` used
@@ -42,22 +42,19 @@ class TrainerDefaults:
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint folder to go on from, or true for the newest one that is whole."
     )
-    allow_config_change: list[str] | None = field(
-        default=None,
-        metadata={"help": "Settings in which a resumed run may differ, as its refusal names them."},
+    allow_config_change: list[str] | None = option(
+        None, "Settings in which a resumed run may differ, as its refusal names them."
     )
     seed: int = option(42, "Seed of the adapter's start and of the order of the pairs.")
-    report_to: str | list[str] = field(
-        default="none", metadata={"help": "Trackers: none, trackio, tensorboard, wandb, all."}
-    )
+    report_to: str | list[str] = option("none", "Trackers: none, trackio, tensorboard, wandb, all.")
 
 
 def presets(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The command's defaults for the inherited training options, to be laid below `given`.
+    """Return the command's defaults for the inherited training options, to be laid below `given`.
 
     Where one given option decides what another one means, the other's preset gives way: naming
-    one of the two batch numbers leaves TRL's default for the other (8 and 1), `eval_steps` asks
-    for evaluation by steps, and `full` trains at TRL's 1e-6.
+    one of the two batch numbers leaves TRL's default for the other (8 and 1), `eval_steps` means
+    evaluation by steps, and `full` trains at TRL's 1e-6.
 
     Args:
         given: what the user set, by name.

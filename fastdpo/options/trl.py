@@ -1,26 +1,15 @@
-"""The names of `trl.DPOConfig` that fastdpo settles in its own way."""
+"""The options of `trl.DPOConfig` that fastdpo takes over in its own way."""
 
-import logging
 from dataclasses import dataclass
 
-from fastdpo.options.checks import check_whole, option
+from fastdpo.options.checks import Options, option, whole
 
-logger = logging.getLogger(__name__)
-
-_UNUSED = {
-    "dataset_num_proc": "pairs are tokenised in one process",
-    "pad_to_multiple_of": "nothing is padded; micro_batch_tokens bounds a micro-batch",
-    "precompute_ref_batch_size": "micro_batch_tokens bounds the reference pass too",
-    "pad_token": "nothing is padded; set tokenizer.pad_token for what comes after training",
-}
+_ONE_OR_MORE = whole(1, "it is not needed here, leave it out")
 
 
 @dataclass
-class TrlOptions:
-    """Options of `trl.DPOConfig` 1.16 that say what happens here anyway, or that have no use here.
-
-    What changes nothing says so in the log.
-    """
+class TrlOptions(Options):
+    """The options of `trl.DPOConfig` 1.16 that happen here anyway, or that have no use here."""
 
     _argument_group_name = "Names of TRL"
 
@@ -33,14 +22,18 @@ class TrlOptions:
         False, "What happens anyway: reference log-probs are computed once and stored (ref_cache)."
     )
     precompute_ref_batch_size: int | None = option(
-        None, "Not used: micro_batch_tokens bounds the reference pass too."
+        None, "Not used: micro_batch_tokens bounds the reference pass too.", check=_ONE_OR_MORE
     )
     padding_free: bool = option(
         False, "What happens anyway: pairs are packed without padding, whatever is given here."
     )
-    pad_to_multiple_of: int | str | None = option("auto", "Not used: nothing is padded.")
+    pad_to_multiple_of: int | str | None = option(
+        "auto", "Not used: nothing is padded.", check=_ONE_OR_MORE
+    )
     pad_token: str | None = option(None, "Not used: nothing is padded.")
-    dataset_num_proc: int | None = option(None, "Not used: pairs are tokenised in one process.")
+    dataset_num_proc: int | None = option(
+        None, "Not used: pairs are tokenised in one process.", check=_ONE_OR_MORE
+    )
     activation_offloading: bool = option(False, "TRL's name of activations with the value offload.")
 
     def __post_init__(self) -> None:
@@ -48,12 +41,7 @@ class TrlOptions:
         if isinstance(multiple, str):
             unset = multiple.lower() in ("auto", "none", "null")
             self.pad_to_multiple_of = None if unset else _as_whole(multiple)
-        for name in ("pad_to_multiple_of", "dataset_num_proc", "precompute_ref_batch_size"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1, "it is not needed here, leave it out")
-        for name, reason in _UNUSED.items():
-            if getattr(self, name) is not None:
-                logger.warning("--%s changes nothing: %s.", name, reason)
+        super().__post_init__()
 
 
 def _as_whole(text: str) -> int | str:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -28,7 +28,6 @@ from fastdpo.modeling.reference_model import (
     reference_from_model,
     reference_from_start,
 )
-from fastdpo.options import TokenizationOptions
 from fastdpo.ref_cache import load_identified
 
 logger = logging.getLogger(__name__)
@@ -161,7 +160,7 @@ def tokenize_dataset(
         dataset = prepare_pairs(
             rows,
             tokenizer,
-            **{entry.name: getattr(args, entry.name) for entry in fields(TokenizationOptions)},
+            args,
             limit=limit if rows.is_stream else None,
             vocabulary_size=vocabulary_size,
             progress=not args.disable_tqdm,

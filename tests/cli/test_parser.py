@@ -1,4 +1,4 @@
-"""command_line.py: parsing, YAML, presets, help, refusals. One subprocess, for the help."""
+"""cli/parser.py and cli/arguments.py: parsing, YAML, presets, help. One subprocess, for help."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def yaml_file(tmp_path):
 def test_presets_lie_below_what_the_user_gives():
     parsed = train("--qlora")
     assert parsed.model.qlora
-    assert parsed.given == {"qlora"}
+    assert parsed.explicit == {"qlora"}
     made = parsed.training
     assert (made.learning_rate, made.lr_scheduler_type, made.warmup_steps) == (1e-5, "cosine", 0.1)
     assert (made.num_train_epochs, made.max_length) == (1, 1024)
@@ -92,7 +92,7 @@ def test_spellings():
     assert parsed.training.beta == 0.2
     assert parsed.training.ref_cache == "off"
     assert not parsed.training.disable_dropout
-    assert {"model_name_or_path", "dataset_name", "disable_dropout", "beta"} <= parsed.given
+    assert {"model_name_or_path", "dataset_name", "disable_dropout", "beta"} <= parsed.explicit
     assert train("--bf16", "false").training.bf16 is False
     assert train("--no-disable-dropout").training.disable_dropout is False
     assert train("--gradient_checkpointing", "false").training.activation_checkpointing is False
@@ -102,7 +102,7 @@ def test_a_command_without_training_takes_its_own_groups():
     parsed = score("--dry_run", "--beta", "0.5", "--sizes", "1", "2")
     assert parsed.group(Extra) == Extra(dry_run=True, sizes=[1, 2])
     assert parsed.group(PreferenceOptions).beta == 0.5
-    assert score().given == frozenset()
+    assert score().explicit == frozenset()
 
 
 def test_yaml_below_the_command_line(yaml_file):
@@ -126,8 +126,8 @@ def test_yaml_below_the_command_line(yaml_file):
     assert made.report_to == []
     assert made.seed == 3
     assert made.lr_scheduler_type == "cosine"
-    assert {"learning_rate", "max_length", "model_name_or_path", "beta"} <= parsed.given
-    assert score("--config", yaml_file("")).given == frozenset()
+    assert {"learning_rate", "max_length", "model_name_or_path", "beta"} <= parsed.explicit
+    assert score("--config", yaml_file("")).explicit == frozenset()
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_what_the_parser_does_with_unknown_names(tmp_path, caplog):
     path.write_text("env: 3\n")
     with pytest.raises(ValueError, match="env holds 3"):
         parse(given)
-    with pytest.raises(ValueError, match="--config is the last"):
+    with pytest.raises(ValueError, match="--config stands alone"):
         parse(["--config"])
     with pytest.raises(ValueError, match="a field named config"):
         TrlParser(dataclasses.make_dataclass("Wrong", [("config", int, 3)]))

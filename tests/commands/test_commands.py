@@ -138,9 +138,11 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
     assert requested["load_in_4bit"] is True
 
 
-def test_evaluation_refuses_options_that_would_change_nothing(workplace):
-    with pytest.raises(ValueError, match="--lora_r changes nothing"):
+def test_evaluation_refuses_options_that_would_change_nothing(workplace, capsys):
+    with pytest.raises(SystemExit) as ended:
         evaluate.main(["--adapter", "out", "--dataset", "dev.jsonl", "--lora_r", "8"])
+    assert ended.value.code == 2
+    assert "--lora_r changes nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["evaluate", "score", "merge"])

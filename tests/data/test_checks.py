@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 from fastdpo.data import Pair, PairDataset, prepare_pairs, rows_from, show_pairs
 from fastdpo.data.checks import check_pairs
 from fastdpo.data.pairs import IDENTICAL_AFTER_TRUNCATION, OVER_LONG_PROMPT
-from fastdpo.data.truncation import Limits, truncate
-from tests.data.test_tokenize import chat, ids_of, prepare, strings
+from fastdpo.data.truncation import truncate
+from fastdpo.options import TokenizationOptions
+from tests.data.test_tokenize import chat, ids_of, prepare, strings, tokenization
 
 
 @pytest.fixture
@@ -34,17 +35,18 @@ limit = st.one_of(st.none(), st.integers(1, 14))
 @given(st.booleans(), some, some, some, limit, limit)
 def test_parts_are_cut_to_their_own_limits_first(bos, prompt, chosen, rejected, most, completion):
     prompt = [0] * bos + prompt
-    limits = Limits(None, "keep_completion", most, completion)
-    cut = truncate(prompt, chosen, rejected, limits=limits, bos_token_id=0)
+    parts = {"max_prompt_length": most, "max_completion_length": completion}
+    limits = tokenization(max_length=None, **parts)
+    cut = truncate(prompt, chosen, rejected, options=limits, bos_token_id=0)
     assert cut is not None
     expected = prompt
     if most is not None and len(prompt) > most:
         expected = [0] * bos + prompt[len(prompt) - most + bos :]
     assert cut == (expected, chosen[:completion], rejected[:completion])
-    both = Limits(9, "keep_completion", most, completion)
-    then = Limits(9, "keep_completion")
-    assert truncate(prompt, chosen, rejected, limits=both, bos_token_id=0) == truncate(
-        *cut, limits=then, bos_token_id=0
+    both = tokenization(max_length=9, **parts)
+    then = tokenization(max_length=9)
+    assert truncate(prompt, chosen, rejected, options=both, bos_token_id=0) == truncate(
+        *cut, options=then, bos_token_id=0
     )
 
 
@@ -154,7 +156,7 @@ def test_columns_that_the_template_does_not_look_at_are_told_once(chatml):
 
 def test_a_preview_shows_parts_cuts_and_where_the_completions_part(gpt2):
     rows = [strings("Say it:", " one two three", " one two four"), LONG, strings("a", " b", " c")]
-    pairs = prepare_pairs(rows_from(rows, "rows"), gpt2, max_prompt_length=3)
+    pairs = prepare_pairs(rows_from(rows, "rows"), gpt2, TokenizationOptions(max_prompt_length=3))
     assert show_pairs(pairs, gpt2, n=2) == (
         "pair 1 of 3 (row 0)\n"
         "  prompt, 3 tokens:\n"
@@ -173,18 +175,18 @@ def test_a_preview_shows_parts_cuts_and_where_the_completions_part(gpt2):
         "     c<|endoftext|>"
     )
     assert "[cut]  five six seven" in show_pairs(pairs, gpt2, n=9)
-    cut = prepare_pairs(rows_from(rows, "rows"), gpt2, max_completion_length=2)
+    cut = prepare_pairs(rows_from(rows, "rows"), gpt2, TokenizationOptions(max_completion_length=2))
     assert show_pairs(cut, gpt2).count(" [cut]\n") == 2
 
 
 def test_colours_where_a_terminal_wants_them_and_no_other_escape(gpt2, monkeypatch):
     pairs = prepare(gpt2, strings("a\x1b[2Jb", " c\u202e", " d\rx"))
-    plain = show_pairs(pairs, gpt2, colour=False)
+    plain = show_pairs(pairs, gpt2, color=False)
     assert "\x1b" not in plain
     assert "a\\u001b[2Jb" in plain
     assert "\\u202e" in plain
     assert "\\u000dx" in plain
-    painted = show_pairs(pairs, gpt2, colour=True)
+    painted = show_pairs(pairs, gpt2, color=True)
     assert "\x1b[36ma\\u001b[2Jb\x1b[0m" in painted
     assert re.sub("\x1b\\[[0-9;]*m", "", painted) == plain
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)

@@ -211,7 +211,7 @@ def test_every_shape_is_recognised_and_comes_out_as_one_form(name):
     before = json.dumps(row)
     reader, parts = read_one(row)
     assert parts == expected
-    assert said in reader.verdict()
+    assert said in reader.describe()
     assert json.dumps(row) == before
 
 
@@ -245,7 +245,7 @@ def test_columns_override_names_and_decide_between_text_and_turns():
     roles = column_roles(["prompt=ask", "chosen=yes", "rejected=no"])
     reader, parts = read_one(row, columns=roles)
     assert parts == TEXTS
-    assert "ask as prompt, yes as chosen, no as rejected" in reader.verdict()
+    assert "ask as prompt, yes as chosen, no as rejected" in reader.describe()
     assert read_one({"prompt": "q", **SIDES}, columns={"question": "prompt"})[1] == CHAT
     both = {"question": "q", "conversations": [HUMAN], **SIDES}
     assert read_one(both, columns={"question": "question"})[1] == CHAT

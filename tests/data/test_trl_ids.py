@@ -11,6 +11,7 @@ from trl import DPOTrainer as TheirTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from fastdpo.data import DataError, prepare_pairs, read_rows, rows_from
+from fastdpo.options import TokenizationOptions
 from tests.data.test_tokenize import ids_of
 
 TEMPLATES = ("qwen2_5", "qwen2_5_training", "qwen3", "qwen3_training", "phi3", "phi3_training")
@@ -37,7 +38,10 @@ def theirs(tokenizer, rows, **options):
 def assert_same(tokenizer, rows, at_least, **options):
     """Ours are theirs, but for rows without a prompt token or with equal completions."""
     pairs = prepare_pairs(
-        rows_from(rows, "rows"), tokenizer, **({"max_length": None} | options), progress=False
+        rows_from(rows, "rows"),
+        tokenizer,
+        TokenizationOptions(**({"max_length": None} | options)),
+        progress=False,
     )
     expected = theirs(tokenizer, rows)
     for pair in pairs:
@@ -180,7 +184,9 @@ def test_masks_and_cuts_are_those_of_their_collator(shared_data, gpt2):
     ]
     limits = {"max_length": 70}
     pairs = prepare_pairs(
-        rows_from(rows[:60], "rows"), gpt2, truncation_mode="keep_start", **limits
+        rows_from(rows[:60], "rows"),
+        gpt2,
+        TokenizationOptions(truncation_mode="keep_start", **limits),
     )
     kept = theirs(gpt2, rows[:60], **limits)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -212,7 +218,7 @@ def test_raw_sharegpt_as_text(shared_data):
     tokenizer.chat_template = (shared_data / "templates/qwen2_5.jinja").read_text()
     rows = read_rows(str(shared_data / "prefs/raw/llamafactory_dpo_en_demo.json"))
     some = rows.take(range(30))
-    pairs = prepare_pairs(some, tokenizer, max_length=None)
+    pairs = prepare_pairs(some, tokenizer, TokenizationOptions(max_length=None))
     for pair in pairs:
         row = some.rows[pair.row]
         turns = row["conversations"]

@@ -12,6 +12,7 @@ from fastdpo.data import prepare_pairs, read_rows
 from fastdpo.demo import build, language
 from fastdpo.demo.build import Demo, Recipe, make_demo
 from fastdpo.demo.language import GRUFF, KIND, Request, kindness, pair_of, speak, split_requests
+from fastdpo.options import TokenizationOptions
 
 SMALL = Recipe(updates=150, texts_per_update=24, train_pairs=8, dev_pairs=4, prompts_per_batch=60)
 ELF = Request("Elf", "hot", "soup")
@@ -136,7 +137,8 @@ def test_the_rows_are_pairs_of_the_language_and_held_out_prompts_are_new(made, t
         assert kindness(request, row["chosen"]) > kindness(request, row["rejected"])
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in dev}
     assert made[0].prompt in {row["prompt"] for row in dev}
-    dropped = prepare_pairs(read_rows(str(made[0].train_file)), tokenizer, max_length=128)
+    rows = read_rows(str(made[0].train_file))
+    dropped = prepare_pairs(rows, tokenizer, TokenizationOptions(max_length=128))
     assert len(dropped) == len(train)
 
 

@@ -113,14 +113,14 @@ TABLE: dict[str, Changes | str] = {
     "router_aux_loss_coef": covered(
         "trainer/test_update.py::test_the_routers_loss_is_over_the_tokens_of_the_whole_update"
     ),
-    # RowOptions
+    # TokenizationOptions
     "max_length": Changes("pairs", 24),
     "max_prompt_length": Changes("pairs", 5),
     "max_completion_length": Changes("pairs", 5),
     "truncation_mode": Changes("pairs", "keep_start", {"max_length": 44}),
     "special_tokens_in_content": Changes("pairs", "literal", {"dataset_name": "@spelled.jsonl"}),
     "strict_data": Changes("pairs", True, {"dataset_name": "@useless.jsonl"}, refused="identical"),
-    # PassOptions
+    # BatchingOptions
     "micro_batch_tokens": Changes("work", 128),
     "activations": Changes("work", "recompute", {"activations": "keep"}),
     "mlp_tile_tokens": Changes("work", 128),

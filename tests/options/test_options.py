@@ -1,4 +1,4 @@
-"""options.py, former_options.py and config.py: defaults, checks, presets, refusals."""
+"""The options room and config.py: defaults, checks, presets, refusals."""
 
 import copy
 import dataclasses
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
+from fastdpo import ModelConfig
 from fastdpo import options as options_room
 from fastdpo.config import DPOConfig, cuda_has_bf16
-from fastdpo.data import rendering, truncation
 from fastdpo.evaluate import EvaluationOptions
 from fastdpo.losses import LOSSES
 from fastdpo.merge import MergingOptions
@@ -22,12 +23,14 @@ from fastdpo.options import (
     DataOptions,
     ModelOptions,
     PreferenceOptions,
+    TokenizationOptions,
     TrainerDefaults,
     passes,
     presets,
     reference_folder,
     resolve_model,
 )
+from fastdpo.options.data import ScriptArguments
 from fastdpo.options.removed import REMOVED_OPTIONS, suggest_option
 from fastdpo.plan import PlanningOptions
 from fastdpo.score import ScoringOptions
@@ -58,9 +61,17 @@ def test_every_own_option_has_ascii_help_that_argparse_can_print():
 
 def test_choices_are_those_that_the_rooms_have():
     assert tuple(LOSSES) == options_room.LOSS_TYPES
-    assert options_room.TRUNCATION_MODES == truncation.TRUNCATION_MODES
     assert tuple(ATTENTIONS) == passes.ATTENTION_BACKENDS
-    assert options_room.SPECIAL_TOKEN_MODES == rendering.CONTROL_TOKEN_POLICIES
+
+
+def test_what_argparse_reads_of_an_option_holds_no_check():
+    """transformers' parser hands the metadata of a field to argparse as it is."""
+    for kind in (*OWN, DPOConfig):
+        for entry in dataclasses.fields(kind):
+            assert "check" not in entry.metadata, entry.name
+    HfArgumentParser((DPOConfig, ModelConfig, ScriptArguments))
+    assert {"beta", "max_length", "ref_spot_check", "dataset_num_proc"} <= DPOConfig.checks.keys()
+    assert "beta" not in TokenizationOptions.checks
 
 
 def test_removed_options_are_really_gone():

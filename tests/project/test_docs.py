@@ -107,15 +107,15 @@ def main_of(name):
 
 def as_read(row):
     """What becomes of a row of data, in words."""
-    verdicts: list[str] = []
+    descriptions: list[str] = []
     lines = []
-    for _, preferences in rows_from([row], "row").preferences(verdicts):
+    for _, preferences in rows_from([row], "row").preferences(descriptions):
         for preference in preferences:
             lines += [
                 f"{name:10}{shown(getattr(preference, name))}"
                 for name in ("prompt", "chosen", "rejected")
             ]
-    return "\n".join([verdicts[0], *lines]) + "\n"
+    return "\n".join([descriptions[0], *lines]) + "\n"
 
 
 def shown(part: PreferenceRow | str | list):

@@ -23,6 +23,7 @@ from fastdpo.batching import PromptGroup
 from fastdpo.data import prepare_pairs, rows_from
 from fastdpo.modeling.adapters import add_adapter, load_adapter, load_second_adapter, lora_config
 from fastdpo.modeling.head import get_lm_head
+from tests.data.test_tokenize import tokenization
 from tests.fused_ops.test_linear_logprobs import inputs, oracle_gradients, row_error
 from tests.modeling.test_packed_pairs import SIZES, assert_same, model_of, packed, separate
 from tests.tiny_trainer import CONFIG, HELD_OUT, tiny_base, tiny_trainer
@@ -57,7 +58,9 @@ def test_one_bos_one_eos_one_prompt_for_both_sides(pad_is_eos):
     always = {"prompt": "a", "chosen": "c", "rejected": "d"}
 
     def prepared(rows, max_length):
-        return prepare_pairs(rows_from([*rows, always], "rows"), tokenizer, max_length=max_length)
+        return prepare_pairs(
+            rows_from([*rows, always], "rows"), tokenizer, tokenization(max_length=max_length)
+        )
 
     @settings(max_examples=80, deadline=None, derandomize=True)
     @given(texts, texts, texts, st.booleans(), st.booleans(), st.sampled_from([None, 4, 7]))
