@@ -55,7 +55,7 @@ def demonstrate(folder: Path) -> "Evaluation":
     prompt = np.array(tokenizer(demo.prompt).input_ids)
     assert isinstance(trainer.eval_groups, PairGroups), "one held-out set"
     policy, reference = score_both(
-        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.update.micro_batch_tokens
+        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.layout.micro_batch_tokens
     )
     completion = Completion(
         demo.prompt,

@@ -17,6 +17,7 @@ from fastdpo.batching import PromptGroup
 from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.adapters import adapters_disabled
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
@@ -158,11 +159,17 @@ def evaluate_scored(
 def score_both(
     model: nn.Module, groups: Sequence[PromptGroup], *, micro_batch_tokens: int
 ) -> tuple[ScoredPairs, ScoredPairs]:
-    """Policy and reference of one model: its adapters on, then off."""
-    options = {"micro_batch_tokens": micro_batch_tokens}
-    policy = score_pairs(model, groups, description="Scoring with the policy", **options)
+    """Log-probs of pairs under one model with its adapters on (policy), then off (reference).
+
+    Args:
+        model: a PeftModel.
+        groups: n pairs.
+        micro_batch_tokens: T of both passes.
+    """
+    layout = ExecutionLayout(micro_batch_tokens)
+    policy = score_pairs(model, groups, layout, description="Scoring with the policy")
     with adapters_disabled(model):
-        reference = score_pairs(model, groups, description="Scoring with the reference", **options)
+        reference = score_pairs(model, groups, layout, description="Scoring with the reference")
     return policy, reference
 
 

@@ -1,8 +1,7 @@
-"""What a loss may look at: the log-probs of pairs, and how tokens are weighed into them."""
+"""The log-probs of pairs that a loss may look at, and the accuracy that they have."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -62,68 +61,11 @@ class PairLogps:
         return self.logps / self.tokens.clamp(min=1)
 
 
-def ld_logps(
-    token_logps: Tensor, completion_tokens: Tensor, shared_tokens: Tensor, ld_alpha: float
-) -> Tensor:
-    """Summed log-probs of completions whose tail counts `ld_alpha`; for policy and reference alike.
-
-    Args:
-        token_logps: (M,) nats, completion by completion.
-        completion_tokens: (C,) int64 tokens of each completion; they sum to M.
-        shared_tokens: (C,) int64 tokens of the shorter completion of each one's pair; what comes
-            after as many is the tail.
-        ld_alpha: 0 leaves the tail out, 1 changes nothing.
-
-    Returns:
-        (C,) float64, nats, differentiable in `token_logps`.
-
-    Source: LD-DPO, arXiv:2409.06411.
-    """
-    starts = completion_tokens.cumsum(0) - completion_tokens
-    tail_starts = (starts + shared_tokens).repeat_interleave(completion_tokens)
-    in_tail = torch.arange(len(token_logps), device=token_logps.device) >= tail_starts
-    whole = token_logps.double()
-    return _sums(torch.where(in_tail, ld_alpha * whole, whole), completion_tokens)
-
-
-def wpo_alignment(
-    token_logps: Tensor, log_sum_sq_probs: Tensor, completion_tokens: Tensor
-) -> Tensor:
-    """How likely the policy itself is to write a completion: mean of log pi_t - log sum_v p_v^2.
-
-    Args:
-        token_logps: (M,) nats, completion by completion.
-        log_sum_sq_probs: (M,) log of the sum over the vocabulary of p^2: the output of that
-            name of `linear_logprobs`.
-        completion_tokens: (C,) int64 tokens of each completion; they sum to M.
-
-    Returns:
-        (C,) float64, nats per token, without gradient.
-
-    Source: WPO, arXiv:2406.11827, section 3, weights aligned to the sampling policy's mean.
-    """
-    aligned = token_logps.detach().double() - log_sum_sq_probs.detach().double()
-    return _sums(aligned, completion_tokens) / completion_tokens.clamp(min=1)
-
-
-def wpo_weights(alignment: Tensor) -> Tensor:
-    """Weights of B pairs: the product of both completions' exp(`wpo_alignment`).
-
-    Args:
-        alignment: (B, 2) of chosen and rejected, nats per token.
-
-    Returns:
-        (B,) float64, without gradient.
-
-    Source: WPO, arXiv:2406.11827, equation 2.
-    """
-    return alignment.detach().sum(dim=1).exp()
-
-
-def _sums(per_token: Tensor, lengths: Tensor) -> Tensor:
-    return torch.segment_reduce(per_token, "sum", lengths=lengths, unsafe=True)
+def pair_accuracies(margins: Tensor) -> Tensor:
+    """1 for each pair whose margin is above 0, 0.5 for a margin of 0, else 0; float64."""
+    return (margins > 0).double() + 0.5 * (margins == 0).double()
 
 
 def preference_accuracy(margins: Tensor) -> float:
-    """Share of pairs whose margin is above 0, ties counted 0.5; `margins` is (n,)."""
-    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+    """Mean of `pair_accuracies` over (n,) margins: the share of pairs that are ordered right."""
+    return float(pair_accuracies(margins).mean())

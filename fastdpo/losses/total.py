@@ -87,11 +87,6 @@ def needs_reference(options: LossOptions, loss_function: LossFunction | None = N
     return not set(options.loss_type) <= set(REFERENCE_FREE_LOSSES)
 
 
-def token_outputs(options: LossOptions) -> tuple[str, ...]:
-    """What `linear_logprobs` must be asked for beside token_logps (`wpo_alignment`)."""
-    return ("log_sum_sq_probs",) if options.use_weighting else ()
-
-
 def _checked(losses: object, pairs: int) -> Tensor:
     """(B,) float64 losses of a user's function, or a sentence about what it returned instead."""
     found = type(losses).__name__

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.losses import LossFunction, needs_reference
 from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.head import get_lm_head, unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
@@ -41,12 +42,13 @@ from fastdpo.system import files
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
-from fastdpo.trainer.layout import ExecutionLayout, choose_layout, plan_memory, worst_case_batch
+from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
+from fastdpo.trainer.nonfinite import nonfinite_reason
 from fastdpo.trainer.prepare import prepare_policy, prepare_reference
 from fastdpo.trainer.resumable import ResumableTrainer
-from fastdpo.trainer.update import Update, nonfinite_reason
+from fastdpo.trainer.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +149,7 @@ class DPOTrainer(ResumableTrainer):
             policy,
             self.reference.reference,
             args,
-            micro_batch_tokens=self.layout.micro_batch_tokens,
+            layout=self.layout,
             mode=self.mode,
             merge_prompts=args.merge_prompts and self.mode.shared_prefix,
             backward=self.accelerator.backward,
@@ -155,7 +157,6 @@ class DPOTrainer(ResumableTrainer):
             loss_function=loss_function,
             aux_loss_coef=aux_loss_coef(unwrap_model(policy).config, args.router_aux_loss_coef),
         )
-        self.update.most_group_tokens = self.layout.most_group_tokens
 
     def _source_of(self, reference: ReferenceModel) -> RefLogpsProvider:
         args = self.user_args
@@ -171,9 +172,9 @@ class DPOTrainer(ResumableTrainer):
             reference,
             folder,
             compute_dtype=mixed.get(precision, unwrap_model(self.policy).dtype),
-            micro_batch_tokens=self.layout.micro_batch_tokens,
+            layout=self.layout,
             mode=self.mode,
-            ld_alpha=args.ld_alpha,
+            loss=args,
             keep_token_logps=args.ref_token_logps == "on",
             strict_versions=args.ref_versions == "strict",
             spot_check_pairs=args.ref_spot_check,
@@ -338,7 +339,7 @@ class DPOTrainer(ResumableTrainer):
                 groups,
                 ref_logps,
                 args,
-                micro_batch_tokens=self.update.micro_batch_tokens,
+                layout=self.layout,
                 mode=self.mode,
                 loss_function=self.loss_function,
                 description=None if args.disable_tqdm else description,
@@ -359,7 +360,7 @@ class DPOTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the updates since the last training log to a training log."""
         if "loss" in logs:
-            logs |= self.record.take()
+            logs |= self.record.flush()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
@@ -429,32 +430,25 @@ class DPOTrainer(ResumableTrainer):
 
     def layout_state(self) -> dict[str, Any]:
         """How the updates are laid out, which a resumed run repeats to the bit."""
-        layout = replace(
-            self.layout,
-            micro_batch_tokens=self.update.micro_batch_tokens,
-            most_group_tokens=self.update.most_group_tokens,
-        )
-        return {"layout": layout.as_json(), "tokens_seen": self.record.tokens_seen}
+        return {"layout": self.layout.as_json(), "tokens_seen": self.record.tokens_seen}
 
     def extra_state(self) -> dict[str, Tensor]:
         """Where the reference of TR-DPO has got to."""
         return self.reference.reference.tensors() if self.user_args.sync_ref_model else {}
 
-    def follow(self, plan: Mapping[str, Any]) -> None:
+    def load_layout_state(self, state: Mapping[str, Any]) -> None:
         """Lay updates out as the run that wrote the checkpoint did, unless the user says how."""
-        if not plan:
+        if not state:
             return
-        self.record.tokens_seen = plan["tokens_seen"]
-        saved = ExecutionLayout.from_json(plan["layout"])
+        self.record.tokens_seen = state["tokens_seen"]
+        saved = ExecutionLayout.from_json(state["layout"])
         if self.user_args.micro_batch_tokens is not None:
-            saved = replace(saved, micro_batch_tokens=self.user_args.micro_batch_tokens)
+            saved.micro_batch_tokens = self.user_args.micro_batch_tokens
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
-        self.layout = saved
+        self.layout.assign(saved)
         self.layout.apply(self.policy)
         self.layout.apply_to_reference(self.reference.reference.model)
-        self.update.micro_batch_tokens = saved.micro_batch_tokens
-        self.update.most_group_tokens = saved.most_group_tokens
 
 
 def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:

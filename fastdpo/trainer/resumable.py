@@ -76,8 +76,8 @@ class ResumableTrainer(Trainer):
         """How this run lays out its work, where a resumed one has to follow it; JSON-ready."""
         return {}
 
-    def follow(self, plan: Mapping[str, Any]) -> None:
-        """Take over what `layout_state` said when the checkpoint was written."""
+    def load_layout_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `layout_state` returned when the checkpoint was written."""
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """What moves in training and is saved neither with the policy nor with the optimizer."""
@@ -163,7 +163,7 @@ class ResumableTrainer(Trainer):
         allowed = self.user_args.allow_config_change or []
         for line in checkpoints.require_same_run(sealed.run, self._run, allowed):
             logger.warning("Resuming although this differs (--allow_config_change): %s", line)
-        self.follow(sealed.plan)
+        self.load_layout_state(sealed.plan)
         logger.info("Resuming from %s", folder)
         return folder
 

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 import fastdpo.trainer.dpo_trainer as trainer_room
+import fastdpo.trainer.update as update_room
 from fastdpo.batching import group_tokens
 from fastdpo.modeling.activations import decoder_layers
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.planner import GPUSpec, from_model, plan_for_run
 from fastdpo.trainer.layout import (
-    ExecutionLayout,
     choose_layout,
     group_lengths,
     plan_memory,
     worst_case_batch,
 )
-from fastdpo.trainer.update import Update
 from tests.tiny_trainer import tiny_base, tiny_trainer
 from tests.trainer.test_dpo_trainer import assert_same_weights, weights
 
@@ -198,14 +198,14 @@ def test_a_rehearsal_leaves_no_trace(planned, options):
     trainer = planned(dropout=0.3, **options)
     before, state = weights(trainer), torch.get_rng_state()
     if options.get("micro_batch_tokens"):
-        trainer.update.most_group_tokens = 0
+        trainer.layout.most_group_tokens = 0
     trainer.on_before_train()
     assert torch.equal(torch.get_rng_state(), state)
     assert_same_weights(before, weights(trainer))
     assert all(p.grad is None for p in trainer.policy.parameters())
     assert trainer.first_update_margin is None
     assert trainer.record.tokens_seen == 0
-    assert "loss" not in trainer.record.take()
+    assert "loss" not in trainer.record.flush()
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -228,15 +228,15 @@ def test_a_planned_run_trains_to_the_same_weights(planned, build, tuning, caplog
 
 def test_memory_that_runs_out_in_the_rehearsal_lowers_t_for_the_run(planned, monkeypatch, caplog):
     trainer = planned()
-    real, failed = Update._attempt, []
+    real, failed = update_room._StepAttempt.run, []
 
-    def attempt(self, groups, pieces, outputs):
-        if self.micro_batch_tokens == 256:
+    def run(self):
+        if trainer.layout.micro_batch_tokens == 256:
             failed.append(1)
-            return "CUDA out of memory."
-        return real(self, groups, pieces, outputs)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self)
 
-    monkeypatch.setattr(Update, "_attempt", attempt)
+    monkeypatch.setattr(update_room._StepAttempt, "run", run)
     trainer.train()
     assert len(failed) == 1, "in the rehearsal, and never again"
     assert trainer.layout_state()["layout"]["micro_batch_tokens"] < 256
