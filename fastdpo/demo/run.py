@@ -1,25 +1,20 @@
-"""The demo's run: make the model and its pairs, align it, and show what changed."""
+"""Runs the demo: makes the model and its pairs, aligns it, and shows what changed."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastdpo.options import (
-    DataOptions,
-    ModelOptions,
-)
+from fastdpo.options import DataOptions, ModelOptions
 from fastdpo.system.console import print_line
-from fastdpo.trainer.from_options import (
-    run,
-)
+from fastdpo.trainer.from_options import run
 
 if TYPE_CHECKING:
     from fastdpo.evaluation.evaluate_pairs import Evaluation
 
 
 def demonstrate(folder: Path) -> "Evaluation":
-    """The embedded default: make a tiny model and pairs in `folder`, align it, show the change."""
+    """Make a tiny model and pairs in `folder`, align the model, and print the change."""
     from fastdpo.batching import PairGroups
     from fastdpo.config import DPOConfig
     from fastdpo.demo.build import make_demo

@@ -1,4 +1,4 @@
-"""The losses: pure tensor functions of log-probs per pair; no model, no kernel."""
+"""The losses: pure tensor functions of log-probs, from tokens to the loss of an update."""
 
 from fastdpo.losses.formulas import LOSSES
 from fastdpo.losses.pairs import PairLogps, pair_accuracies, preference_accuracy

@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PairLogps:
-    """Everything a loss may look at, of B pairs.
+    """Everything about B pairs that a loss may look at.
 
     A loss of your own is a callable that takes one of these and returns the (B,) losses of its
     pairs, differentiable in `logps`: `DPOTrainer(..., loss_function=...)`. Their mean over the
@@ -18,8 +18,8 @@ class PairLogps:
     Attributes:
         logps: (B, 2) float64, nats: policy log-probs of chosen and rejected, summed over the
             tokens of each completion, the tail weighed by `ld_alpha` where that is set.
-        ref_logps: (B, 2) float64, nats, no gradient: likewise of the reference; 0 with
-            `reference_free`.
+        ref_logps: (B, 2) float64, nats, no gradient: reference log-probs, weighed like `logps`; 0
+            with `reference_free`.
         tokens: (B, 2) int64: scored tokens of each completion.
         chosen_sums: (B,) float64: plain sum over the tokens of chosen, where `ld_alpha` has
             changed `logps`; None means `logps[:, 0]`.
@@ -37,27 +37,27 @@ class PairLogps:
 
     @property
     def logratios(self) -> Tensor:
-        """(B, 2) policy less reference, nats."""
+        """Log-ratios, policy less reference: (B, 2) of chosen and rejected, nats."""
         return self.logps - self.ref_logps
 
     @property
     def chosen_logratios(self) -> Tensor:
-        """(B,) policy less reference of chosen, nats."""
+        """Log-ratios of the chosen completions, (B,), nats."""
         return self.logps[:, 0] - self.ref_logps[:, 0]
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """(B,) policy less reference of rejected, nats."""
+        """Log-ratios of the rejected completions, (B,), nats."""
         return self.logps[:, 1] - self.ref_logps[:, 1]
 
     @property
     def margins(self) -> Tensor:
-        """(B,) chosen less rejected log-ratio, nats."""
+        """Log-ratio of chosen less that of rejected, (B,), nats."""
         return self.chosen_logratios - self.rejected_logratios
 
     @property
     def mean_logps(self) -> Tensor:
-        """(B, 2) policy log-probs per token, nats."""
+        """Policy log-probs divided by the number of tokens, (B, 2), nats."""
         return self.logps / self.tokens.clamp(min=1)
 
 

@@ -81,13 +81,13 @@ def pair_logps(terms: Mapping[str, Tensor], ref_logps: Tensor, tokens: Tensor) -
 def ld_logps(
     token_logps: Tensor, completion_tokens: Tensor, shared_tokens: Tensor, ld_alpha: float
 ) -> Tensor:
-    """Summed log-probs of completions whose tail counts `ld_alpha`; for policy and reference alike.
+    """Sums of token log-probs in which the tail of the longer completion counts `ld_alpha`.
 
     Args:
         token_logps: (M,) nats, completion by completion.
         completion_tokens: (C,) int64 tokens of each completion; they sum to M.
-        shared_tokens: (C,) int64 tokens of the shorter completion of each one's pair; what comes
-            after as many is the tail.
+        shared_tokens: (C,) int64 tokens of the shorter completion of each one's pair; the tokens
+            after that many are the tail.
         ld_alpha: 0 leaves the tail out, 1 changes nothing.
 
     Returns:
@@ -105,12 +105,14 @@ def ld_logps(
 def wpo_alignment(
     token_logps: Tensor, log_sum_sq_probs: Tensor, completion_tokens: Tensor
 ) -> Tensor:
-    """How likely the policy itself is to write a completion: mean of log pi_t - log sum_v p_v^2.
+    """Measure how likely the policy itself is to write each completion.
+
+    It is the mean of log pi_t - log sum_v p_v^2 over the tokens t of a completion.
 
     Args:
         token_logps: (M,) nats, completion by completion.
-        log_sum_sq_probs: (M,) log of the sum over the vocabulary of p^2: the output of that
-            name of `linear_logprobs`.
+        log_sum_sq_probs: (M,) log of the sum of p^2 over the vocabulary, an output of
+            `linear_logprobs`.
         completion_tokens: (C,) int64 tokens of each completion; they sum to M.
 
     Returns:
@@ -123,7 +125,7 @@ def wpo_alignment(
 
 
 def wpo_weights(alignment: Tensor) -> Tensor:
-    """Weights of B pairs: the product of both completions' exp(`wpo_alignment`).
+    """Weights of B pairs, each the product of both completions' exp(`wpo_alignment`).
 
     Args:
         alignment: (B, 2) of chosen and rejected, nats per token.
@@ -137,4 +139,5 @@ def wpo_weights(alignment: Tensor) -> Tensor:
 
 
 def _sums(per_token: Tensor, lengths: Tensor) -> Tensor:
+    """Sum (M,) values over successive completions of these lengths, (C,)."""
     return torch.segment_reduce(per_token, "sum", lengths=lengths, unsafe=True)

@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite: found, and said with their rows."""
+"""Finds updates whose loss or gradient is not finite, and names their rows."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def nonfinite_reason(
     *,
     check_gradient: bool = True,
 ) -> str:
-    """What is not finite about an update.
+    """Describe what is not finite in the loss or gradient of an update.
 
     Args:
         policy: with its gradient.
