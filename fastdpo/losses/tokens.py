@@ -52,7 +52,7 @@ def completion_terms(scored: TokenLogps, options: LossOptions) -> dict[str, Tens
         go to `pair_logps`, gathered over the two completions of each pair.
     """
     terms = {"logps": weighted_logps(scored, options)}
-    if options.ld_alpha is not None:
+    if options.weighs_tokens:
         terms["sums"] = scored.logps
     if options.use_weighting:
         squares = scored.outputs["log_sum_sq_probs"]
