@@ -180,7 +180,7 @@ def test_the_three_options_of_the_reference_store_act(train_with, tmp_path, monk
     assert b"token_logps" not in shard.read_bytes()
     monkeypatch.setattr("fastdpo.system.versions.LIBRARIES", ("torch", "numpy"))
     train_with(max_steps=1).train()
-    assert "computed with other versions or on another card" in caplog.text
+    assert "computed with other versions or on another GPU" in caplog.text
     assert "Spot check: 4 pairs" in caplog.text
     assert len(list(tmp_path.rglob("shard-*"))) == 1
     train_with(ref_versions="strict", max_steps=1).train()
