@@ -194,19 +194,19 @@ def run_within_memory(
     remaining = layout.split(items, mode)
     while remaining:
         for covered, unit in lay_out(remaining):
-            message = None
             try:
                 result = work(unit)
             except RuntimeError as error:
                 message = oom_message(error)
                 if message is None:
                     raise
-            if message is not None:
-                # Only here, with the exception gone, can its traceback's tensors be freed.
-                undo()
-                free_cached_memory()
-                layout.shrink(covered, mode, message)
-                remaining = layout.split(remaining, mode)
-                break
-            remaining = remaining[len(covered) :]
-            yield result
+            else:
+                remaining = remaining[len(covered) :]
+                yield result
+                continue
+            # Only here, with the exception gone, can its traceback's tensors be freed.
+            undo()
+            free_cached_memory()
+            layout.shrink(covered, mode, message)
+            remaining = layout.split(remaining, mode)
+            break
