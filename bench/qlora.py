@@ -20,6 +20,7 @@ from fastdpo.batching import MicroBatch, PromptGroup, pack_update
 from fastdpo.modeling.adapters import adapters_disabled, add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.planner import (
     Plan,
@@ -31,7 +32,6 @@ from fastdpo.planner import (
     training_of,
 )
 from fastdpo.planner.terms import CONTEXT_BYTES, GIB
-from fastdpo.trainer.layout import ExecutionLayout
 
 BETA, LEARNING_RATE = 0.1, 1e-5
 

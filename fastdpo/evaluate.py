@@ -70,7 +70,7 @@ def run(
     Raises:
         ValueError: an option is missing, or the model or data cannot be loaded.
     """
-    from fastdpo.batching import PairGroups, default_micro_batch_tokens
+    from fastdpo.batching import PairGroups
     from fastdpo.evaluation.evaluate_pairs import Completion, evaluate_scored, generate_completions
     from fastdpo.evaluation.load_both import (
         read_pairs,
@@ -78,7 +78,6 @@ def run(
         sources_of,
         tokenizer_of,
     )
-    from fastdpo.modeling.head import unwrap_model
     from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 
     tokenizer = tokenizer_of(model, compared)
@@ -90,7 +89,6 @@ def run(
         scored = score_pairs(
             scorer,
             groups,
-            micro_batch_tokens=default_micro_batch_tokens(unwrap_model(scorer).device),
             description=f"Scoring with the {side}",
         )
         texts = generate_completions(

@@ -86,10 +86,9 @@ def run(
         ValueError: an option is missing, the model or data cannot be loaded, or the rows have no
             room for the metrics.
     """
-    from fastdpo.batching import PairGroups, default_micro_batch_tokens
+    from fastdpo.batching import PairGroups
     from fastdpo.evaluation.load_both import read_pairs, run_policy_and_reference, tokenizer_of
     from fastdpo.evaluation.scored_rows import ScoredRows, check_rows
-    from fastdpo.modeling.head import unwrap_model
     from fastdpo.modeling.scoring import score_pairs
 
     tokenizer = tokenizer_of(model, compared)
@@ -102,7 +101,6 @@ def run(
         lambda scorer, side: score_pairs(
             scorer,
             groups,
-            micro_batch_tokens=default_micro_batch_tokens(unwrap_model(scorer).device),
             description=f"Scoring with the {side}",
         ),
     )

@@ -76,7 +76,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
     updates = -(-len(groups) // trainer.pairs_per_update)
     print_line(
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
-        f"epoch, in micro-batches of at most {trainer.update.micro_batch_tokens:,} tokens.\n"
+        f"epoch, in micro-batches of at most {trainer.layout.micro_batch_tokens:,} tokens.\n"
     )
     print_line(show_pairs(groups.pairs, trainer.tokenizer))
 

@@ -1,6 +1,6 @@
-"""The demo's inputs, made on the spot: a tiny Llama, what it was taught, pairs of its own samples.
+"""Makes the demo's inputs: a tiny Llama that was taught a small language, and preference pairs.
 
-The language is in `demo_language.py`. Nothing is downloaded and nothing comes with the package.
+The pairs are the model's own samples. The language is in `language.py`. Nothing is downloaded.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from fastdpo.system import files
 Report = Callable[[str], None]
 
 FORMAT = 1
-"""Of the demo's files; another format is made anew."""
+"""Version of the demo's files; files of another version are made again."""
 MARKER, MODEL, TRAIN, DEV = "demo.json", "model", "train.jsonl", "dev.jsonl"
 
 MAX_COMPLETION_TOKENS = 48
@@ -35,9 +35,9 @@ MAX_COMPLETION_TOKENS = 48
 
 @dataclass(frozen=True)
 class Demo:
-    """Where the demo's inputs lie, and one held-out prompt to show.
+    """Paths of the demo's inputs, and one held-out prompt to show.
 
-    The prompt is of a guest whom the innkeeper does not like, so the reference is mostly gruff.
+    The prompt's guest is one whom the innkeeper dislikes, so the reference is mostly gruff.
     """
 
     model_dir: Path
@@ -55,7 +55,7 @@ class Recipe:
     """All linear layers stay multiples of 32 wide: bitsandbytes' 4-bit code on CPUs needs it."""
     intermediate_size: int = 160
     updates: int = 350
-    """Of teaching; copying the guest's words is learned by the 150th, the rest makes it sure."""
+    """Updates of teaching; by the 150th the model copies the guest's words."""
     texts_per_update: int = 32
     learning_rate: float = 8e-3
     train_pairs: int = 600
@@ -76,10 +76,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     symbols = {byte: chr(byte) for byte in printable}
-    symbols |= {byte: chr(256 + place) for place, byte in enumerate(hidden)}  # as GPT-2 shows them
+    symbols |= {byte: chr(256 + index) for index, byte in enumerate(hidden)}  # as GPT-2 shows them
     special = ["<s>", "</s>", "<pad>"]
     vocabulary = {symbols[byte]: byte for byte in range(256)}
-    vocabulary |= {token: 256 + place for place, token in enumerate(special)}
+    vocabulary |= {token: 256 + index for index, token in enumerate(special)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -98,11 +98,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_demo(folder: Path, *, seed: int = 0, report: Report, recipe: Recipe = RECIPE) -> Demo:
-    """Make the demo's model and preference pairs in `folder`, or take those that lie there.
+    """Make the demo's model and preference pairs in `folder`, or reuse those in it.
 
     Args:
         folder: gets `model/`, `train.jsonl`, `dev.jsonl` and, last, `demo.json`.
-        seed: of everything random; the global random states are left as they are.
+        seed: seeds everything random; the global random states are left as they are.
         report: called with one line before and after each longer phase.
         recipe: sizes; the defaults are what the demo runs with.
 
@@ -112,29 +112,29 @@ def make_demo(folder: Path, *, seed: int = 0, report: Report, recipe: Recipe = R
     Raises:
         FileExistsError: `folder` holds files of these names that are not a demo's.
         RuntimeError: the taught model's samples gave no pair (too few updates in `recipe`).
-        OSError: a file cannot be written; what is there is made anew the next time.
+        OSError: a file cannot be written; what is there is made again the next time.
     """
     recipe = dataclasses.replace(recipe, seed=seed)
     prompt = _finished_prompt(folder, recipe)
     if prompt is None:
         prompt = _make(folder, recipe, report)
     else:
-        report(f"Demo: reusing the model and pairs in {folder}; delete it to make them anew.")
+        report(f"Demo: reusing the model and pairs in {folder}; delete it to make them again.")
     return Demo(folder / MODEL, folder / TRAIN, folder / DEV, prompt)
 
 
 def _finished_prompt(folder: Path, recipe: Recipe) -> str | None:
-    """The shown prompt if `folder` holds a complete demo of this recipe."""
+    """The prompt to show if `folder` holds a complete demo of this recipe, else None."""
     names = (MODEL, TRAIN, DEV)
     missing = [name for name in names if not (folder / name).exists()]
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if len(missing) < len(names):
-            found = next(name for name in names if name not in missing)
+            present = next(name for name in names if name not in missing)
             raise FileExistsError(
-                f"{folder} holds {found} but no {MARKER}, so it is not the demo's to overwrite: "
-                f"make the demo in another folder, or move {found} away"
+                f"{folder} holds {present} but no {MARKER}, so it is not the demo's to overwrite: "
+                f"make the demo in another folder, or move {present} away"
             ) from None
         return None
     except ValueError:
@@ -169,7 +169,7 @@ def _make(folder: Path, recipe: Recipe, report: Report) -> str:
 
 @contextmanager
 def _own_rng(seed: int) -> Iterator[None]:
-    """Torch's CPU generator seeded inside and as it was outside; no GPU's is touched."""
+    """Seed torch's CPU generator inside and restore it outside; no GPU's is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -178,7 +178,7 @@ def _own_rng(seed: int) -> Iterator[None]:
 def _teach(
     tokenizer: PreTrainedTokenizerFast, requests: Sequence[Request], recipe: Recipe, report: Report
 ) -> LlamaForCausalLM:
-    """A small Llama that speaks the language, both tones alike."""
+    """Train a small Llama to speak the language, in both tones alike."""
     model = LlamaForCausalLM(_config(tokenizer, recipe)).train()
     size = sum(parameter.numel() for parameter in model.parameters())
     report(f"Demo: teaching a Llama of {size:,} parameters a small language of bytes ...")
@@ -231,14 +231,14 @@ def _pairs(
     wanted: int,
     recipe: Recipe,
 ) -> list[dict[str, str]]:
-    """The kindest against the gruffest of the model's own samples of each request, ties skipped."""
+    """Make rows of the kindest and the gruffest sample for each request, skipping ties."""
     rows: list[dict[str, str]] = []
     with tqdm(total=wanted, desc="sampling", unit="pair", leave=False, disable=None) as bar:
         for first in range(0, len(requests), recipe.prompts_per_batch):
             requested = requests[first : first + recipe.prompts_per_batch]
             samples = _sample(model, tokenizer, requested, recipe.samples_per_prompt)
-            found = (pair_of(*both) for both in zip(requested, samples, strict=True))
-            rows += [row for row in found if row is not None]
+            pairs = (pair_of(*both) for both in zip(requested, samples, strict=True))
+            rows += [row for row in pairs if row is not None]
             bar.update(min(len(rows), wanted) - bar.n)
             if len(rows) >= wanted:
                 return rows[:wanted]
@@ -256,7 +256,7 @@ def _sample(
     requests: Sequence[Request],
     count: int,
 ) -> list[list[str]]:
-    """`count` completions of each request's prompt at temperature 1, those that end left in."""
+    """Sample `count` completions of each request at temperature 1, and keep those that end."""
     prompts = [request.prompt for request in requests]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     ids = model.generate(
@@ -274,7 +274,7 @@ def _sample(
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Model and tokenizer in `folder`, whole or not at all."""
+    """Save model and tokenizer in `folder`, completely or not at all."""
     temporary = files.temporary_name(folder)
     try:
         files.mkdir(temporary)

@@ -44,7 +44,7 @@ WORD_WEIGHTS = (5, 3, 2)
 
 @dataclass(frozen=True)
 class Request:
-    """What a guest asks for."""
+    """A guest and what the guest asks for."""
 
     guest: str
     quality: str
@@ -52,7 +52,7 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        """As the model reads it."""
+        """The request as the prompt of the model."""
         return f"{self.guest}: {self.quality.capitalize()} {self.thing}?\nHost:"
 
     def completion(self, opening: str, verb: str, manner: str) -> str:
@@ -62,7 +62,7 @@ class Request:
 
 
 def split_requests(seed: int) -> tuple[list[Request], list[Request]]:
-    """All requests of the language, shuffled: three quarters to train on and the rest held out."""
+    """Shuffle all requests of the language: three quarters to train on, the rest held out."""
     requests = [Request(*words) for words in product(GUESTS, QUALITIES, THINGS)]
     random.Random(seed).shuffle(requests)
     held_out = len(requests) // 4
@@ -70,22 +70,22 @@ def split_requests(seed: int) -> tuple[list[Request], list[Request]]:
 
 
 def speak(request: Request, rng: random.Random) -> str:
-    """An answer to `request`, kind or gruff as the innkeeper likes the guest."""
+    """Draw an answer to `request`, kind or gruff as the innkeeper likes the guest."""
     tones = (KIND, GRUFF) if request.guest in LIKED else (GRUFF, KIND)
     tone = tones[0] if rng.random() < LOYALTY else tones[1]
     return request.completion(*(rng.choices(words, WORD_WEIGHTS)[0] for words in tone))
 
 
 def kindness(request: Request, completion: str) -> int | None:
-    """The rule that ranks completions: kind words minus gruff words.
+    """Rank a completion by the number of its kind words minus that of its gruff words.
 
     Args:
-        request: what was asked for.
-        completion: what the model answered, without its end-of-text token.
+        request: the request that the completion answers.
+        completion: the model's answer without its end-of-text token.
 
     Returns:
         From -3 (all gruff) to 3 (all kind); None if the answer breaks the grammar or does not
-        speak of what was asked for, to the guest who asked.
+        name the thing that was requested and the guest.
     """
     slots = ("|".join((*kind, *gruff)) for kind, gruff in zip(KIND, GRUFF, strict=True))
     answer = Request(*map(re.escape, (request.guest, request.quality, request.thing)))

@@ -1,25 +1,20 @@
-"""The demo's run: make the model and its pairs, align it, and show what changed."""
+"""Runs the demo: makes the model and its pairs, aligns it, and shows what changed."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastdpo.options import (
-    DataOptions,
-    ModelOptions,
-)
+from fastdpo.options import DataOptions, ModelOptions
 from fastdpo.system.console import print_line
-from fastdpo.trainer.from_options import (
-    run,
-)
+from fastdpo.trainer.from_options import run
 
 if TYPE_CHECKING:
     from fastdpo.evaluation.evaluate_pairs import Evaluation
 
 
 def demonstrate(folder: Path) -> "Evaluation":
-    """The embedded default: make a tiny model and pairs in `folder`, align it, show the change."""
+    """Make a tiny model and pairs in `folder`, align the model, and print the change."""
     from fastdpo.batching import PairGroups
     from fastdpo.config import DPOConfig
     from fastdpo.demo.build import make_demo
@@ -55,7 +50,7 @@ def demonstrate(folder: Path) -> "Evaluation":
     prompt = np.array(tokenizer(demo.prompt).input_ids)
     assert isinstance(trainer.eval_groups, PairGroups), "one held-out set"
     policy, reference = score_both(
-        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.update.micro_batch_tokens
+        trainer.policy, trainer.eval_groups, micro_batch_tokens=trainer.layout.micro_batch_tokens
     )
     completion = Completion(
         demo.prompt,

@@ -1,4 +1,4 @@
-"""How good policy and reference are on held-out pairs, and what both write."""
+"""Compares policy and reference on held-out pairs, by metrics and by what both generate."""
 
 import math
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from fastdpo.batching import PromptGroup
 from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.modeling.adapters import adapters_disabled
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
@@ -24,8 +25,8 @@ from fastdpo.system.console import table
 
 
 @dataclass(frozen=True)
-class LogprobFigures:
-    """What one model alone can have on a set of pairs; log-probs in nats, per completion."""
+class LogprobMetrics:
+    """Metrics of one model alone on a set of pairs; log-probs in nats, per completion."""
 
     logps_chosen: float
     logps_rejected: float
@@ -35,8 +36,8 @@ class LogprobFigures:
 
 
 @dataclass(frozen=True)
-class PreferenceFigures:
-    """What the policy has against its reference."""
+class PreferenceMetrics:
+    """Metrics of the policy against its reference."""
 
     loss: float
     preference_accuracy: float  # margin > 0, ties counted 0.5
@@ -47,7 +48,7 @@ class PreferenceFigures:
 
 @dataclass(frozen=True)
 class MetricSlice:
-    """A part of the pairs, and how the policy does on it."""
+    """Metrics of the policy on a part of the pairs."""
 
     name: str
     pairs: int
@@ -57,7 +58,7 @@ class MetricSlice:
 
 @dataclass(frozen=True)
 class Completion:
-    """One prompt with what both models write after it."""
+    """One prompt and what both models generate after it."""
 
     prompt: str
     reference: str
@@ -71,18 +72,18 @@ class Evaluation:
     pairs: int
     beta: float
     loss_type: str
-    reference: LogprobFigures
-    policy: LogprobFigures
-    preference: PreferenceFigures
+    reference: LogprobMetrics
+    policy: LogprobMetrics
+    preference: PreferenceMetrics
     shares: tuple[MetricSlice, ...] = ()
     completions: tuple[Completion, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The metrics as `--output_file` stores them."""
         return asdict(self)
 
     def describe(self) -> str:
-        """The metrics side by side, then the completions."""
+        """A table of the metrics of both models side by side, then the completions."""
         rows = [
             (name.replace("_", " "), f"{reference:.4f}", f"{policy:.4f}")
             for (name, reference), policy in zip(
@@ -121,11 +122,11 @@ def evaluate_scored(
 
     Args:
         policy: log-probs and scored tokens under the policy.
-        reference: the same under the reference.
+        reference: log-probs and scored tokens under the reference.
         beta: reward per nat.
         loss_type: one of `fastdpo.losses.LOSSES`.
-        completions: what both wrote.
-        sources: where each pair comes from, n values or none; None for a pair that does not say.
+        completions: texts that both models generated.
+        sources: the source of each pair, n values or none; None for a pair that has no source.
     """
     logratios = torch.from_numpy(policy.logps - reference.logps)
     margins = logratios[:, 0] - logratios[:, 1]
@@ -143,7 +144,7 @@ def evaluate_scored(
         loss_type=loss_type,
         reference=_logprob_metrics(reference),
         policy=_logprob_metrics(policy),
-        preference=PreferenceFigures(
+        preference=PreferenceMetrics(
             loss=float(loss),
             preference_accuracy=preference_accuracy(margins),
             rewards_margin=float(beta * margins.mean()),
@@ -158,11 +159,17 @@ def evaluate_scored(
 def score_both(
     model: nn.Module, groups: Sequence[PromptGroup], *, micro_batch_tokens: int
 ) -> tuple[ScoredPairs, ScoredPairs]:
-    """Policy and reference of one model: its adapters on, then off."""
-    options = {"micro_batch_tokens": micro_batch_tokens}
-    policy = score_pairs(model, groups, description="Scoring with the policy", **options)
+    """Log-probs of pairs under one model with its adapters on (policy), then off (reference).
+
+    Args:
+        model: a PeftModel.
+        groups: n pairs.
+        micro_batch_tokens: T of both passes.
+    """
+    layout = ExecutionLayout(micro_batch_tokens)
+    policy = score_pairs(model, groups, layout, description="Scoring with the policy")
     with adapters_disabled(model):
-        reference = score_pairs(model, groups, description="Scoring with the reference", **options)
+        reference = score_pairs(model, groups, layout, description="Scoring with the reference")
     return policy, reference
 
 
@@ -174,7 +181,15 @@ def generate_completions(
     max_new_tokens: int,
     reference: bool = False,
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, with its adapters on or off."""
+    """Generate one greedy completion for each prompt, without special tokens.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+        tokenizer: decodes the completions, and knows the token that ends one.
+        prompts: token ids of each prompt, (P,).
+        max_new_tokens: most tokens to generate.
+        reference: generate with the adapters off.
+    """
     causal_lm = unwrap_model(model)
     off: AbstractContextManager[None] = adapters_disabled(model) if reference else nullcontext()
     texts = []
@@ -200,7 +215,7 @@ def _metrics_by_slice(
     sources: Sequence[Any],
     beta: float,
 ) -> tuple[MetricSlice, ...]:
-    """Pairs whose chosen side is shorter, equal, longer; then one share for each source.
+    """Metrics of the pairs whose chosen side is shorter, as long, longer; then of each source.
 
     A policy that has learned length alone is right where chosen is longer and wrong elsewhere.
     """
@@ -225,10 +240,10 @@ def _metrics_by_slice(
     )
 
 
-def _logprob_metrics(scored: ScoredPairs) -> LogprobFigures:
+def _logprob_metrics(scored: ScoredPairs) -> LogprobMetrics:
     logps, tokens = scored.logps, scored.tokens
     perplexities = [math.exp(min(-logps[:, s].sum() / tokens[:, s].sum(), 700.0)) for s in (0, 1)]
-    return LogprobFigures(
+    return LogprobMetrics(
         logps_chosen=float(logps[:, 0].mean()),
         logps_rejected=float(logps[:, 1].mean()),
         logp_accuracy=float((logps[:, 0] > logps[:, 1]).mean()),

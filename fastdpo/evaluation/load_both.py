@@ -1,4 +1,4 @@
-"""A trained model and its reference over the same pairs."""
+"""Loads a trained model and its reference, and the held-out pairs to compare them on."""
 
 import json
 from collections.abc import Callable
@@ -36,30 +36,33 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 def run_policy_and_reference(
     model: ModelOptions,
     options: ComparisonOptions,
-    work: Callable[[PreTrainedModel | PeftModel, str], T],
+    fn: Callable[[PreTrainedModel | PeftModel, str], T],
 ) -> tuple[T, T]:
-    """What `work` makes of the policy, and what it makes of the reference.
+    """Call a function with the policy and then with the reference.
 
     Args:
-        model: the model, its precision and where it comes from.
-        options: an adapter, whose reference is the model without it; or the model that a fully
-            trained one started from, which is loaded after the policy has left memory.
-        work: called with a model and "policy" or "reference".
+        model: the base model or fully trained model, its precision and revision.
+        options: names an adapter, whose reference is the model without it; or the model that a
+            fully trained one started from, which is loaded after the policy is freed.
+        fn: called with a model and "policy" or "reference".
+
+    Returns:
+        The results of both calls, policy first.
 
     Raises:
-        ValueError: an option is missing, or a model cannot be had.
+        ValueError: an option is missing, or a model cannot be loaded.
     """
     policy = load_policy(model, options)
-    done = work(policy, "policy")
+    result = fn(policy, "policy")
     if options.reference is None:
         with adapters_disabled(policy):
-            return done, work(policy, "reference")
+            return result, fn(policy, "reference")
     del policy
-    return done, work(load_weights(model, resolve_model(options.reference)[0]), "reference")
+    return result, fn(load_weights(model, resolve_model(options.reference)[0]), "reference")
 
 
 def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedModel | PeftModel:
-    """The trained model: a base with its adapter, or a model whose weights were all trained."""
+    """Load the trained model: a base with its adapter, or a model with all weights trained."""
     name = policy_name(model, options)
     if options.adapter is not None:
         _warn_quantization_mismatch(Path(options.adapter), model.qlora)
@@ -68,7 +71,7 @@ def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedMo
 
 
 def _warn_quantization_mismatch(adapter: Path, qlora: bool) -> None:
-    """An adapter belongs to the very weights that it was trained over: 4-bit ones are others."""
+    """Warn if an adapter trained over 4-bit weights is used over others, or vice versa."""
     try:
         trained = json.loads((adapter / TRAINING_ARGUMENTS).read_text()).get(BASE_IN_4BIT, qlora)
     except (OSError, ValueError, AttributeError):
@@ -82,7 +85,7 @@ def _warn_quantization_mismatch(adapter: Path, qlora: bool) -> None:
 
 
 def load_weights(model: ModelOptions, name: str) -> PreTrainedModel:
-    """A model without adapters, in the precision that the options ask for."""
+    """Load a model without adapters, in the precision of the options."""
     loaded = load_model(
         name,
         dtype=resolve_dtype(model.dtype),
@@ -95,10 +98,10 @@ def load_weights(model: ModelOptions, name: str) -> PreTrainedModel:
 
 
 def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
-    """The folder or hub id of the policy's weights; by default what the adapter names.
+    """The folder or hub id of the policy's weights; by default the one that the adapter names.
 
     Raises:
-        ValueError: there is no adapter there, or nothing says what to compare.
+        ValueError: there is no adapter in its folder, or no option says what to compare.
     """
     if options.adapter is None and options.reference is None:
         raise ValueError(
@@ -115,7 +118,7 @@ def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
 
 
 def tokenizer_of(model: ModelOptions, options: ComparisonOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the adapter if one lies there, else that of the policy's weights."""
+    """Load the tokenizer from the adapter's folder if it has one, else that of the weights."""
     name = policy_name(model, options)
     if model.model_name_or_path and (sentence := resolve_model(model.model_name_or_path)[1]):
         print_line(sentence)
@@ -130,7 +133,7 @@ def tokenizer_of(model: ModelOptions, options: ComparisonOptions) -> PreTrainedT
 def read_pairs(
     data: DataOptions, options: TokenizationOptions, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Rows, PairDataset]:
-    """The held-out rows that the options name, and their pairs; says what was dropped or cut.
+    """Read the held-out rows that the options name, and print what was dropped or truncated.
 
     Raises:
         ValueError: no data set is named, or it cannot be read.
@@ -154,12 +157,12 @@ def read_pairs(
 def pairs_of(
     rows: Rows, options: TokenizationOptions, tokenizer: PreTrainedTokenizerBase
 ) -> PairDataset:
-    """The pairs of the rows under the options."""
+    """Tokenize rows into pairs as the options say."""
     return prepare_pairs(rows, tokenizer, options)
 
 
 def sources_of(rows: Rows, pairs: PairDataset) -> list[Any]:
-    """What the column `source` says of each pair, None where it says nothing; [] without it."""
+    """The value of the column `source` for each pair, None where a row has none; [] without it."""
     read: Any = rows.rows
     if hasattr(read, "column_names"):
         column = list(read["source"]) if "source" in read.column_names else []

@@ -1,4 +1,4 @@
-"""The rows of a data set with what policy and reference give them, as JSON lines or Parquet."""
+"""Writes the rows of a data set with their scores, as JSON lines or Parquet."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The columns that a row gains; all None where the row was dropped, but for `dropped`.
+    """The columns that a row gains; of a dropped row only `dropped` is not None.
 
     Attributes:
         chosen_logps, rejected_logps: log-prob of the completion under the policy, nats.
-        ref_chosen_logps, ref_rejected_logps: the same under the reference.
+        ref_chosen_logps, ref_rejected_logps: log-prob under the reference, nats.
         chosen_rewards, rejected_rewards: beta x (policy - reference).
         margin: chosen - rejected log-ratio, nats; beta x margin is the difference of the rewards.
         prompt_tokens, chosen_tokens, rejected_tokens: after truncation.
         truncated_prompt, truncated_chosen, truncated_rejected: whether it was cut to fit.
-        dropped: why the row has no metrics.
+        dropped: the reason for which the row has no scores.
     """
 
     chosen_logps: float | None = None
@@ -57,10 +57,10 @@ class ScoredRows:
     """Every row of a data set, in order, with its score.
 
     Args:
-        rows: as they were read.
-        pairs: those of them that became pairs; their report knows why the others did not.
-        policy: log-probs of the pairs.
-        reference: the same under the reference.
+        rows: all rows of the data set.
+        pairs: the pairs that were made of them; their report knows why other rows were dropped.
+        policy: log-probs of the pairs under the policy.
+        reference: log-probs of the pairs under the reference.
         beta: reward per nat.
     """
 
@@ -71,14 +71,15 @@ class ScoredRows:
     beta: float
 
     def scores(self) -> Iterator[Score]:
-        """One for each row."""
-        at = {pair.row: place for place, pair in enumerate(self.pairs)}
+        """The score of each row, in order."""
+        indices = {pair.row: index for index, pair in enumerate(self.pairs)}
         reasons = self.pairs.report.reasons
         for row in range(len(self.rows)):
-            yield self._score(at[row]) if row in at else Score(dropped=reasons[row])
+            index = indices.get(row)
+            yield Score(dropped=reasons[row]) if index is None else self._score(index)
 
     def describe(self) -> str:
-        """A few metrics for the screen."""
+        """A table of a few metrics over all pairs."""
         logratios = self.policy.logps - self.reference.logps
         margins = torch.from_numpy(logratios[:, 0] - logratios[:, 1])
         rows = [
@@ -89,9 +90,9 @@ class ScoredRows:
         ]
         return table(("scored", ""), rows)
 
-    def _score(self, place: int) -> Score:
-        pair = self.pairs[place]
-        logps, ref_logps = self.policy.logps[place], self.reference.logps[place]
+    def _score(self, index: int) -> Score:
+        pair = self.pairs[index]
+        logps, ref_logps = self.policy.logps[index], self.reference.logps[index]
         if not (np.isfinite(logps).all() and np.isfinite(ref_logps).all()):
             raise ValueError(
                 f"{self.rows.where(pair.row)}: the log-probs are {[*logps, *ref_logps]}; they must "
@@ -112,7 +113,7 @@ class ScoredRows:
 
 
 def check_rows(rows: Rows, pairs: PairDataset, path: Path, *, prefix: str = "") -> None:
-    """Find out before the scoring whether `write_scores` can write these rows.
+    """Refuse before the scoring rows that `write_scores` cannot write.
 
     Raises:
         ValueError: a row gives several pairs, the rows have a column of a score's name already, or
@@ -135,10 +136,10 @@ def check_rows(rows: Rows, pairs: PairDataset, path: Path, *, prefix: str = "") 
 
 
 def write_scores(scored: ScoredRows, path: Path, *, prefix: str = "") -> None:
-    """Every row with its score, in order, in a file that is whole or not there.
+    """Write every row with its score, in order; the file is complete or absent.
 
     Args:
-        scored: rows and scores; `check_rows` has passed them.
+        scored: rows that `check_rows` has passed, and their scores.
         path: ends in .jsonl or .parquet.
         prefix: put before the names of the new columns.
 
@@ -147,15 +148,15 @@ def write_scores(scored: ScoredRows, path: Path, *, prefix: str = "") -> None:
     """
     names = [prefix + name for name in COLUMNS]
 
-    def together() -> Iterator[dict[str, Any]]:
+    def joined_rows() -> Iterator[dict[str, Any]]:
         for row, score in zip(scored.rows.rows, scored.scores(), strict=True):
             yield dict(row) | dict(zip(names, asdict(score).values(), strict=True))
 
     if path.suffix.lower() == ".jsonl":
-        files.write_atomically(path, lambda temporary: _write_json_lines(temporary, together()))
+        files.write_atomically(path, lambda temporary: _write_json_lines(temporary, joined_rows()))
         return
     schema = _schema(scored.rows.rows, names, path)
-    files.write_atomically(path, lambda temporary: _write_parquet(temporary, together(), schema))
+    files.write_atomically(path, lambda temporary: _write_parquet(temporary, joined_rows(), schema))
 
 
 def _write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -174,11 +175,11 @@ def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], schema: Any) -
 
 
 def _schema(rows: Iterable[Mapping[str, Any]], names: Sequence[str], path: Path) -> Any:
-    """The columns of all rows, whose types need not show in the first ones, and of the scores."""
+    """The schema of all rows and scores; a column's type may show in a late row only."""
     import pyarrow
 
     try:
-        found = pyarrow.unify_schemas(
+        row_fields = pyarrow.unify_schemas(
             [_schema_of_batch(batch) for batch in _batches(rows)], promote_options="permissive"
         )
     except pyarrow.ArrowException as error:
@@ -186,11 +187,11 @@ def _schema(rows: Iterable[Mapping[str, Any]], names: Sequence[str], path: Path)
             f"the rows do not fit into the one table of {path}: {error}; write a .jsonl file"
         ) from error
     types = {float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
-    own = [
+    score_fields = [
         (name, types.get(get_args(entry.type)[0], pyarrow.string()))
         for name, entry in zip(names, fields(Score), strict=True)
     ]
-    return pyarrow.schema([*found, *(pyarrow.field(*column) for column in own)])
+    return pyarrow.schema([*row_fields, *(pyarrow.field(*column) for column in score_fields)])
 
 
 def _schema_of_batch(batch: list[Mapping[str, Any]]) -> Any:

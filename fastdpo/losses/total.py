@@ -1,4 +1,4 @@
-"""The loss of pairs as the options ask for it: a weighted sum of formulas, times WPO's weights."""
+"""The loss of pairs as the options define it: a sum of weighted formulas, times WPO's weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,10 +28,10 @@ def pair_losses(
     across pairs; then the pairs must be the whole update, and the sum alone has a meaning.
 
     Args:
-        pairs: the log-probs; with `use_weighting` their weights too.
+        pairs: the log-probs of the pairs, and with `use_weighting` their weights.
         options: the losses, their weights and parameters. With `reference_free` the reference
-            log-probs count as 0, whatever they are.
-        update_pairs: pairs of the whole update; of the whole set in an evaluation.
+            log-probs count as 0, whatever their values.
+        update_pairs: number of pairs of the whole update, or of the whole evaluation set.
         update_chosen_tokens: scored tokens of all its chosen completions.
         loss_function: takes the place of `loss_type` and `loss_weights`.
 
@@ -65,7 +65,7 @@ def pair_losses(
 
 
 def couples_pairs(options: LossOptions, loss_function: LossFunction | None = None) -> bool:
-    """Whether the loss of a pair depends on the other pairs of the update.
+    """True if the loss of a pair depends on the other pairs of the update.
 
     `pair_losses` is then called once, on all pairs of the update.
     """
@@ -75,10 +75,10 @@ def couples_pairs(options: LossOptions, loss_function: LossFunction | None = Non
 
 
 def needs_reference(options: LossOptions, loss_function: LossFunction | None = None) -> bool:
-    """Whether reference log-probs are needed; else they count as 0, in the rewards too.
+    """True if reference log-probs are needed; else they count as 0, in the rewards too.
 
-    Not with `reference_free`, and not for simpo and orpo, alone or with sft. sft alone keeps them
-    for the logged rewards, as TRL does.
+    They are not needed with `reference_free`, nor for simpo and orpo, alone or with sft. For sft
+    alone they are, for the logged rewards, as in TRL.
     """
     if options.reference_free:
         return False
@@ -87,19 +87,14 @@ def needs_reference(options: LossOptions, loss_function: LossFunction | None = N
     return not set(options.loss_type) <= set(REFERENCE_FREE_LOSSES)
 
 
-def token_outputs(options: LossOptions) -> tuple[str, ...]:
-    """What `linear_logprobs` must be asked for beside token_logps (`wpo_alignment`)."""
-    return ("log_sum_sq_probs",) if options.use_weighting else ()
-
-
 def _checked(losses: object, pairs: int) -> Tensor:
-    """(B,) float64 losses of a user's function, or a sentence about what it returned instead."""
-    found = type(losses).__name__
+    """The (B,) losses of a user's function as float64; ValueError for anything else."""
+    returned = type(losses).__name__
     if isinstance(losses, Tensor):
         if losses.shape == (pairs,) and losses.is_floating_point():
             return losses.double()
-        found = f"a tensor of shape {tuple(losses.shape)} and {losses.dtype}"
+        returned = f"a tensor of shape {tuple(losses.shape)} and {losses.dtype}"
     raise ValueError(
-        f"loss_function returned {found} for {pairs} pairs; it must return one floating-point loss "
-        f"per pair, shape ({pairs},), and leave their mean to the trainer."
+        f"loss_function returned {returned} for {pairs} pairs; it must return one "
+        f"floating-point loss per pair, shape ({pairs},), and leave their mean to the trainer."
     )

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdpo.batching import PromptGroup, default_micro_batch_tokens
+from fastdpo.batching import PromptGroup
 from fastdpo.merging.plan import MergePlan
-from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.system.console import table
 
@@ -77,10 +76,8 @@ class Fidelity:
 
 def logps_of(model: nn.Module, groups: Sequence[PromptGroup], description: str) -> Logps:
     """Log-probs of the pairs under a model as it stands."""
-    tokens = default_micro_batch_tokens(unwrap_model(model).device)
     scored = sorted(
-        score_groups(model, groups, micro_batch_tokens=tokens, description=description),
-        key=lambda group: group.index,
+        score_groups(model, groups, description=description), key=lambda group: group.index
     )
     each = [part for group in scored for part in group.token_logps]
     return Logps(np.stack([group.logps for group in scored]), np.concatenate(each))

@@ -136,6 +136,14 @@ class LossOptions(Options):
         self._check_divergence()
         self._reject_unused()
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the loss takes more of a completion than the sum of its tokens' log-probs.
+
+        Then the reference log-probs of single tokens are needed too.
+        """
+        return self.ld_alpha is not None
+
     def _check_loss_types(self) -> None:
         if not self.loss_type:
             raise ValueError("--loss_type is empty; leave it out to use sigmoid.")

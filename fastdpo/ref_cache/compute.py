@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdpo.batching import PromptGroup, group_tokens
+from fastdpo.batching import PromptGroup
 from fastdpo.modeling.families import PackingMode, choose_packing
+from fastdpo.modeling.layout import ExecutionLayout, group_length
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache import run_notes as requests
@@ -31,7 +32,7 @@ def reference_logps(
     groups: Sequence[PromptGroup],
     store: ReferenceStore,
     *,
-    micro_batch_tokens: int,
+    layout: ExecutionLayout,
     mode: PackingMode | None = None,
     name: str = "train",
     requested: Mapping[str, Any] | None = None,
@@ -44,7 +45,7 @@ def reference_logps(
         reference: the model, and how it is run as the reference; as before afterwards.
         groups: n groups of k completions each.
         store: where known log-probs are found and new ones are kept.
-        micro_batch_tokens: T of the pass.
+        layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model, as in training; None chooses.
         name: of the data, for the progress bar and the log.
         requested: what this run asks for, by option, to explain a later miss.
@@ -65,7 +66,7 @@ def reference_logps(
     known = np.asarray(np.isfinite(found).all(axis=1))
     here = np.flatnonzero(known).tolist()
     mode = choose_packing(reference.model) if mode is None else mode
-    options: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "mode": mode}
+    options: dict[str, Any] = {"layout": layout, "mode": mode}
     _log_hits(store, keys, known, name, requested)
     if requested is not None:
         requests.note(store, {"name": name, **requested})
@@ -101,16 +102,15 @@ def _compute(
     store: ReferenceStore,
     *,
     name: str,
-    micro_batch_tokens: int,
+    layout: ExecutionLayout,
     mode: PackingMode,
 ) -> None:
     """Score the missing groups and keep them, shard by shard."""
-    layout = {"shared_prefix": mode.shared_prefix, "packing": mode.packing}
-    sizes = [group_tokens(groups[i], **layout) for i in missing]
+    sizes = [group_length(groups[i], mode) for i in missing]
     all_scored = score_groups(
         reference.model,
         [groups[i] for i in missing],
-        micro_batch_tokens=micro_batch_tokens,
+        layout=layout,
         mode=mode,
     )
     waiting: list[ScoredCompletion] = []

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from fastdpo.batching import PairGroups, PromptGroup
-from fastdpo.losses import ld_logps
+from fastdpo.losses import TokenLogps, weighted_logps
 from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
+from fastdpo.options import LossOptions
 from fastdpo.ref_cache.compute import reference_logps
 from fastdpo.ref_cache.identity import reference_identity
 from fastdpo.ref_cache.store import ReferenceStore, group_keys
@@ -28,9 +30,9 @@ class RefLogpsProvider:
         folder: of all stores, or None to keep nothing: for `--ref_cache off`, and for a reference
             that moves.
         compute_dtype: what the matrix products run in.
-        micro_batch_tokens: T of the passes.
+        layout: bounds the micro-batches of the passes, and is lowered where memory runs out.
         mode: how pairs run through the model; None chooses.
-        ld_alpha: weight of what lies beyond a pair's shorter completion; None is 1.
+        loss: decides how the tokens of a completion are weighed; None sums them up.
         keep_token_logps: store the log-prob of every token beside their sums.
         strict_versions: compute again what other library versions or another GPU computed.
         spot_check_pairs: how many stored pairs to score again before they are believed.
@@ -42,9 +44,9 @@ class RefLogpsProvider:
         folder: Path | None,
         *,
         compute_dtype: torch.dtype,
-        micro_batch_tokens: int,
+        layout: ExecutionLayout,
         mode: PackingMode | None = None,
-        ld_alpha: float | None = None,
+        loss: LossOptions | None = None,
         keep_token_logps: bool = True,
         strict_versions: bool = False,
         spot_check_pairs: int = 0,
@@ -53,8 +55,8 @@ class RefLogpsProvider:
         self.folder = folder
         self.compute_dtype = compute_dtype
         self.mode = choose_packing(reference.model) if mode is None else mode
-        self.options = {"micro_batch_tokens": micro_batch_tokens, "mode": self.mode}
-        self.ld_alpha = ld_alpha
+        self.options = {"layout": layout, "mode": self.mode}
+        self.loss = LossOptions() if loss is None else loss
         self.store_options = {
             "keep_token_logps": keep_token_logps,
             "strict_versions": strict_versions,
@@ -99,10 +101,10 @@ class RefLogpsProvider:
             compute_dtype=self.compute_dtype,
             **self.options,
         )
-        if self.ld_alpha is None:
+        if not self.loss.weighs_tokens:
             return logps
         keys = [key for group in groups for key in group_keys(group)]
-        return self._ld_weighted(store.token_logps(keys))
+        return self._weighted(logps, store.token_logps(keys))
 
     def fill(
         self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
@@ -133,14 +135,26 @@ class RefLogpsProvider:
                 score_groups(model, groups, description=f"Reference of {name}", **self.options),
                 key=lambda each: each.index,
             )
-        if self.ld_alpha is None:
-            return np.stack([each.logps for each in scored])
-        return self._ld_weighted([part for each in scored for part in each.token_logps])
+        logps = np.stack([each.logps for each in scored])
+        if not self.loss.weighs_tokens:
+            return logps
+        return self._weighted(logps, [part for each in scored for part in each.token_logps])
 
-    def _ld_weighted(self, token_logps: Sequence[np.ndarray]) -> np.ndarray:
-        """(n, 2) float64, nats, from the token log-probs of chosen and rejected in turns."""
-        assert self.ld_alpha is not None, "asked for"
+    def _weighted(self, logps: np.ndarray, token_logps: Sequence[np.ndarray]) -> np.ndarray:
+        """Log-probs of n pairs with their tokens weighed as the loss weighs the policy's.
+
+        Args:
+            logps: (n, 2) float64, nats: plain sums.
+            token_logps: those of chosen and rejected of each pair in turns.
+
+        Returns:
+            (n, 2) float64, nats.
+        """
         lengths = torch.tensor([len(each) for each in token_logps])
-        shared = lengths.view(-1, 2).amin(dim=1).repeat_interleave(2)
-        per_token = torch.from_numpy(np.concatenate(token_logps))
-        return ld_logps(per_token, lengths, shared, self.ld_alpha).view(-1, 2).numpy()
+        scored = TokenLogps(
+            torch.from_numpy(logps).flatten(),
+            torch.from_numpy(np.concatenate(token_logps)),
+            lengths,
+            lengths.view(-1, 2).repeat_interleave(2, dim=0),
+        )
+        return weighted_logps(scored, self.loss).view(-1, 2).numpy()

@@ -9,6 +9,7 @@ import torch
 
 from fastdpo.batching import PromptGroup
 from fastdpo.modeling.families import PackingMode
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache.store import ReferenceStore
@@ -38,7 +39,7 @@ def spot_check(
     *,
     count: int,
     compute_dtype: torch.dtype,
-    micro_batch_tokens: int,
+    layout: ExecutionLayout,
     mode: PackingMode | None = None,
 ) -> SpotCheck | None:
     """Score a few known groups and compare; nothing is written, nothing is used for training.
@@ -53,7 +54,7 @@ def spot_check(
         store: to compare with.
         count: the most groups to score.
         compute_dtype: decides how much may differ.
-        micro_batch_tokens: T of the pass.
+        layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model, as in training; None chooses.
 
     Returns:
@@ -71,7 +72,7 @@ def spot_check(
             score_groups(
                 reference.model,
                 [groups[i] for i in order],
-                micro_batch_tokens=micro_batch_tokens,
+                layout=layout,
                 mode=mode,
             )
         )

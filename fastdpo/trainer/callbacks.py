@@ -1,4 +1,4 @@
-"""Every logged metric in `metrics.jsonl` in the output folder, whatever trackers are used."""
+"""What a run tells while it trains: `metrics.jsonl`, progress lines, and notes on its curves."""
 
 import json
 import logging
@@ -19,7 +19,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON object a log, with `step`; a resumed run goes on where its checkpoint was."""
+    """Writes every logged metric to `metrics.jsonl` in the output folder, whatever the trackers.
+
+    Each log is one JSON object in a line, with `step`; a resumed run continues at its checkpoint.
+    """
 
     def on_train_begin(
         self,
@@ -28,7 +31,7 @@ class MetricsFile(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the lines up to the checkpoint; those after it will come again."""
+        """Drop the lines after the checkpoint: the resumed run will write them again."""
         path = _path(args)
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -43,7 +46,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line, in one write: a killed run leaves whole lines, but for the last."""
+        """Append one line in one write, so that a killed run cuts at most the last line."""
         line = json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n"
         try:
             files.append_text(_path(args), line)
@@ -56,7 +59,7 @@ def _path(args: TrainingArguments) -> Path:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; of one that was cut, none that is kept."""
+    """The step of a line; infinity, which is never kept, for a line that was cut."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -72,11 +75,11 @@ SHOWN = (
     ("perf/pairs_per_second", "pairs/s", ".1f"),
     ("memory/peak_gib", "GiB", ".2f"),
 )
-"""Logged name, what the screen calls it, and its format; everything else is in the log history."""
+"""Logged name, label on the screen, and format; the log history has all other metrics."""
 
 
 class ProgressLines(TrainerCallback):
-    """A bar over the updates, and above it a line for each training or evaluation log."""
+    """Shows a bar over the updates, and above it a line for each training or evaluation log."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -88,7 +91,7 @@ class ProgressLines(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Open the bar, where a resumed run left it."""
+        """Open the bar, at the update that a resumed run begins with."""
         self.bar = progress_bar(state.max_steps, "Training", "update")
         self.bar.update(state.global_step)
 
@@ -99,7 +102,7 @@ class ProgressLines(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """One update further."""
+        """Advance the bar to the update that is done."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -111,7 +114,7 @@ class ProgressLines(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line."""
+        """Print the line of a log above the bar."""
         line = log_line(state.global_step, state.max_steps, logs or {})
         if line and self.bar is not None:
             self.bar.write(line)
@@ -132,7 +135,7 @@ class ProgressLines(TrainerCallback):
 
 
 def log_line(step: int, steps: int, logs: dict[str, float]) -> str:
-    """One log as a line; empty for logs that are neither of training nor of evaluation."""
+    """A log as a line for the screen; empty unless it is a log of training or of evaluation."""
     prefix = next((name.removesuffix("loss") for name in logs if name.endswith("loss")), None)
     if prefix is None or prefix == "train_":
         return ""
@@ -144,24 +147,20 @@ def log_line(step: int, steps: int, logs: dict[str, float]) -> str:
     return "  ".join([f"{prefix.rstrip('_') or 'update'} {step}/{steps}", *metrics])
 
 
-logger = logging.getLogger(__name__)
-
-
 Logs = Mapping[str, float]
 
-
-LOGS_LOOKED_AT = 4
-"""A trend is what this many training logs in a row show."""
-
+TREND_LOGS = 4
+"""A trend is what this many successive training logs show."""
 
 EARLY_SHARE = 0.1
-
+"""Share of a run's updates that counts as its beginning."""
 
 LOSS_FLOOR = 0.02
+"""A training loss at or below it, nats, counts as collapsed."""
 
 
 def loss_collapsed_early(logs: Sequence[Logs], share_done: float) -> str | None:
-    """The pairs differ by something trivial."""
+    """A note if the loss is gone early: the pairs differ by something trivial."""
     last = logs[-1]
     if share_done > EARLY_SHARE or last["loss"] > LOSS_FLOOR or last["rewards/accuracies"] < 0.99:
         return None
@@ -173,12 +172,12 @@ def loss_collapsed_early(logs: Sequence[Logs], share_done: float) -> str | None:
 
 
 def displacement(logs: Sequence[Logs], share_done: float) -> str | None:
-    """Chosen completions become less likely too."""
-    recent = logs[-LOGS_LOOKED_AT:]
+    """A note if chosen completions become less likely too."""
+    recent = logs[-TREND_LOGS:]
     chosen = [each["rewards/chosen"] for each in recent]
     margins = [each["rewards/margins"] for each in recent]
     falling = all(later < earlier for earlier, later in pairwise(chosen))
-    if len(recent) < LOGS_LOOKED_AT or not falling or chosen[-1] >= 0 or margins[-1] <= 0:
+    if len(recent) < TREND_LOGS or not falling or chosen[-1] >= 0 or margins[-1] <= 0:
         return None
     return (
         f"both rewards fall (chosen {chosen[-1]:+.2f}): the policy makes the chosen completions "
@@ -189,9 +188,9 @@ def displacement(logs: Sequence[Logs], share_done: float) -> str | None:
 
 
 def below_chance(logs: Sequence[Logs], share_done: float) -> str | None:
-    """More pairs are ordered the wrong way than the right one."""
-    recent = [each["rewards/accuracies"] for each in logs[-LOGS_LOOKED_AT:]]
-    if len(recent) < LOGS_LOOKED_AT or share_done < EARLY_SHARE or max(recent) >= 0.5:
+    """A note if more pairs are ordered the wrong way than the right one."""
+    recent = [each["rewards/accuracies"] for each in logs[-TREND_LOGS:]]
+    if len(recent) < TREND_LOGS or share_done < EARLY_SHARE or max(recent) >= 0.5:
         return None
     return (
         f"the preference accuracy has stayed below 0.5 (now {recent[-1]:.2f}): are chosen and "
@@ -203,11 +202,11 @@ NOTES = (loss_collapsed_early, displacement, below_chance)
 
 
 class CurveNotes(TrainerCallback):
-    """Looks at the training logs and says what a curve may mean."""
+    """Logs a note, once each, when the training logs show one of the patterns of `NOTES`."""
 
     def __init__(self) -> None:
         self.logs: list[Logs] = []
-        self.said: set[str] = set()
+        self.logged_notes: set[str] = set()
 
     def on_log(
         self,
@@ -217,12 +216,12 @@ class CurveNotes(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Whatever is new to say."""
+        """Log each note that applies for the first time."""
         if logs is None or "loss" not in logs or "rewards/margins" not in logs:
             return
         self.logs.append(dict(logs))
         for note in NOTES:
             text = note(self.logs, state.global_step / max(1, state.max_steps))
-            if text is not None and note.__name__ not in self.said:
-                self.said.add(note.__name__)
+            if text is not None and note.__name__ not in self.logged_notes:
+                self.logged_notes.add(note.__name__)
                 logger.info("Note, update %s: %s", state.global_step, text)

@@ -17,11 +17,11 @@ class PreferenceDatasets:
     """The training set and the evaluation sets of one run.
 
     Args:
-        args: of the run.
-        tokenizer: of the policy.
-        vocabulary_size: rows of its head.
+        args: the options of the run.
+        tokenizer: the policy's tokenizer.
+        vocabulary_size: number of tokens that the policy's head scores.
         train_dataset: rows as TRL takes them, a `PairDataset`, or None.
-        eval_dataset: likewise, or a dict of them by name.
+        eval_dataset: rows as for `train_dataset`, or a dict of such data sets by name.
 
     Attributes:
         train: the training pairs, or None.
@@ -38,17 +38,17 @@ class PreferenceDatasets:
     ) -> None:
         self.args, self.tokenizer, self.vocabulary_size = args, tokenizer, vocabulary_size
         needed = self.pairs_per_update * args.max_steps if args.max_steps > 0 else None
-        self.train = self.prepared(train_dataset, "train", limit=needed)
+        self.train = self.tokenized(train_dataset, "train", limit=needed)
         self.eval: PairGroups | dict[str, PairGroups] | None
         if isinstance(eval_dataset, Mapping):
-            parts = {name: self.prepared(part, name) for name, part in eval_dataset.items()}
+            parts = {name: self.tokenized(part, name) for name, part in eval_dataset.items()}
             self.eval = {name: groups for name, groups in parts.items() if groups is not None}
         else:
-            self.eval = self.prepared(eval_dataset, "eval")
+            self.eval = self.tokenized(eval_dataset, "eval")
 
     @property
     def pairs_per_update(self) -> int:
-        """B, as the user's options make it."""
+        """B, from the user's batch size and accumulation steps."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     @property
@@ -58,14 +58,14 @@ class PreferenceDatasets:
             return self.eval
         return {} if self.eval is None else {"eval": self.eval}
 
-    def prepared(self, dataset: Any, name: str, limit: int | None = None) -> PairGroups | None:
-        """Rows to groups; what is prepared already, or None, stays as it is."""
+    def tokenized(self, dataset: Any, name: str, limit: int | None = None) -> PairGroups | None:
+        """The groups of a data set's rows; groups and None are returned as they are."""
         return tokenize_dataset(
             dataset, name, self.args, self.tokenizer, self.vocabulary_size, limit=limit
         )
 
     def train_loader(self) -> DataLoader:
-        """Batches of B groups, one batch an update."""
+        """A loader of batches of B groups, one batch for each update."""
         if self.train is None:
             raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
         args = self.args
@@ -81,10 +81,14 @@ class PreferenceDatasets:
         )
 
     def eval_loader(self, dataset: Any = None) -> DataLoader:
-        """All groups of one evaluation set: rows, groups, or the name of one of this run's."""
+        """A loader of all groups of one evaluation set.
+
+        Args:
+            dataset: rows, groups, or the name of one of this run's sets; None is this run's set.
+        """
         if isinstance(dataset, str):
             dataset = self.eval_by_name[dataset]
-        groups = self.prepared(self.eval if dataset is None else dataset, "eval")
+        groups = self.tokenized(self.eval if dataset is None else dataset, "eval")
         if groups is None:
             raise ValueError("there is no eval_dataset: pass one to DPOTrainer or evaluate().")
         return DataLoader(groups, batch_size=self.pairs_per_update, collate_fn=list)

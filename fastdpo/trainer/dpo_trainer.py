@@ -1,11 +1,10 @@
-"""`DPOTrainer`: one readable update over packed pairs, on the shoulders of transformers.Trainer."""
+"""`DPOTrainer`: Direct Preference Optimization over packed pairs, in transformers' Trainer."""
 
-import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +29,30 @@ from fastdpo.config import DPOConfig
 from fastdpo.losses import LossFunction, needs_reference
 from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.head import get_lm_head, unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
-from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.options import LossOptions, reference_folder
+from fastdpo.options import LossOptions
 from fastdpo.planner import compare
-from fastdpo.ref_cache import RefLogpsProvider, describe_request
+from fastdpo.ref_cache import describe_request
 from fastdpo.system import files
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
-from fastdpo.trainer.layout import ExecutionLayout, choose_layout, plan_memory, worst_case_batch
+from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
-from fastdpo.trainer.prepare import prepare_policy, prepare_reference
+from fastdpo.trainer.nonfinite import nonfinite_reason
+from fastdpo.trainer.prepare import (
+    one_update_per_step,
+    prepare_policy,
+    prepare_reference,
+    reference_provider,
+    refuse_arguments,
+)
 from fastdpo.trainer.resumable import ResumableTrainer
-from fastdpo.trainer.update import Update, nonfinite_reason
+from fastdpo.trainer.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -54,37 +60,40 @@ logger = logging.getLogger(__name__)
 class DPOTrainer(ResumableTrainer):
     """Align a causal LM with preference pairs by Direct Preference Optimization.
 
-    The policy is the model with its adapter on (or all of its weights). The reference is the model
-    with the adapter off, or, where training goes on from a trained adapter, a frozen copy of that;
-    of a model whose weights are all trained, it as it was before the first update. An update is
-    `per_device_train_batch_size * gradient_accumulation_steps` pairs, laid into packed
-    micro-batches of at most `micro_batch_tokens` tokens; it does not depend on how they fall.
+    The policy is the model with its adapter on, or the model all of whose weights are trained. The
+    reference is the model with its adapter off; a frozen copy of the adapter, where training
+    continues a trained one; or the model before the first update, where all weights are trained.
+    An update is `per_device_train_batch_size * gradient_accumulation_steps` pairs, packed into
+    micro-batches of at most `micro_batch_tokens` tokens. Its gradient does not depend on how the
+    pairs are packed.
 
     Args:
         model: a causal LM, a PeftModel on one, or a folder or hub id.
         ref_model: another reference than the above: a model, its folder or hub id, or the folder
             of an adapter. Rarely needed.
-        args: the run's options; `DPOConfig()` by default. Not changed.
+        args: the run's options, which stay unchanged; `DPOConfig()` by default.
         data_collator: must be None; pairs are packed, not padded.
         train_dataset: rows as TRL takes them (a `datasets.Dataset`, a list of dicts, a pandas
             frame) or a `PairDataset`.
-        eval_dataset: likewise, or a dict of them by name.
-        processing_class: the tokenizer; by default the one that lies beside `model`.
+        eval_dataset: rows as for `train_dataset`, or a dict of such data sets by name.
+        processing_class: the tokenizer; by default the one in the folder of `model`.
         compute_metrics: must be None; the metrics are computed from log-probs alone.
-        callbacks: as in transformers.
-        optimizers: as in transformers.
-        quantization_config: for a model given by name.
+        callbacks: further callbacks, as transformers' Trainer takes them.
+        optimizers: an optimizer and its scheduler, as transformers' Trainer takes them.
+        quantization_config: how to quantize a model that is given by name.
         peft_config: train an adapter of this kind instead of all weights.
         loss_function: a loss of your own in place of `loss_type`; see `fastdpo.losses.PairLogps`.
 
     Attributes:
-        first_update_margin: largest absolute margin of the first update, nats: 0 or rounding,
-            unless policy and reference differ from the start; None before it.
+        policy: the model that is trained.
+        reference: the provider of the reference log-probs.
+        layout: T and everything else that lays work out on the device, for updates, the reference
+            pass and evaluations alike; lowered where memory runs out.
 
     Raises:
-        DataError: rows that cannot be used, with their place.
-        ModelError: the model or tokenizer cannot be had.
-        TypeError, ValueError: an argument or a combination that cannot work, by name.
+        DataError: rows cannot be used; the message says where they are.
+        ModelError: the model or tokenizer cannot be loaded.
+        TypeError, ValueError: an argument or a combination cannot work; the message names it.
 
     Source: arXiv:2305.18290.
     """
@@ -105,7 +114,7 @@ class DPOTrainer(ResumableTrainer):
         peft_config: PeftConfig | None = None,
         loss_function: LossFunction | None = None,
     ) -> None:
-        _refuse(data_collator=data_collator, compute_metrics=compute_metrics)
+        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
         args = DPOConfig() if args is None else args
         name = model if isinstance(model, str | os.PathLike) else unwrap_model(model).name_or_path
         tokenizer = processing_class
@@ -122,7 +131,7 @@ class DPOTrainer(ResumableTrainer):
         self.dataset_name: str | None = None
         super().__init__(
             model=policy,
-            args=_one_update_per_step(args, self.trains_adapter),
+            args=one_update_per_step(args, self.trains_adapter),
             train_dataset=self.train_groups,
             eval_dataset=self.eval_groups,  # pyrefly: ignore[bad-argument-type]
             processing_class=tokenizer,
@@ -137,17 +146,25 @@ class DPOTrainer(ResumableTrainer):
             policy, packing=args.packing, shared_prefix=args.shared_prefix, attention=args.attention
         )
         logger.info("%s", self.mode.describe())
-        reference = prepare_reference(policy, ref_model, args)  # first: it takes memory too
+        reference = prepare_reference(policy, ref_model, args)  # before the plan: it takes memory
         self.plan = plan_memory(policy, args, self.train_groups, self.mode, self.pairs_per_update)
         self.layout = choose_layout(policy, args, self.train_groups, self.mode, self.plan)
         self.layout.apply(policy)
         self.layout.apply_to_reference(reference.model)
-        self.reference = self._source_of(reference)
+        self.reference = reference_provider(
+            policy,
+            reference,
+            args,
+            self.layout,
+            self.mode,
+            precision=self.accelerator.mixed_precision,
+            needed=self.needs_reference,
+        )
         self.update = Update(
             policy,
             self.reference.reference,
             args,
-            micro_batch_tokens=self.layout.micro_batch_tokens,
+            layout=self.layout,
             mode=self.mode,
             merge_prompts=args.merge_prompts and self.mode.shared_prefix,
             backward=self.accelerator.backward,
@@ -155,90 +172,71 @@ class DPOTrainer(ResumableTrainer):
             loss_function=loss_function,
             aux_loss_coef=aux_loss_coef(unwrap_model(policy).config, args.router_aux_loss_coef),
         )
-        self.update.most_group_tokens = self.layout.most_group_tokens
-
-    def _source_of(self, reference: ReferenceModel) -> RefLogpsProvider:
-        args = self.user_args
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        precision = self.accelerator.mixed_precision
-        folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
-        if folder is None and not reference.is_frozen and self.needs_reference:
-            raise ValueError(
-                "--ref_cache is off and all weights are trained: the reference is gone after the "
-                "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
-            )
-        return RefLogpsProvider(
-            reference,
-            folder,
-            compute_dtype=mixed.get(precision, unwrap_model(self.policy).dtype),
-            micro_batch_tokens=self.layout.micro_batch_tokens,
-            mode=self.mode,
-            ld_alpha=args.ld_alpha,
-            keep_token_logps=args.ref_token_logps == "on",
-            strict_versions=args.ref_versions == "strict",
-            spot_check_pairs=args.ref_spot_check,
-        )
 
     # Data
 
     @property
     def train_groups(self) -> PairGroups | None:
-        """The training pairs."""
+        """The training pairs, or None."""
         return self.sets.train
 
     @property
     def eval_groups(self) -> PairGroups | dict[str, PairGroups] | None:
-        """The evaluation pairs, or those of each set by name."""
+        """The evaluation pairs, those of each set by name where there are several, or None."""
         return self.sets.eval
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of B groups, one batch an update."""
+        """A loader of batches of B groups, one batch for each update."""
         return self.accelerator.prepare(self.sets.train_loader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """All groups of one evaluation set; `evaluation_loop` packs them itself."""
+        """A loader of one evaluation set's groups; `evaluation_loop` packs them itself."""
         return self.sets.eval_loader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As for an evaluation set."""
+        """A loader of a test set's groups, the same as of an evaluation set."""
         return self.get_eval_dataloader(test_dataset)
 
     @property
     def pairs_per_update(self) -> int:
-        """B, as the user's options make it."""
+        """B, from the user's batch size and accumulation steps."""
         return self.sets.pairs_per_update
 
     @property
     def first_update_margin(self) -> float | None:
-        """Largest absolute margin of the first update, nats; None before it."""
+        """Largest absolute margin of the first update, nats; None before it.
+
+        It is 0, or rounding, unless policy and reference differ from the start.
+        """
         return self.record.first_update_margin
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss looks at a reference."""
+        """True where the loss looks at reference log-probs."""
         return needs_reference(self.user_args, self.loss_function)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision around backbone and head; accelerate wraps only model.forward."""
+        """A context of mixed precision for backbone and head; accelerate wraps model.forward."""
         return self.accelerator.autocast()
 
     # The reference
 
     def compute_references(self) -> None:
-        """Fill the reference store for the training and evaluation sets, without training."""
+        """Compute and store the reference log-probs of all data sets, without training."""
         if self.train_groups is not None:
             self._add_reference(self.train_groups, "train")
         for name, groups in self.sets.eval_by_name.items():
             self._add_reference(groups, name)
 
     def _add_reference(self, groups: PairGroups, name: str) -> None:
+        """Set the reference log-probs of a data set's groups, stored or computed."""
         model_name = unwrap_model(self.policy).name_or_path
         requested = describe_request(groups, self.user_args, self.tokenizer, str(model_name))
         with self.autocast():
             self.reference.fill(groups, name, requested)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
-        """(n, 2) float64: stored, computed, or 0 where the loss looks at no reference."""
+        """Reference log-probs of a data set, (n, 2) float64; 0 where the loss looks at none."""
         if not self.needs_reference:
             return np.zeros((len(groups), 2))
         if self.user_args.sync_ref_model:  # it has moved since the last time
@@ -251,7 +249,7 @@ class DPOTrainer(ResumableTrainer):
     # Training
 
     def on_before_train(self) -> None:
-        """All references that the first update would take away, or that the store keeps."""
+        """Compute the references that the store keeps or the first update would change."""
         if self.needs_reference:
             if self.train_groups is not None and self.reference.folder is not None:
                 self._add_reference(self.train_groups, "train")
@@ -260,21 +258,21 @@ class DPOTrainer(ResumableTrainer):
                     self._add_reference(groups, name)
         self.reference.on_train_begin()
         if self.plan is not None and self.train_groups is not None:
-            self._rehearse(worst_case_batch(self.train_groups, self.mode, self.layout))
+            self._probe_memory(worst_case_batch(self.train_groups, self.mode, self.layout))
 
-    def _rehearse(self, groups: list[PromptGroup]) -> None:
-        """Run the update that takes the most memory first: if it is too much, it shows now."""
+    def _probe_memory(self, groups: list[PromptGroup]) -> None:
+        """Run the update that takes the most memory, so that a lack of it shows at once."""
         torch.cuda.reset_peak_memory_stats()
         self.policy.train()
         self.update.probe_memory(groups)
         measured = torch.cuda.max_memory_allocated()
-        assert self.plan is not None, "only planned runs are rehearsed"
+        assert self.plan is not None, "only planned runs are probed"
         logger.info("The fullest micro-batch fits. %s", compare(self.plan, measured))
 
     def training_step(  # pyrefly: ignore[bad-override]
         self, model: nn.Module, inputs: list[PromptGroup], num_items_in_batch: Any = None
     ) -> Tensor:
-        """The gradient of one update of B pairs, micro-batch by micro-batch.
+        """Add up the gradient of one update of B pairs, micro-batch by micro-batch.
 
         Returns:
             () float64: the mean loss of the pairs, detached.
@@ -299,12 +297,13 @@ class DPOTrainer(ResumableTrainer):
         return result.loss
 
     def _follow_policy(self) -> None:
-        """TR-DPO: after every so many updates the reference takes a step towards the policy."""
+        """Move the reference of TR-DPO a step towards the policy, if its turn has come."""
         args, done = self.user_args, self.state.global_step
         if args.sync_ref_model and done and done % args.ref_model_sync_steps == 0:
             self.reference.reference.follow(self.policy, args.ref_model_mixup_alpha)
 
     def _skip_update(self, wrong: str) -> None:
+        """Leave the weights as they are in an update with a non-finite loss or gradient."""
         for parameter in self.policy.parameters():
             parameter.grad = None
         if self.user_args.nonfinite == "stop":
@@ -328,7 +327,7 @@ class DPOTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """TRL's metrics over a set of pairs, every pair weighing the same."""
+        """Compute TRL's metrics over a set of pairs, every pair weighing the same."""
         groups, args = dataloader.dataset, self.user_args
         assert isinstance(groups, PairGroups), "get_eval_dataloader makes them"
         ref_logps = self._ref_logps(groups, metric_key_prefix)
@@ -338,7 +337,7 @@ class DPOTrainer(ResumableTrainer):
                 groups,
                 ref_logps,
                 args,
-                micro_batch_tokens=self.update.micro_batch_tokens,
+                layout=self.layout,
                 mode=self.mode,
                 loss_function=self.loss_function,
                 description=None if args.disable_tqdm else description,
@@ -349,7 +348,7 @@ class DPOTrainer(ResumableTrainer):
     # Metrics
 
     def _logs_this_update(self) -> bool:
-        """Whether a log line follows this update: the costly metrics are computed only then."""
+        """True before an update that a log line follows: costly metrics are computed then."""
         if self.args.logging_strategy != IntervalStrategy.STEPS:
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         step = self.state.global_step + 1
@@ -357,13 +356,13 @@ class DPOTrainer(ResumableTrainer):
         return first or step % max(1, int(self.state.logging_steps)) == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the updates since the last training log to a training log."""
+        """Log; a training log gets the metrics of the updates since the last one."""
         if "loss" in logs:
-            logs |= self.record.take()
+            logs |= self.record.flush()
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
-        """6 FLOPs per parameter and token of both rows, as transformers counts them."""
+        """6 FLOPs per parameter and token, as transformers counts them: the prompt twice."""
         parameters = unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
         return 6 * num_input_tokens(inputs) * parameters
 
@@ -379,7 +378,7 @@ class DPOTrainer(ResumableTrainer):
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
-        """Write README.md into output_dir; TRL's arguments."""
+        """Write the model card, README.md, into output_dir; the arguments are TRL's."""
         path = Path(str(self.args.output_dir)) / "README.md"
         files.write_text(path, self._model_card(model_name, dataset_name, tags))
 
@@ -414,7 +413,7 @@ class DPOTrainer(ResumableTrainer):
     # Resuming
 
     def resume_signature(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that was stopped."""
+        """The settings that a resumed run must share with the one that was stopped."""
         args = self.user_args
         return {
             "pairs_per_update": self.pairs_per_update,
@@ -428,58 +427,23 @@ class DPOTrainer(ResumableTrainer):
         }
 
     def layout_state(self) -> dict[str, Any]:
-        """How the updates are laid out, which a resumed run repeats to the bit."""
-        layout = replace(
-            self.layout,
-            micro_batch_tokens=self.update.micro_batch_tokens,
-            most_group_tokens=self.update.most_group_tokens,
-        )
-        return {"layout": layout.as_json(), "tokens_seen": self.record.tokens_seen}
+        """The layout of the updates, with which a resumed run repeats them to the bit."""
+        return {"layout": self.layout.as_json(), "tokens_seen": self.record.tokens_seen}
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Where the reference of TR-DPO has got to."""
+        """The tensors of the moving reference of TR-DPO."""
         return self.reference.reference.tensors() if self.user_args.sync_ref_model else {}
 
-    def follow(self, plan: Mapping[str, Any]) -> None:
+    def load_layout_state(self, state: Mapping[str, Any]) -> None:
         """Lay updates out as the run that wrote the checkpoint did, unless the user says how."""
-        if not plan:
+        if not state:
             return
-        self.record.tokens_seen = plan["tokens_seen"]
-        saved = ExecutionLayout.from_json(plan["layout"])
+        self.record.tokens_seen = state["tokens_seen"]
+        saved = ExecutionLayout.from_json(state["layout"])
         if self.user_args.micro_batch_tokens is not None:
-            saved = replace(saved, micro_batch_tokens=self.user_args.micro_batch_tokens)
+            saved.micro_batch_tokens = self.user_args.micro_batch_tokens
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
-        self.layout = saved
+        self.layout.assign(saved)
         self.layout.apply(self.policy)
         self.layout.apply_to_reference(self.reference.reference.model)
-        self.update.micro_batch_tokens = saved.micro_batch_tokens
-        self.update.most_group_tokens = saved.most_group_tokens
-
-
-def _one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
-    """A copy of the arguments for Trainer, whose step is our update: it must not accumulate again.
-
-    Adapters train without autocast: the frozen base has its dtype, the adapters theirs (fp32).
-    """
-    own = copy.copy(args)
-    own.per_device_train_batch_size *= own.gradient_accumulation_steps
-    own.gradient_accumulation_steps = 1
-    own.activation_checkpointing = own.gradient_checkpointing = (
-        False  # see ExecutionLayout.activation_plan
-    )
-    if trains_adapter:
-        own.bf16 = own.fp16 = False
-        own.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__
-    return own
-
-
-def _refuse(**arguments: Any) -> None:
-    """Arguments that TRL has and that make no sense here, by name."""
-    reasons = {
-        "data_collator": "pairs are packed without padding",
-        "compute_metrics": "no logits are ever built; every metric of TRL is logged already",
-    }
-    for name, value in arguments.items():
-        if value is not None:
-            raise TypeError(f"DPOTrainer takes no {name}: {reasons[name]}. Leave it out.")

@@ -1,16 +1,11 @@
-"""A trainer from what a command was given, its run, and what is said at its end."""
+"""Makes a trainer from the options of a command, runs it, and prints where its result lies."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdpo.options import (
-    DEFAULT_DATASET,
-    DataOptions,
-    ModelOptions,
-    resolve_model,
-)
+from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
 from fastdpo.system import files
 from fastdpo.system.console import print_line
 
@@ -21,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
-    """Train what the options name, save it, and say where it lies.
+    """Train the model that the options name, save it, and print where it was saved.
 
     Raises:
-        ValueError: an option is missing, or the model or data cannot be had.
+        ValueError: an option is missing, or the model or data cannot be loaded.
     """
     from fastdpo.trainer.checkpoint import require_writable
 
@@ -34,15 +29,15 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     trainer.dataset_name = data.dataset_name
     trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
     trainer.save_model()
-    _say_result(trainer, model, data)
+    _print_result(trainer, model, data)
     return trainer
 
 
 def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrainer":
-    """Load what the options name and put the trainer together.
+    """Load the model and data that the options name, and make a trainer of them.
 
     Raises:
-        ValueError: an option is missing, or the model or data cannot be had.
+        ValueError: an option is missing, or the model or data cannot be loaded.
     """
     from fastdpo.modeling.adapters import is_adapter, lora_config
     from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
@@ -57,8 +52,8 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     }
     tokenizer = load_tokenizer(name, **source)
     train_rows, eval_rows = _read(data)
-    goes_on = is_adapter(name)
-    if goes_on:
+    continues_adapter = is_adapter(name)
+    if continues_adapter:
         print_line(f"Training the adapter in {name} on.")
     elif not (model.full or model.qlora or model.lora):
         print_line(
@@ -82,7 +77,7 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
         eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=None
-        if model.full or goes_on
+        if model.full or continues_adapter
         else lora_config(
             model.lora_r,
             model.lora_alpha,
@@ -96,7 +91,7 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
 
 @contextmanager
 def without_output(config: "DPOConfig") -> Iterator[None]:
-    """Leave no output folder where there was none: transformers.Trainer makes it at once."""
+    """Remove the output folder afterwards if it was new: transformers.Trainer makes it at once."""
     folder = Path(str(config.output_dir))
     is_new = not folder.exists()
     try:
@@ -107,6 +102,7 @@ def without_output(config: "DPOConfig") -> Iterator[None]:
 
 
 def _require_trackers(config: "DPOConfig") -> None:
+    """Raise ValueError for a tracker of `--report_to` that is not installed."""
     from transformers.integrations import get_available_reporting_integrations
 
     installed = get_available_reporting_integrations()
@@ -119,6 +115,7 @@ def _require_trackers(config: "DPOConfig") -> None:
 
 
 def _model_name(model: ModelOptions) -> str:
+    """The folder or hub id of `--model`, its aliases resolved and explained."""
     if model.model_name_or_path is None:
         raise ValueError(
             "--model is missing: pass a folder, a hub id or an alias such as llama-7b. Without any "
@@ -131,7 +128,7 @@ def _model_name(model: ModelOptions) -> str:
 
 
 def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
-    """Training rows, and the rows to evaluate on if there are any."""
+    """Read the training rows, and the rows to evaluate on if there are any."""
     from fastdpo.data import UnknownSplitError, read_held_out, read_mixture, read_rows
 
     if data.mixture is not None:
@@ -161,11 +158,12 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
 
 
 def _resume(value: str | None) -> str | bool | None:
-    """`true` and `auto` ask for the newest checkpoint, anything else is a folder."""
+    """True for `true` and `auto`, which mean the newest checkpoint; anything else is a folder."""
     return True if value is not None and value.lower() in ("true", "auto") else value
 
 
-def _say_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -> None:
+def _print_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions) -> None:
+    """Print where the result lies, its last evaluation, and the commands that take it further."""
     folder = trainer.args.output_dir
     kind = "adapter" if trainer.trains_adapter else "model"
     print_line(f"\nThe {kind} lies in {folder}.")

@@ -1,10 +1,12 @@
-"""What a trainer is given, made ready: the policy, its reference, the pairs of its data sets."""
+"""Prepares what a trainer is given: its arguments, the policy, its reference, its data sets."""
 
+import copy
 import logging
 import os
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -19,6 +21,9 @@ from fastdpo.modeling.adapters import (
     load_adapter,
     replace_lora_forward,
 )
+from fastdpo.modeling.families import PackingMode
+from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import disable_dropout, resolve_dtype
 from fastdpo.modeling.reference_model import (
     ReferenceModel,
@@ -28,11 +33,40 @@ from fastdpo.modeling.reference_model import (
     reference_from_model,
     reference_from_start,
 )
-from fastdpo.ref_cache import load_identified
+from fastdpo.options import reference_folder
+from fastdpo.ref_cache import RefLogpsProvider, load_identified
 
 logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
+
+
+def refuse_arguments(**arguments: Any) -> None:
+    """Raise TypeError for arguments of TRL's DPOTrainer that ours cannot take."""
+    reasons = {
+        "data_collator": "pairs are packed without padding",
+        "compute_metrics": "no logits are ever built; every metric of TRL is logged already",
+    }
+    for name, value in arguments.items():
+        if value is not None:
+            raise TypeError(f"DPOTrainer takes no {name}: {reasons[name]}. Leave it out.")
+
+
+def one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
+    """A copy of the arguments for transformers' Trainer, each of whose steps is a whole update.
+
+    It must neither accumulate gradients nor checkpoint activations a second time. Adapters train
+    without autocast: the frozen base has its dtype, the adapters theirs (fp32).
+    """
+    args = copy.copy(args)
+    args.per_device_train_batch_size *= args.gradient_accumulation_steps
+    args.gradient_accumulation_steps = 1
+    # ExecutionLayout.activation_plan decides it layer by layer.
+    args.activation_checkpointing = args.gradient_checkpointing = False
+    if trains_adapter:
+        args.bf16 = args.fp16 = False
+        args.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__
+    return args
 
 
 def prepare_policy(
@@ -41,17 +75,18 @@ def prepare_policy(
     peft_config: PeftConfig | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> Model:
-    """The model that is trained, with its adapter if it gets or has one.
+    """Load or take over the model that is trained, and add an adapter where one is wanted.
 
     Args:
-        model: loaded, or its folder or hub id; of an adapter's folder the adapter is trained on.
-        args: for the loading, the dropout and the seed of a new adapter.
-        peft_config: of a new adapter.
-        quantization_config: for a model given by name.
+        model: a loaded model, its folder or hub id, or the folder of an adapter to train further.
+        args: how to load the model, its dropout, and the seed of a new adapter.
+        peft_config: configures a new adapter; None adds none.
+        quantization_config: how to quantize a model that is given by name.
 
     Raises:
-        ModelError: the model cannot be had.
-        ValueError: options for loading a model that is loaded, two adapters, a trained base.
+        ModelError: the model cannot be loaded.
+        ValueError: loading options come with a loaded model, the model would have two adapters, or
+            the base below an adapter is trained.
     """
     by_name = isinstance(model, str | os.PathLike)
     loading = args.from_pretrained_options
@@ -81,7 +116,7 @@ def prepare_policy(
 
 
 def load_policy(name: str, **arguments: Any) -> Model:
-    """A model by folder or hub id; the adapter of a folder on its base, to be trained on.
+    """Load a model by folder or hub id; an adapter's folder gives its base with it, trainable.
 
     Takes the arguments of `load_model`.
     """
@@ -93,16 +128,16 @@ def load_policy(name: str, **arguments: Any) -> Model:
 def prepare_reference(
     policy: Model, ref_model: str | os.PathLike[str] | Model | None, args: DPOConfig
 ) -> ReferenceModel:
-    """What the policy is compared with, said in the log.
+    """Choose the reference that the policy is compared with, and log the choice.
 
     Args:
-        policy: as `prepare_policy` made it.
+        policy: the model from `prepare_policy`.
         ref_model: a model, its folder or hub id, an adapter's folder, or None for `--reference`.
-        args: `reference` and `sync_ref_model`.
+        args: has `reference` and `sync_ref_model`.
 
     Raises:
-        ModelError: the reference cannot be had.
-        ValueError: it cannot be compared with the policy.
+        ModelError: the reference cannot be loaded.
+        ValueError: the reference cannot be compared with the policy.
     """
     requested = args.reference if ref_model is None else ref_model
     if args.sync_ref_model:
@@ -131,6 +166,50 @@ def prepare_reference(
     return reference
 
 
+def reference_provider(
+    policy: Model,
+    reference: ReferenceModel,
+    args: DPOConfig,
+    layout: ExecutionLayout,
+    mode: PackingMode,
+    *,
+    precision: str,
+    needed: bool,
+) -> RefLogpsProvider:
+    """Set up where a run's reference log-probs come from.
+
+    Args:
+        policy: the model that is trained.
+        reference: the reference of the run.
+        args: has the store's folder and options, and the loss.
+        layout: bounds the micro-batches of the reference pass.
+        mode: how pairs run through the model.
+        precision: accelerate's mixed precision: bf16, fp16, or another name for none.
+        needed: whether the loss looks at reference log-probs.
+
+    Raises:
+        ValueError: nothing would keep the log-probs of a reference that training changes.
+    """
+    folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
+    if folder is None and not reference.is_frozen and needed:
+        raise ValueError(
+            "--ref_cache is off and all weights are trained: the reference is gone after the "
+            "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
+        )
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return RefLogpsProvider(
+        reference,
+        folder,
+        compute_dtype=mixed.get(precision, unwrap_model(policy).dtype),
+        layout=layout,
+        mode=mode,
+        loss=args,
+        keep_token_logps=args.ref_token_logps == "on",
+        strict_versions=args.ref_versions == "strict",
+        spot_check_pairs=args.ref_spot_check,
+    )
+
+
 def tokenize_dataset(
     dataset: Any,
     name: str,
@@ -140,18 +219,19 @@ def tokenize_dataset(
     *,
     limit: int | None = None,
 ) -> PairGroups | None:
-    """Rows to groups; what is prepared already, or None, stays as it is.
+    """Tokenize the rows of a data set into groups.
 
     Args:
-        dataset: rows as TRL takes them, or a `PairDataset`.
-        name: of the set, for messages.
+        dataset: rows as TRL takes them, or a `PairDataset`. Groups and None are returned as they
+            are.
+        name: name of the set in messages.
         args: how rows become token ids.
-        tokenizer: of the policy.
-        vocabulary_size: rows of its head.
+        tokenizer: the policy's tokenizer.
+        vocabulary_size: number of tokens that the policy's head scores.
         limit: most pairs to take from a stream; None takes all.
 
     Raises:
-        DataError: rows that cannot be used, with their place.
+        DataError: rows cannot be used; the message says where they are.
     """
     if dataset is None or isinstance(dataset, PairGroups):
         return dataset

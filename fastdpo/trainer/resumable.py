@@ -1,7 +1,8 @@
 """A transformers.Trainer that can be stopped, killed and resumed at any update, to the same bits.
 
-Its checkpoints are whole, hold no pickle and know their run; the noise of an update is a function
-of seed and update, so nothing that happens between two updates can change the second.
+Its checkpoints are complete or absent, hold no pickle, and describe the run that wrote them. The
+random numbers of an update depend on the seed and the update's number alone, so nothing that
+happens between two updates can change the second.
 """
 
 import dataclasses
@@ -38,16 +39,16 @@ from fastdpo.trainer import checkpoint as checkpoints
 logger = logging.getLogger(__name__)
 
 TOKENIZER_BYTES = 2**25
-"""What lies in a checkpoint beside tensors, at most."""
+"""Upper bound of everything in a checkpoint that is not a tensor of model or optimizer."""
 
 
 class ResumableTrainer(Trainer):
-    """Everything of `Trainer` that writes to disk, written as `fastdpo.checkpoint` has it.
+    """A Trainer that writes and reads its checkpoints through `fastdpo.trainer.checkpoint`.
 
     Attributes:
         policy: the model that is trained and saved.
-        tokenizer: saved beside it.
-        user_args: the options as the user gave them, saved beside it too.
+        tokenizer: saved beside the model.
+        user_args: the options as the user gave them, saved beside the model too.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -61,11 +62,11 @@ class ResumableTrainer(Trainer):
     # What a run is
 
     def resume_signature(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that was stopped; JSON-ready."""
+        """The settings that a resumed run must share with the one that was stopped; JSON-ready."""
         raise NotImplementedError
 
-    def _to_json(self) -> dict[str, Any]:
-        """The same and the base, once, before the first update may move it."""
+    def _describe_run(self) -> dict[str, Any]:
+        """`resume_signature` and the identity of the base weights before the first update."""
         store = reference_folder(self.user_args.ref_cache)
         hash_cache = None if store is None else store / HASH_CACHE_FILE
         identity = reference_identity(self.policy, torch.float32, hash_cache)
@@ -73,18 +74,18 @@ class ResumableTrainer(Trainer):
         return {**self.resume_signature(), "base": base}
 
     def layout_state(self) -> dict[str, Any]:
-        """How this run lays out its work, where a resumed one has to follow it; JSON-ready."""
+        """The layout of this run's work, which a resumed run has to take over; JSON-ready."""
         return {}
 
-    def follow(self, plan: Mapping[str, Any]) -> None:
-        """Take over what `layout_state` said when the checkpoint was written."""
+    def load_layout_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `layout_state` returned when the checkpoint was written."""
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """What moves in training and is saved neither with the policy nor with the optimizer."""
+        """Tensors that training changes and that neither the policy nor the optimizer holds."""
         return {}
 
     def on_before_train(self) -> None:
-        """What has to be ready before the first update; may be stopped between two steps of it."""
+        """Prepare everything that the first update needs; a signal may stop the run in here."""
 
     # Training
 
@@ -94,9 +95,9 @@ class ResumableTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, or go on from a checkpoint.
+        """Train, or continue from a checkpoint.
 
-        SIGTERM and Ctrl-C end the run after the update in hand, with a checkpoint; a second one
+        SIGTERM and Ctrl-C end the run after the current update, with a checkpoint; a second one
         ends it at once.
 
         Args:
@@ -115,7 +116,7 @@ class ResumableTrainer(Trainer):
         output_dir = Path(str(self.args.output_dir))
         checkpoints.require_writable(output_dir)
         with checkpoints.locked(output_dir), signals.graceful_shutdown() as self._stop:
-            self._run = self._to_json()
+            self._run = self._describe_run()
             folder = self.checkpoint_to_resume(resume_from_checkpoint)
             if self.args.save_strategy != SaveStrategy.NO:
                 if folder is None:
@@ -143,7 +144,7 @@ class ResumableTrainer(Trainer):
             return output
 
     def checkpoint_to_resume(self, requested: str | bool | None) -> Path | None:
-        """The folder to go on from: the one asked for, or for True the newest that verifies.
+        """The checkpoint folder to resume from; for True, the newest one that verifies.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another run.
@@ -159,18 +160,18 @@ class ResumableTrainer(Trainer):
                     f"nothing to resume from: there is no folder {folder}. Name a checkpoint-* "
                     "folder, or pass true for the newest whole one in --output_dir."
                 )
-        sealed = checkpoints.verify(folder)
+        manifest = checkpoints.verify(folder)
         allowed = self.user_args.allow_config_change or []
-        for line in checkpoints.require_same_run(sealed.run, self._run, allowed):
+        for line in checkpoints.require_same_run(manifest.run, self._run, allowed):
             logger.warning("Resuming although this differs (--allow_config_change): %s", line)
-        self.follow(sealed.plan)
+        self.load_layout_state(manifest.plan)
         logger.info("Resuming from %s", folder)
         return folder
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The next update's pairs; none where the checkpoint gone on from is of the last update."""
+        """The next update's pairs; none where the run resumed from its last update."""
         if self.control.should_training_stop:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -178,7 +179,7 @@ class ResumableTrainer(Trainer):
     def _evaluate(
         self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
     ) -> dict[str, float]:
-        """An evaluation gives way to a signal: the update before it is what has to be saved."""
+        """Evaluate; a signal interrupts it, because the update before it has to be saved."""
         assert self._stop is not None, "inside train()"
         with self._stop.interruptible():
             return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
@@ -192,7 +193,7 @@ class ResumableTrainer(Trainer):
         *others: Any,
         **named: Any,
     ) -> None:
-        """Also a signal that comes in here ends the run after this update, saved once."""
+        """Log, save and evaluate; a signal in here ends the run after this update, saved once."""
         assert self._stop is not None, "inside train()"
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *others, **named)
@@ -210,10 +211,10 @@ class ResumableTrainer(Trainer):
         return str(self._saving_into) if self._saving_into else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save; where the disk is full or failing, training goes on and the next one tries again.
+        """Save a checkpoint; if the disk is full or failing, training continues without it.
 
         Raises:
-            OSError: it fails, and no next one will come.
+            OSError: it cannot be written, and the run ends here.
         """
         assert self._stop is not None, "inside train()"
         stops = self._stop.signal is not None
@@ -240,7 +241,7 @@ class ResumableTrainer(Trainer):
             self._saved_update = self.state.global_step
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Fill a folder under a temporary name, seal it, give it its name, then rotate.
+        """Write a folder under a temporary name and its manifest, rename it, then rotate.
 
         Trainer itself rotates before it returns, which would delete the last whole checkpoint
         before the new one has its manifest; in the temporary folder it finds nothing to rotate.
@@ -265,7 +266,7 @@ class ResumableTrainer(Trainer):
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Model or adapter, tokenizer with chat template, and the options as JSON.
+        """Write model or adapter, tokenizer with chat template, and the options as JSON.
 
         Outside a checkpoint, which becomes visible as a whole anyway, each file gets its name only
         when all are written: the result of an earlier run is never left half overwritten.
@@ -293,12 +294,12 @@ class ResumableTrainer(Trainer):
             options["selected_adapters"] = list(self.policy.active_adapters)
         files.call_writer(folder, lambda path: self.policy.save_pretrained(str(path), **options))
         files.call_writer(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
-        said = json.loads(self.user_args.to_json_string())
-        said[BASE_IN_4BIT] = bool(getattr(unwrap_model(self.policy), "is_loaded_in_4bit", False))
-        files.write_text(folder / TRAINING_ARGUMENTS, json.dumps(said, indent=2) + "\n")
+        values = json.loads(self.user_args.to_json_string())
+        values[BASE_IN_4BIT] = bool(getattr(unwrap_model(self.policy), "is_loaded_in_4bit", False))
+        files.write_text(folder / TRAINING_ARGUMENTS, json.dumps(values, indent=2) + "\n")
 
     def _checkpoint_bytes(self) -> int:
-        """Of the weights that are saved, two fp32 moments of those that move, and the tokenizer."""
+        """Bytes of the saved weights, two fp32 moments of the trained ones, and the tokenizer."""
         moving = [p for p in self.policy.parameters() if p.requires_grad]
         saved = moving if isinstance(self.policy, PeftModel) else list(self.policy.parameters())
         moments = 0 if self.args.save_only_model else 8 * sum(p.numel() for p in moving)
@@ -337,14 +338,14 @@ class ResumableTrainer(Trainer):
 
 
 def update_seed(seed: int, update: int) -> int:
-    """The seed of torch's generators in one update, counted from 0."""
+    """The seed of torch's generators in one update; updates are counted from 0."""
     digest = hashlib.sha256(f"update {update} of {seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclasses.dataclass(eq=False)
 class _StepCallback(TrainerCallback):
-    """Between two updates: the next one's noise, and whether there is to be one."""
+    """Seeds the random generators before each update, and stops the run after a signal."""
 
     trainer: ResumableTrainer
     resumed_from: Path | None
@@ -352,7 +353,7 @@ class _StepCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The best checkpoint lies where the run does; after the last update none is trained."""
+        """Look for the best checkpoint beside this one; train nothing after the last update."""
         if self.resumed_from is not None and state.best_global_step:
             best = self.resumed_from.with_name(f"checkpoint-{state.best_global_step}")
             if best.is_dir():
@@ -371,15 +372,15 @@ class _StepCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stop_if_asked(control)
+        self._stop_if_requested(control)
 
     def on_epoch_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stop_if_asked(control)
+        self._stop_if_requested(control)
 
-    def _stop_if_asked(self, control: TrainerControl) -> None:
-        """Save and do not evaluate; `_maybe_log_save_evaluate`, which comes next, does the rest."""
+    def _stop_if_requested(self, control: TrainerControl) -> None:
+        """After a signal, have `_maybe_log_save_evaluate`, which comes next, save only."""
         assert self.trainer._stop is not None, "inside train()"
         if self.trainer._stop.signal is not None:
             control.should_evaluate, control.should_save = False, True

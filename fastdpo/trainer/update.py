@@ -1,92 +1,68 @@
 """One update: the gradient of B pairs, whatever micro-batches they fall into.
 
-A loss sees a completion through a few numbers (its summed log-prob above all), which gives two ways
-to one gradient. Directly: each micro-batch forward, the losses of its pairs, backward. By
-coefficients: a first pass without gradients finds the numbers of all completions, the loss of the
-whole update is differentiated by them, and a second pass runs each micro-batch backward with its
-coefficients. The second way costs one more forward and needs neither the two completions of a pair
-nor the pairs that a loss couples in one micro-batch.
+A loss sees a completion through a few numbers, its terms (the summed log-prob above all), which
+gives two ways to one gradient:
 
-Out of memory, the update starts again from no gradient and the same random state with smaller
-micro-batches: fewer groups, then single completions. It stays the same update.
+    one pass     each micro-batch: forward, the losses of its pairs, backward
+    GradCache    forward of all micro-batches without gradients -> the terms of all completions
+                 loss of the whole update -> its derivative by each term
+                 each micro-batch: forward again, backward from its terms' derivatives
+
+GradCache (L. Gao et al., arXiv:2101.06983) costs one more forward, and needs neither the two
+completions of a pair nor the pairs that a loss couples in one micro-batch.
+
+Out of memory, the update starts again from no gradient and the same random state in smaller
+micro-batches (`run_within_memory`). It stays the same update.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, group_tokens, pack_update
+from fastdpo.batching import MicroBatch, PromptGroup, pack_update
 from fastdpo.losses import (
     LossFunction,
-    PairLogps,
+    TokenLogps,
+    completion_terms,
     couples_pairs,
-    ld_logps,
     needs_reference,
+    pair_logps,
     pair_losses,
     token_outputs,
-    wpo_alignment,
-    wpo_weights,
+    weighted_logps,
 )
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.layout import ExecutionLayout, WorkItem, run_within_memory
 from fastdpo.modeling.loading import eval_mode
-from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
-from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message
+from fastdpo.system.oom import free_cached_memory
 from fastdpo.system.rng import RNGState
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkItem:
-    """Completions of one prompt that are computed together, and which of the update's they are."""
-
-    group: PromptGroup
-    rows: tuple[int, ...]  # 2 x pair + (0 chosen, 1 rejected)
-
-
-@dataclass(frozen=True, eq=False)
-class UpdateResult:
-    """What one update computed, all without gradient."""
-
-    loss: Tensor  # () float64, the mean over the pairs, with the weighted auxiliary loss
-    logps: Tensor  # (B, 2) float64 of chosen and rejected, as the loss took them; nats
-    ref_logps: Tensor  # (B, 2) float64
-    tokens: Tensor  # (B, 2) int64: scored tokens
-    token_metrics: dict[str, Tensor]  # (M,) by the names asked for
-    token_rows: Tensor  # (M,) int64: which completion each token belongs to
-    computed_tokens: int  # every shared token once
-    aux_loss: Tensor | None  # () float64, of the routers of a mixture of experts
+from fastdpo.trainer.metrics import UpdateResult
 
 
 class Update:
-    """Computes the gradients of updates, with the memory that there is.
+    """Computes the gradients of updates within the memory that there is.
 
     Args:
         policy: a causal LM or a PeftModel on one.
-        reference: what gives the reference log-probs of groups that come without.
-        options: of the loss.
-        micro_batch_tokens: T, the most tokens of a micro-batch.
+        reference: computes the reference log-probs of groups that bring none.
+        options: the loss and its parameters.
+        layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model.
         merge_prompts: compute a prompt that several pairs of an update share once for all.
         backward: adds the gradient of a () tensor to the parameters.
-        autocast: a context around every forward.
-        loss_function: in place of the built losses; `PairLogps` says what it is given.
+        autocast: makes the context around every forward.
+        loss_function: takes the place of the built losses; `PairLogps` says what it is given.
         aux_loss_coef: weight of the routers' load-balancing loss, each micro-batch counting by its
             tokens; 0 for models without routers.
-
-    Attributes:
-        micro_batch_tokens: lowered when memory runs out.
-        most_group_tokens: groups beyond it are split into their completions; None splits none.
     """
 
     def __init__(
@@ -95,7 +71,7 @@ class Update:
         reference: ReferenceModel,
         options: LossOptions,
         *,
-        micro_batch_tokens: int,
+        layout: ExecutionLayout,
         mode: PackingMode,
         merge_prompts: bool = False,
         backward: Callable[[Tensor], None],
@@ -104,9 +80,7 @@ class Update:
         aux_loss_coef: float = 0.0,
     ) -> None:
         self.policy, self.reference, self.options = policy, reference, options
-        self.micro_batch_tokens, self.mode = micro_batch_tokens, mode
-        self.merge_prompts = merge_prompts
-        self.most_group_tokens: int | None = None
+        self.layout, self.mode, self.merge_prompts = layout, mode, merge_prompts
         self.backward, self.autocast = backward, autocast
         self.loss_function, self.aux_loss_coef = loss_function, aux_loss_coef
 
@@ -121,91 +95,50 @@ class Update:
             DoesNotFitError: memory runs out with a single completion in a micro-batch.
         """
         state = RNGState.capture()
-        while True:
-            pieces = self._pieces(groups)
-            found = self._attempt(groups, pieces, outputs)
-            if isinstance(found, UpdateResult):
-                return found
-            # Only here, with the exception gone, is what its traceback held free.
+
+        def undo() -> None:
             self._zero_grad()
             state.restore()
-            self._shrink_micro_batches([piece.group for piece in pieces], found)
+
+        attempts = run_within_memory(
+            [WorkItem.whole(index, group) for index, group in enumerate(groups)],
+            self.layout,
+            self.mode,
+            lay_out=lambda items: [(items, items)],  # the whole update is one unit of work
+            work=lambda items: _StepAttempt(self, groups, items, outputs).run(),
+            undo=undo,
+        )
+        return next(attempts)
 
     def probe_memory(self, groups: Sequence[PromptGroup]) -> None:
-        """`run` for its memory alone: no gradient stays and no random number is drawn."""
+        """Do all work of an update for its memory alone: no gradient and no RNG draw remains."""
         state = RNGState.capture()
         self.run(groups)
         self._zero_grad()
+        free_cached_memory()
         state.restore()
-
-    def _attempt(
-        self, groups: Sequence[PromptGroup], pieces: Sequence[WorkItem], outputs: tuple[str, ...]
-    ) -> UpdateResult | str:
-        """The update, or what the allocator said when memory ran out."""
-        try:
-            return _StepAttempt(self, groups, pieces, outputs).run()
-        except RuntimeError as error:
-            message = oom_message(error)
-            if message is None:
-                raise
-            return message
-
-    def _pieces(self, groups: Sequence[PromptGroup]) -> list[WorkItem]:
-        pieces = []
-        for index, group in enumerate(groups):
-            rows = (2 * index, 2 * index + 1)
-            limit = self.most_group_tokens
-            if limit is None or self.tokens_of(group) <= limit:
-                pieces.append(WorkItem(group, rows))
-            else:
-                pieces += [
-                    WorkItem(PromptGroup(group.prompt_ids, (completion,)), (row,))
-                    for completion, row in zip(group.completions, rows, strict=True)
-                ]
-        return pieces
-
-    def tokens_of(self, group: PromptGroup) -> int:
-        """Tokens that the group takes in a micro-batch."""
-        mode = self.mode
-        return group_tokens(group, shared_prefix=mode.shared_prefix, packing=mode.packing)
 
     def _zero_grad(self) -> None:
         for parameter in self.policy.parameters():
             parameter.grad = None
-        free_cached_memory()
-
-    def _shrink_micro_batches(self, tried: Sequence[PromptGroup], message: str) -> None:
-        """Half the tokens of a micro-batch, down to one group; then single completions."""
-        largest = max(tried, key=self.tokens_of)
-        most, fullest = self.tokens_of(largest), sum(map(self.tokens_of, tried))
-        used = min(max(self.micro_batch_tokens, most), fullest)
-        if used > most:
-            self.micro_batch_tokens = max(most, used // 2)
-            now = f"micro-batches of at most {self.micro_batch_tokens:,} tokens"
-        elif len(largest.completions) > 1:
-            self.most_group_tokens = most - 1
-            now = f"pairs of {most:,} tokens and more one completion at a time"
-        else:
-            raise DoesNotFitError.of_completion(most, message)
-        logger.warning("Out of memory: %s from now on. The update stays the same.", now)
 
 
 class _StepAttempt:
-    """One try at one update."""
+    """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected)."""
 
     def __init__(
         self,
         update: Update,
         groups: Sequence[PromptGroup],
-        pieces: Sequence[WorkItem],
+        items: Sequence[WorkItem],
         outputs: tuple[str, ...],
     ) -> None:
-        self.update, self.options, self.pieces = update, update.options, pieces
+        self.update, self.options, self.items = update, update.options, items
         self.groups, self.outputs = groups, outputs
         self.device = unwrap_model(update.policy).device
         micro_batches = pack_update(
-            [piece.group for piece in pieces],
-            update.micro_batch_tokens,
+            [item.group for item in items],
+            update.layout.micro_batch_tokens,
             shared_prefix=update.mode.shared_prefix,
             packing=update.mode.packing,
             merge_prompts=update.merge_prompts,
@@ -215,16 +148,16 @@ class _StepAttempt:
         self.tokens = torch.tensor(lengths, device=self.device)  # (B, 2)
         self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
         self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
-        self.token_rows: list[Tensor] = []
+        self.token_completions: list[Tensor] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.aux_loss = torch.zeros_like(self.loss)
         self.computed_tokens = sum(micro_batch.num_tokens for micro_batch in self.micro_batches)
 
     def run(self) -> UpdateResult:
-        """Both passes, or the one that is enough."""
+        """Compute the gradient in one pass where that is enough, else by GradCache."""
         self.ref_logps = self._ref_logps()
         whole_pairs = all(
-            len(piece.rows) == len(self.groups[0].completions) for piece in self.pieces
+            len(item.completions) == len(self.groups[item.index].completions) for item in self.items
         )
         config = unwrap_model(self.update.policy).config
         with packed_attention(config, self.update.mode.attention):
@@ -233,39 +166,42 @@ class _StepAttempt:
                     self._direct(micro_batch)
             else:
                 self._grad_cache()
+        aux_coef = self.update.aux_loss_coef
         return UpdateResult(
-            self.loss + self.update.aux_loss_coef * self.aux_loss,
-            self.logps.view(-1, 2),
-            self.ref_logps,
-            self.tokens,
-            {name: torch.cat(parts) for name, parts in self.token_metrics.items()},
-            torch.cat(self.token_rows) if self.outputs else self.tokens.new_empty(0),
-            self.computed_tokens,
-            self.aux_loss if self.update.aux_loss_coef else None,
+            loss=self.loss + aux_coef * self.aux_loss,
+            logps=self.logps.view(-1, 2),
+            ref_logps=self.ref_logps,
+            tokens=self.tokens,
+            token_metrics={name: torch.cat(parts) for name, parts in self.token_metrics.items()},
+            token_completions=torch.cat(self.token_completions or [self.tokens.new_empty(0)]),
+            computed_tokens=self.computed_tokens,
+            aux_loss=self.aux_loss if aux_coef else None,
         )
 
     def _direct(self, micro_batch: MicroBatch) -> None:
-        rows = self._rows(micro_batch)
-        metrics, aux_loss = self._metrics(micro_batch, rows, self.outputs)
-        order = rows.argsort()
-        loss = self._loss({name: values[order] for name, values in metrics.items()}, rows[order])
+        """Forward and backward of one micro-batch that holds whole pairs."""
+        indices = self._completions_in(micro_batch)
+        terms, aux_loss = self._forward(micro_batch, indices, self.outputs)
+        order = indices.argsort()
+        loss = self._loss({name: values[order] for name, values in terms.items()}, indices[order])
         self.update.backward(loss + aux_loss)
         self.loss += loss.detach()
 
     def _grad_cache(self) -> None:
+        """Both passes of GradCache, arXiv:2101.06983, over all micro-batches."""
         state = RNGState.capture()
-        all_rows = torch.arange(self.tokens.numel(), device=self.device)
-        metrics: dict[str, Tensor] = {}
+        everything = torch.arange(self.tokens.numel(), device=self.device)
+        terms: dict[str, Tensor] = {}
         with torch.no_grad():
             for micro_batch in self.micro_batches:
-                rows = self._rows(micro_batch)
-                for name, values in self._metrics(micro_batch, rows, self.outputs)[0].items():
-                    empty = torch.zeros(len(all_rows), dtype=values.dtype, device=self.device)
-                    metrics.setdefault(name, empty)[rows] = values
-        leaves = {name: values.requires_grad_() for name, values in metrics.items()}
-        loss = self._loss(leaves, all_rows)
+                indices = self._completions_in(micro_batch)
+                for name, values in self._forward(micro_batch, indices, self.outputs)[0].items():
+                    empty = torch.zeros(len(everything), dtype=values.dtype, device=self.device)
+                    terms.setdefault(name, empty)[indices] = values
+        leaves = {name: values.requires_grad_() for name, values in terms.items()}
+        loss = self._loss(leaves, everything)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        coefficients = {
+        derivatives = {
             name: gradient
             for name, gradient in zip(leaves, gradients, strict=True)
             if gradient is not None
@@ -274,65 +210,62 @@ class _StepAttempt:
         self.aux_loss.zero_()
         state.restore()  # the second pass must drop out what the first one did
         for micro_batch in self.micro_batches:
-            rows = self._rows(micro_batch)
-            found, aux_loss = self._metrics(micro_batch, rows, ())
-            parts = [(found[name] * each[rows]).sum() for name, each in coefficients.items()]
+            indices = self._completions_in(micro_batch)
+            terms, aux_loss = self._forward(micro_batch, indices, ())
+            parts = [(terms[name] * each[indices]).sum() for name, each in derivatives.items()]
             self.update.backward(torch.stack(parts).sum() + aux_loss)
 
-    def _rows(self, micro_batch: MicroBatch) -> Tensor:
-        """(C,) int64: which of the update's completions lie in a micro-batch, in its order."""
-        rows = [row for index in micro_batch.group_indices for row in self.pieces[index].rows]
-        return torch.tensor(rows, device=self.device)
+    def _completions_in(self, micro_batch: MicroBatch) -> Tensor:
+        """(C,) int64 indices of the completions in a micro-batch, in its order."""
+        items = [self.items[index] for index in micro_batch.group_indices]
+        indices = [2 * item.index + completion for item in items for completion in item.completions]
+        return torch.tensor(indices, device=self.device)
 
-    def _metrics(
-        self, micro_batch: MicroBatch, rows: Tensor, outputs: tuple[str, ...]
+    def _forward(
+        self, micro_batch: MicroBatch, indices: Tensor, outputs: tuple[str, ...]
     ) -> tuple[dict[str, Tensor], Tensor | float]:
-        """What the loss may look at of each completion in a micro-batch, and its auxiliary loss.
+        """Run a micro-batch, and keep the log-probs and metrics of its completions.
 
         Returns:
-            (C,) float64 by name; () weighted, for the backward.
+            The terms of its completions, (C,) float64 by name; its share of the auxiliary loss,
+            (), weighted for the backward.
         """
-        weighing = token_outputs(self.options)
-        wanted = (*outputs, *(name for name in weighing if name not in outputs))
+        needed = token_outputs(self.options)
+        wanted = (*outputs, *(name for name in needed if name not in outputs))
         coef = self.update.aux_loss_coef
         with self.update.autocast():
-            found = packed_logprobs(self.update.policy, micro_batch, wanted, aux_loss=coef != 0)
-        lengths = micro_batch.completion_tokens
-        metrics = {"logps": found.logps}
-        if self.options.ld_alpha is not None:
-            metrics["sums"] = found.logps
-            metrics["logps"] = self._ld_logps(found.token_logps, lengths, rows)
-        for name in weighing:
-            metrics["alignment"] = wpo_alignment(found.token_logps, found.extras[name], lengths)
-        self.logps[rows] = metrics["logps"].detach()
+            scored = packed_logprobs(self.update.policy, micro_batch, wanted, aux_loss=coef != 0)
+        terms = completion_terms(self._token_logps(scored, micro_batch, indices), self.options)
+        self.logps[indices] = terms["logps"].detach()
         for name in outputs:
-            self.token_metrics[name].append(found.extras[name])
+            self.token_metrics[name].append(scored.extras[name])
         if outputs:
-            self.token_rows.append(torch.repeat_interleave(rows, lengths))
-        if found.aux_loss is None:
-            return metrics, 0.0
+            lengths = micro_batch.completion_tokens
+            self.token_completions.append(torch.repeat_interleave(indices, lengths))
+        if scored.aux_loss is None:
+            return terms, 0.0
         share = micro_batch.num_tokens / self.computed_tokens
-        self.aux_loss += share * found.aux_loss.detach()
-        return metrics, coef * share * found.aux_loss
+        self.aux_loss += share * scored.aux_loss.detach()
+        return terms, coef * share * scored.aux_loss
 
-    def _ld_logps(self, token_logps: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
-        """(C,) sums in which what lies beyond the shorter completion of a pair counts ld_alpha."""
-        assert self.options.ld_alpha is not None, "asked for"
-        shared = self.tokens.amin(dim=1)[rows // 2]
-        return ld_logps(token_logps, lengths, shared, self.options.ld_alpha)
+    def _token_logps(
+        self, scored: PackedLogprobs, micro_batch: MicroBatch, indices: Tensor
+    ) -> TokenLogps:
+        lengths, pairs = micro_batch.completion_tokens, indices // 2
+        return TokenLogps(
+            scored.logps, scored.token_logps, lengths, self.tokens[pairs], scored.extras
+        )
 
-    def _loss(self, metrics: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """(): what the pairs of `rows`, chosen and rejected in turns, add to the update's loss."""
-        pairs = rows.view(-1, 2)[:, 0] // 2
-        alignment = metrics.get("alignment")
+    def _loss(self, terms: dict[str, Tensor], indices: Tensor) -> Tensor:
+        """What some pairs add to the update's loss, ().
+
+        Args:
+            terms: (C,) each, of those pairs' completions.
+            indices: (C,) int64: the completions, chosen and rejected of each pair in turns.
+        """
+        pairs = indices.view(-1, 2)[:, 0] // 2
         losses = pair_losses(
-            PairLogps(
-                logps=metrics["logps"].view(-1, 2),
-                ref_logps=self.ref_logps[pairs],
-                tokens=self.tokens[pairs],
-                chosen_sums=metrics["sums"].view(-1, 2)[:, 0] if "sums" in metrics else None,
-                weights=None if alignment is None else wpo_weights(alignment.view(-1, 2)),
-            ),
+            pair_logps(terms, self.ref_logps[pairs], self.tokens[pairs]),
             self.options,
             update_pairs=len(self.groups),
             update_chosen_tokens=self.tokens[:, 0].sum(),
@@ -358,49 +291,8 @@ class _StepAttempt:
             packed_attention(unwrap_model(reference.model).config, self.update.mode.attention),
         ):
             for micro_batch in self.micro_batches:
-                rows = self._rows(micro_batch)
-                found = packed_logprobs(reference.model, micro_batch)
-                if self.options.ld_alpha is None:
-                    logps[rows] = found.logps
-                else:
-                    lengths = micro_batch.completion_tokens
-                    logps[rows] = self._ld_logps(found.token_logps, lengths, rows)
+                indices = self._completions_in(micro_batch)
+                scored = packed_logprobs(reference.model, micro_batch)
+                token_logps = self._token_logps(scored, micro_batch, indices)
+                logps[indices] = weighted_logps(token_logps, self.options)
         return logps.view(-1, 2)
-
-
-MOST_ROWS = 8
-
-
-def nonfinite_reason(
-    policy: nn.Module,
-    result: UpdateResult,
-    groups: Sequence[PromptGroup],
-    *,
-    check_gradient: bool = True,
-) -> str:
-    """Look at loss and gradient of one update.
-
-    Args:
-        policy: with its gradient.
-        result: of the update.
-        groups: its B pairs.
-        check_gradient: off where a loss scaler looks at the gradient itself.
-
-    Returns:
-        What is wrong, to follow "the", with the rows; empty if all is finite.
-    """
-    if not torch.isfinite(result.loss):
-        wrong = ~torch.isfinite(result.logps).all(dim=1)
-        named = [g for g, is_wrong in zip(groups, wrong.tolist(), strict=True) if is_wrong]
-        return f"loss is {result.loss.item()} ({_rows(named or groups)})"
-    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-    if not check_gradient or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-        return ""
-    return f"gradient is not finite ({_rows(groups)})"
-
-
-def _rows(groups: Sequence[PromptGroup]) -> str:
-    """Which rows of the data set, for people: the first is 1."""
-    numbers = sorted(group.row + 1 for group in groups)
-    shown = ", ".join(map(str, numbers[:MOST_ROWS]))
-    return f"rows {shown}{' and others' if len(numbers) > MOST_ROWS else ''}"

@@ -33,6 +33,7 @@ from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.modeling import families
 from fastdpo.modeling.attention import MODEL_ATTENTION, packed_attention
 from fastdpo.modeling.families import choose_packing
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.moe import load_balancing_loss
 from fastdpo.modeling.scoring import score_pairs
@@ -130,7 +131,7 @@ def test_packing_them_all_the_same_would_be_wrong(family, monkeypatch):
 def probed(model, groups):
     """Per group and completion, the log-prob of every token."""
     with torch.no_grad():
-        scored = score_pairs(model, groups, micro_batch_tokens=256)
+        scored = score_pairs(model, groups, ExecutionLayout(256))
     ends = np.cumsum(scored.tokens.reshape(-1))[:-1]
     return np.split(scored.token_logps.numpy(), ends)
 

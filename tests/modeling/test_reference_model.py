@@ -45,7 +45,7 @@ def base_of(folders):
 
 
 def logps(model, trainer):
-    return score_pairs(model, trainer.eval_groups, micro_batch_tokens=512).logps
+    return score_pairs(model, trainer.eval_groups, trainer.layout).logps
 
 
 def ref_logps(trainer):

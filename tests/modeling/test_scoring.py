@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastdpo.batching import group_tokens
 from fastdpo.modeling import scoring
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.scoring import score_groups, score_pairs
 from fastdpo.system.oom import DoesNotFitError
 from tests.modeling.test_packed_pairs import model_of, random_groups
@@ -41,20 +43,22 @@ def memory_for(monkeypatch):
 
 def sizes(groups):
     rows = [[len(g.prompt_ids) + len(c) - 1 for c in g.completions] for g in groups]
-    return max(scoring.group_tokens(g) for g in groups), max(map(max, rows))
+    return max(map(group_tokens, groups)), max(map(max, rows))
 
 
 @pytest.mark.parametrize("part", ["micro-batches", "completions"])
 def test_memory_that_runs_out_changes_nothing_but_the_work(model, memory_for, part, caplog):
     groups = random_groups()
-    expected = score_pairs(model, groups, micro_batch_tokens=T, outputs=("entropy",))
+    expected = score_pairs(model, groups, ExecutionLayout(T), outputs=("entropy",))
     longest_group, max_seqlen = sizes(groups)
     assert max_seqlen < longest_group
     bound = longest_group if part == "micro-batches" else max_seqlen
-    tried = memory_for(bound)
+    tried, layout = memory_for(bound), ExecutionLayout(4 * T)
     with caplog.at_level(logging.WARNING):
-        found = score_pairs(model, groups, micro_batch_tokens=4 * T, outputs=("entropy",))
+        found = score_pairs(model, groups, layout, outputs=("entropy",))
     failed = [tokens for tokens in tried if tokens > bound]
+    assert layout.micro_batch_tokens < 4 * T, "lowered for whoever uses it next"
+    assert (layout.most_group_tokens is not None) == (part == "completions")
     assert failed, "memory has run out"
     assert sum("Out of memory" in line for line in caplog.messages) == len(failed)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
@@ -65,9 +69,9 @@ def test_memory_that_runs_out_changes_nothing_but_the_work(model, memory_for, pa
 
 def test_every_group_comes_once_in_the_same_order(model, memory_for):
     groups = random_groups()
-    expected = [each.index for each in score_groups(model, groups, micro_batch_tokens=T)]
+    expected = [each.index for each in score_groups(model, groups, ExecutionLayout(T))]
     memory_for(sizes(groups)[1])
-    found = [each.index for each in score_groups(model, groups, micro_batch_tokens=T)]
+    found = [each.index for each in score_groups(model, groups, ExecutionLayout(T))]
     assert found == expected
     assert sorted(found) == list(range(len(groups)))
 
@@ -76,7 +80,7 @@ def test_memory_that_never_suffices_ends_with_what_to_do(model, memory_for):
     model.train()
     memory_for(0)
     with pytest.raises(DoesNotFitError, match=r"single completion.*--max_length"):
-        score_pairs(model, random_groups(), micro_batch_tokens=T)
+        score_pairs(model, random_groups(), ExecutionLayout(T))
     assert model.training, "as before"
 
 
@@ -86,4 +90,4 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
 
     monkeypatch.setattr(scoring, "packed_logprobs", wrong)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        score_pairs(model, random_groups(), micro_batch_tokens=T)
+        score_pairs(model, random_groups(), ExecutionLayout(T))

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastdpo.batching import PairGroups
+from fastdpo.batching import PairGroups, group_tokens
 from fastdpo.data import Pair, PairDataset
 from fastdpo.modeling import loading
 from fastdpo.modeling import weight_hash as weights_module
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.reference_model import reference_from_base
 from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.ref_cache import (
@@ -56,7 +57,7 @@ def said(caplog):
 def fill(model, groups, root, *, identity=IDENTITY, versions=NOW, strict=False, **options):
     store = ReferenceStore(root, identity, versions=versions, strict_versions=strict)
     return reference_logps(
-        reference_from_base(model), groups, store, micro_batch_tokens=128, **options
+        reference_from_base(model), groups, store, layout=ExecutionLayout(128), **options
     )
 
 
@@ -126,7 +127,7 @@ def test_notes_are_no_part_of_the_key(policy, tmp_path):
 
 def check(model, store, count, dtype=torch.float32):
     keys = [group_keys(group) for group in GROUPS]
-    options = {"compute_dtype": dtype, "micro_batch_tokens": 128}
+    options = {"compute_dtype": dtype, "layout": ExecutionLayout(128)}
     return spot_check(reference_from_base(model), GROUPS, keys, store, count=count, **options)
 
 
@@ -152,7 +153,7 @@ def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
     store = ReferenceStore(tmp_path, IDENTITY, keep_token_logps=kept)
-    reference_logps(reference_from_base(policy), GROUPS, store, micro_batch_tokens=128)
+    reference_logps(reference_from_base(policy), GROUPS, store, layout=ExecutionLayout(128))
     other = base()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
@@ -160,15 +161,19 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
         check(other, store, 2)
     with pytest.raises(ValueError, match=r"at most 1e-05 in torch\.float32"):
         reference_logps(
-            reference_from_base(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=2
-        )
+            reference_from_base(other),
+            GROUPS,
+            store,
+            layout=ExecutionLayout(128),
+            spot_check_pairs=2,
+        )  # fmt: skip
     with torch.no_grad():  # rounding: too much for fp32, allowed in bf16
         other.model.layers[0].mlp.up_proj.weight.div_(1.01).mul_(1.004)
     with pytest.raises(ValueError, match="1e-05"):
         check(other, store, 9)
     assert 1e-5 < check(other, store, 9, torch.bfloat16).largest_rms < 0.03
     reference_logps(
-        reference_from_base(other), GROUPS, store, micro_batch_tokens=128, spot_check_pairs=0
+        reference_from_base(other), GROUPS, store, layout=ExecutionLayout(128), spot_check_pairs=0
     )
 
 
@@ -253,12 +258,12 @@ def test_versions_name_libraries_and_device():
 def test_without_token_logps_the_sums_stay_and_whoever_needs_tokens_says_so(policy, tmp_path):
     keys = [key for group in GROUPS for key in group_keys(group)]
     kept = ReferenceStore(tmp_path / "kept", IDENTITY)
-    sums = reference_logps(reference_from_base(policy), GROUPS, kept, micro_batch_tokens=128)
+    sums = reference_logps(reference_from_base(policy), GROUPS, kept, layout=ExecutionLayout(128))
     tokens = kept.token_logps(keys)
     assert [len(each) for each in tokens] == [len(c) for g in GROUPS for c in g.completions]
     assert [each.astype(float).sum() for each in tokens] == pytest.approx(sums.reshape(-1))
     bare = ReferenceStore(tmp_path / "bare", IDENTITY, keep_token_logps=False)
-    found = reference_logps(reference_from_base(policy), GROUPS, bare, micro_batch_tokens=128)
+    found = reference_logps(reference_from_base(policy), GROUPS, bare, layout=ExecutionLayout(128))
     assert np.array_equal(found, sums)
     (small,), (large,) = shards(tmp_path / "bare"), shards(tmp_path / "kept")
     assert large.stat().st_size - small.stat().st_size >= 4 * sum(map(len, tokens))
@@ -362,12 +367,12 @@ def test_the_source_passes_its_options_on(policy, tmp_path, said, monkeypatch):
     for at in range(2):
         source = RefLogpsProvider(
             reference_from_base(policy), tmp_path, compute_dtype=torch.float32,
-            micro_batch_tokens=128, keep_token_logps=False, spot_check_pairs=2,
+            layout=ExecutionLayout(128), keep_token_logps=False, spot_check_pairs=2,
         )  # fmt: skip
         groups = PairGroups(PairDataset.from_pairs(pairs))
         source.fill(groups, "eval", ASKED)
         assert np.isfinite(groups.ref_logps).all()
         assert any("Spot check: 2 pairs" in line for line in said()) == bool(at)
     ((tokens, description, unit),) = bars
-    assert tokens == sum(compute.group_tokens(group) for group in GROUPS)
+    assert tokens == sum(group_tokens(group) for group in GROUPS)
     assert (description, unit) == ("Reference log-probs of eval", "token")

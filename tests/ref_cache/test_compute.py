@@ -22,6 +22,7 @@ from fastdpo.batching import PromptGroup
 from fastdpo.modeling import scoring
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.families import PackingMode
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.reference_model import reference_from_base
 from fastdpo.ref_cache import ReferenceStore, compute, reference_identity, reference_logps
@@ -71,7 +72,7 @@ def policy():
 def fill(model, groups, root, tokens=128, **options):
     store = ReferenceStore(root, IDENTITY)
     return reference_logps(
-        reference_from_base(model), groups, store, micro_batch_tokens=tokens, **options
+        reference_from_base(model), groups, store, layout=ExecutionLayout(tokens), **options
     )
 
 

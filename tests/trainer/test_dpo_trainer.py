@@ -220,7 +220,7 @@ def test_evaluation_weighs_pairs_and_knows_the_reference(train_with):
     groups = trainer.eval_dataset
     from fastdpo.modeling.scoring import score_pairs
 
-    margins = score_pairs(trainer.model, groups, micro_batch_tokens=4096).logps - groups.ref_logps
+    margins = score_pairs(trainer.model, groups).logps - groups.ref_logps
     margins = margins[:, 0] - margins[:, 1]
     assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-0.1 * margins)).mean())
     assert after["eval_rewards/accuracies"] == (margins > 0).mean()
@@ -439,7 +439,7 @@ def test_a_resumed_run_is_laid_out_as_the_one_before(train_with, tmp_path):
 
     class Shrink(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            first.update.micro_batch_tokens, first.update.most_group_tokens = 192, 100
+            first.layout.micro_batch_tokens, first.layout.most_group_tokens = 192, 100
 
     options = {"save_strategy": "steps", "save_steps": 2, "activations": "recompute"}
     first = train_with(mlp_tile_tokens=128, callbacks=[Shrink()], max_steps=3, **options)
@@ -447,8 +447,8 @@ def test_a_resumed_run_is_laid_out_as_the_one_before(train_with, tmp_path):
     resumed = train_with(max_steps=3, **options)
     assert resumed.layout.mlp_tile_tokens is None
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert resumed.update.micro_batch_tokens == 192
-    assert resumed.update.most_group_tokens == 100
+    assert resumed.layout.micro_batch_tokens == 192
+    assert resumed.layout.most_group_tokens == 100
     assert resumed.layout.mlp_tile_tokens == 128
     assert resumed.layout.activation_plan == ("recompute", "recompute")
     assert [line["num_tokens"] for line in training_log(resumed)] == [

@@ -1,7 +1,6 @@
-"""fitting.py and the trainer's planned path, without a GPU: planned, laid out, rehearsed."""
+"""layout.py and the trainer's planned path, without a GPU: planned, laid out, probed."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,22 +8,23 @@ import torch
 from torch import nn
 
 import fastdpo.trainer.dpo_trainer as trainer_room
+import fastdpo.trainer.update as update_room
 from fastdpo.batching import group_tokens
+from fastdpo.modeling import scoring
 from fastdpo.modeling.activations import decoder_layers
+from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.planner import GPUSpec, from_model, plan_for_run
 from fastdpo.trainer.layout import (
-    ExecutionLayout,
     choose_layout,
     group_lengths,
     plan_memory,
     worst_case_batch,
 )
-from fastdpo.trainer.update import Update
 from tests.tiny_trainer import tiny_base, tiny_trainer
 from tests.trainer.test_dpo_trainer import assert_same_weights, weights
 
 GIB = 2**30
-GPU = GPUSpec("a tiny card", 2 * GIB, 10, 100)
+GPU = GPUSpec("a tiny GPU", 2 * GIB, 10, 100)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def layout_of(trainer, plan, **options):
 # Plans and layouts
 
 
-def test_a_plan_of_a_loaded_model_fits_its_card(build):
+def test_a_plan_of_a_loaded_model_fits_its_gpu(build):
     trainer = build(activation_checkpointing=True)
     made = plan_of(trainer)
     assert made.fits
@@ -96,7 +96,7 @@ def test_a_plan_of_a_loaded_model_fits_its_card(build):
     assert not again.fits
 
 
-def test_where_there_is_no_card_nothing_is_planned(build):
+def test_where_there_is_no_gpu_nothing_is_planned(build):
     trainer = build()
     assert trainer.plan is None
     assert plan_memory(trainer.policy, trainer.user_args, None, trainer.mode, 8) is None
@@ -135,11 +135,6 @@ def test_a_plan_of_short_rows_splits_the_longest_pairs(build):
     assert split.most_group_tokens == longest - 1
 
 
-def test_a_layout_survives_json():
-    layout = ExecutionLayout(512, ("offload", "keep"), 2048, None, True, 300, "sdpa-per-segment")
-    assert ExecutionLayout.from_json(json.loads(json.dumps(layout.as_json()))) == layout
-
-
 def test_the_fullest_update_is_the_longest_pairs_that_share_a_row(build):
     trainer = build()
     layout = layout_of(trainer, None, micro_batch_tokens=256)
@@ -166,7 +161,7 @@ def test_layers_without_the_hook_can_be_kept(build, monkeypatch):
         replace(layout, mlp_tile_tokens=64).apply(trainer.policy)
 
 
-def test_what_else_lies_on_the_card_is_not_planned_with(build, monkeypatch):
+def test_what_else_lies_on_the_gpu_is_not_planned_with(build, monkeypatch):
     trainer = build(reference="base")
     own = sum(p.nbytes for p in trainer.policy.parameters())
     own += sum(b.nbytes for b in trainer.policy.buffers())
@@ -179,7 +174,7 @@ def test_what_else_lies_on_the_card_is_not_planned_with(build, monkeypatch):
     assert from_model.other_allocations(copied.policy) == sum(p.nbytes for p in frozen)
 
 
-# The rehearsal
+# The memory probe
 
 LOSSES = {
     "sigmoid": {},
@@ -194,23 +189,23 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES.keys())
-def test_a_rehearsal_leaves_no_trace(planned, options):
+def test_a_memory_probe_leaves_no_trace(planned, options):
     trainer = planned(dropout=0.3, **options)
     before, state = weights(trainer), torch.get_rng_state()
     if options.get("micro_batch_tokens"):
-        trainer.update.most_group_tokens = 0
+        trainer.layout.most_group_tokens = 0
     trainer.on_before_train()
     assert torch.equal(torch.get_rng_state(), state)
     assert_same_weights(before, weights(trainer))
     assert all(p.grad is None for p in trainer.policy.parameters())
     assert trainer.first_update_margin is None
     assert trainer.record.tokens_seen == 0
-    assert "loss" not in trainer.record.take()
+    assert "loss" not in trainer.record.flush()
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_planned_run_trains_to_the_same_weights(planned, build, tuning, caplog):
-    """Its first update is rehearsed, layers recompute and MLPs run in tiles: only rounding."""
+    """Its fullest update is probed first, layers recompute and MLPs run in tiles: only rounding."""
     options = {"tuning": tuning, "micro_batch_tokens": 256, "learning_rate": 1e-3}
     plain = build(**options)
     plain.train()
@@ -226,18 +221,40 @@ def test_a_planned_run_trains_to_the_same_weights(planned, build, tuning, caplog
         torch.testing.assert_close(weights(trainer)[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_memory_that_runs_out_in_the_rehearsal_lowers_t_for_the_run(planned, monkeypatch, caplog):
+def test_memory_that_runs_out_in_the_probe_lowers_t_for_the_run(planned, monkeypatch, caplog):
     trainer = planned()
-    real, failed = Update._attempt, []
+    real, failed = update_room._StepAttempt.run, []
 
-    def attempt(self, groups, pieces, outputs):
-        if self.micro_batch_tokens == 256:
+    def run(self):
+        if trainer.layout.micro_batch_tokens == 256:
             failed.append(1)
-            return "CUDA out of memory."
-        return real(self, groups, pieces, outputs)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self)
 
-    monkeypatch.setattr(Update, "_attempt", attempt)
+    monkeypatch.setattr(update_room._StepAttempt, "run", run)
     trainer.train()
-    assert len(failed) == 1, "in the rehearsal, and never again"
+    assert len(failed) == 1, "in the probe, and never again"
     assert trainer.layout_state()["layout"]["micro_batch_tokens"] < 256
     assert trainer.state.global_step == 5
+
+
+def test_memory_that_runs_out_in_an_evaluation_lowers_t_for_the_updates(build, monkeypatch):
+    """Updates, the reference pass and evaluations hold one layout, and the checkpoint stores it."""
+    trainer = build(micro_batch_tokens=512)
+    expected, real = trainer.evaluate(), scoring.packed_logprobs
+    assert trainer.layout.micro_batch_tokens == 512
+
+    def packed_logprobs(model, micro_batch, outputs):
+        if micro_batch.num_tokens > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, micro_batch, outputs)
+
+    monkeypatch.setattr(scoring, "packed_logprobs", packed_logprobs)
+    found = trainer.evaluate()
+    for name in ("eval_loss", "eval_logps/chosen", "eval_entropy"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    lowered = trainer.layout.micro_batch_tokens
+    assert lowered < 512
+    assert trainer.update.layout is trainer.layout
+    assert trainer.reference.options["layout"] is trainer.layout
+    assert trainer.layout_state()["layout"]["micro_batch_tokens"] == lowered

@@ -223,7 +223,7 @@ def test_the_plan_of_the_checkpoint_is_followed(tmp_path):
     trainer.train()
     followed = []
     trainer = build(tmp_path / "out")
-    trainer.follow = followed.append
+    trainer.load_layout_state = followed.append
     trainer.train(resume_from_checkpoint=True)
     assert followed[0] == {"micro_batch_tokens": 256}
 

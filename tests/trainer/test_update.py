@@ -42,7 +42,7 @@ def trainer_with(base, tmp_path, monkeypatch):
 def updated(trainer, count=8, **attributes):
     """The result of one update over the first pairs, and the gradient; then as before."""
     for name, value in attributes.items():
-        setattr(trainer.update, name, value)
+        setattr(trainer.layout, name, value)
     groups = [trainer.train_groups[i] for i in range(count)]
     trainer.policy.train()
     result = trainer.update.run(groups)
@@ -107,18 +107,18 @@ def test_dropout_is_the_same_in_both_passes(trainer_with):
     """The second pass by coefficients repeats the first one's masks, so the margins agree."""
     trainer = trainer_with(dropout=0.5, loss_type="aot")
     seen = []
-    real = update_room._StepAttempt._metrics
+    real = update_room._StepAttempt._forward
 
-    def metrics(self, micro_batch, rows, outputs):
-        found = real(self, micro_batch, rows, outputs)
+    def forward(self, micro_batch, indices, outputs):
+        found = real(self, micro_batch, indices, outputs)
         seen.append(found[0]["logps"].detach().clone())
         return found
 
-    update_room._StepAttempt._metrics = metrics
+    update_room._StepAttempt._forward = forward
     try:
         updated(trainer, micro_batch_tokens=128)
     finally:
-        update_room._StepAttempt._metrics = real
+        update_room._StepAttempt._forward = real
     half = len(seen) // 2
     assert half > 1
     assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
@@ -172,7 +172,7 @@ def test_an_update_that_ran_out_of_memory_is_the_same_update(
             found = updated(trainer, micro_batch_tokens=256)
         assert failing.calls > number, "it went on"
         assert_close(expected, found)
-        assert trainer.update.micro_batch_tokens < 256
+        assert trainer.layout.micro_batch_tokens < 256
         assert sum("Out of memory" in line for line in caplog.messages) == 1
 
 
@@ -182,7 +182,7 @@ def test_an_update_after_out_of_memory_draws_the_noise_of_a_fresh_one(trainer_wi
     with monkeypatch.context() as patch:
         fail_at(trainer, "after a backward", 2, patch)
         found = updated(trainer, micro_batch_tokens=256)
-    lowered = trainer.update.micro_batch_tokens
+    lowered = trainer.layout.micro_batch_tokens
     torch.manual_seed(5)
     expected = updated(trainer, micro_batch_tokens=lowered)
     assert torch.equal(found[0].logps, expected[0].logps)
@@ -218,7 +218,7 @@ def test_memory_that_never_suffices_ends_with_what_to_do(trainer_with, monkeypat
     with pytest.raises(DoesNotFitError, match=r"single completion.*--max_length.*fastdpo\.plan"):
         updated(trainer)
     assert all(p.grad is None for p in trainer.policy.parameters())
-    assert trainer.update.most_group_tokens is not None, "it tried single completions"
+    assert trainer.layout.most_group_tokens is not None, "it tried single completions"
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(trainer_with, monkeypatch):
@@ -279,6 +279,6 @@ def test_training_survives_memory_running_out_again_and_again(base, tmp_path, mo
                 fail_at(trainer, "after a backward", 3, patch)
             trainer.train()
         runs.append({n: p.detach() for n, p in trainer.policy.named_parameters()})
-        assert (trainer.update.micro_batch_tokens < T) == fails
+        assert (trainer.layout.micro_batch_tokens < T) == fails
     for name, weight in runs[0].items():
         torch.testing.assert_close(runs[1][name], weight, rtol=1e-4, atol=1e-5, msg=name)
