@@ -114,7 +114,7 @@ def test_compare_takes_the_latest_of_equal_cases_only(tmp_path, capsys):
     harness.append([row(noisy(9.0, 0.01)), row(noisy(1.0, 0.01)), row(contender="trl")], old)
     harness.append([row(noisy(1.3, 0.01)), row(contender="liger")], new)
     assert compare.main([str(old), str(new)]) == 1
-    assert "1 metrics compared" in capsys.readouterr().out
+    assert "1 figures compared" in capsys.readouterr().out
     assert compare.main([str(old), str(old)]) == 0
     elsewhere = tmp_path / "elsewhere.jsonl"
     harness.append([row(machine={"name": "another"})], elsewhere)
@@ -189,7 +189,7 @@ def failing_contender(case, turns):
 
 def test_contenders_take_turns_and_their_ends_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_LOG", str(tmp_path / "log"))
-    function = "tests.test_bench:failing_contender"
+    function = f"{__name__}:failing_contender"
     contenders = contest.contest(
         {"a": function, "b": function, "c": "bench.heads:no_such_thing"},
         {"a": {"how": "memory"}, "b": {"how": "peer"}, "c": {}},

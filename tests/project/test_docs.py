@@ -214,19 +214,22 @@ def test_every_loss_has_its_row():
 
 
 @pytest.mark.parametrize(
-    "path", [*PAGES, ROOT / "README.md"], ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path",
+    [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_what_a_page_names_exists(path):
     """Links, files, tests and options."""
     page = path.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", page):
         assert (path.parent / link).exists(), f"{link} is gone"
-    for name in re.findall(r"`((?:examples|tests|bench|kernels)/[\w./*-]+)", page):
+    for name in re.findall(r"`((?:examples|tests|bench|kernels|fastdpo)/[\w./*-]+)", page):
         assert list(ROOT.glob(name.rstrip("."))), f"{name} is gone"
-    for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?", page):
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    assert not re.search(r"`test_\w+\.py", page), "tests are named with their folders"
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", page):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert not test or test in tests, f"{file}::{test} is gone"
+        assert test in tests, f"{file}::{test} is gone"
     prose = page
     for block in blocks_of(page):
         prose = prose.replace(block.text, "")

@@ -44,7 +44,7 @@ def test_the_wheel_holds_only_our_two_packages(tmp_path):
     for name in ("fastdpo", "kernels"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("tests", "bench", "examples", "tests/data/corpus"):  # none of them may be shipped
-        (project / name).mkdir()
+        (project / name).mkdir(parents=True)
         (project / name / "__init__.py").touch()
     build = "from setuptools import build_meta; build_meta.build_wheel('out')"
     (project / "out").mkdir()

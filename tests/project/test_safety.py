@@ -1,4 +1,4 @@
-"""What no line of the package may do: run what it reads, or touch the disk past `fastdpo.files`."""
+"""What no line of the package may do: run what it reads, or write past `fastdpo.system.files`."""
 
 import ast
 from pathlib import Path
@@ -34,7 +34,7 @@ def faults(source: str, name: str, writes_itself: bool = False) -> list[str]:
     lent = {
         inner
         for call in ast.walk(tree)
-        if isinstance(call, ast.Call) and dotted(call.func) in ("files.let_write", "let_write")
+        if isinstance(call, ast.Call) and dotted(call.func) in ("files.call_writer", "call_writer")
         for inner in ast.walk(call)
     }
     found = []
@@ -57,9 +57,9 @@ def faults(source: str, name: str, writes_itself: bool = False) -> list[str]:
         if writes_itself or called.startswith("files."):
             continue
         if called in WRITES or ("." in called and last in METHODS) or opens_to_write(node, last):
-            found.append(f"{line} writes by {called}: use fastdpo.files")
+            found.append(f"{line} writes by {called}: use fastdpo.system.files")
         if last in LIBRARY_WRITERS and node not in lent:
-            found.append(f"{line} calls {called} outside files.let_write")
+            found.append(f"{line} calls {called} outside files.call_writer")
     return found
 
 
@@ -122,7 +122,7 @@ def test_what_is_forbidden_is_found(source):
 
 def test_what_is_allowed_passes():
     for source in (
-        "files.let_write(path, lambda path: save_file(tensors, path))",
+        "files.call_writer(path, lambda path: save_file(tensors, path))",
         "files.write_text(path, text)",
         "yaml.safe_load(text)",
         "path.open('rb')",
