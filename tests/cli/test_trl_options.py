@@ -193,7 +193,7 @@ TABLE: dict[str, Row] = {
     "log_on_each_node": unused(_ONE, False),
     "log_level_replica": unused(_ONE, "info"),
     "save_on_each_node": unused(_ONE, True),
-    "auto_find_batch_size": refused("the update would depend on the card", True),
+    "auto_find_batch_size": refused("the update would depend on the GPU", True),
     "ddp_backend": refused(_ONE_GPU, "gloo"),
     "deepspeed": refused(_ONE_GPU, {"zero_optimization": {}}),
     "fsdp": refused(_ONE_GPU, "full_shard"),
