@@ -22,7 +22,7 @@ OTHER_NAMES = {"prompt": "context", "chosen": "good", "rejected": "bad"}
 
 
 def forms(rows, folder):
-    """The same rows in several forms, each as DPOTrainer takes it."""
+    """Return the rows in several forms, by name, each as DPOTrainer takes it."""
     renamed = [{OTHER_NAMES[name]: row[name] for name in OTHER_NAMES} for row in rows]
     file = folder / "renamed.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in renamed), encoding="utf-8")

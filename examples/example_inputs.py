@@ -1,4 +1,4 @@
-"""What the DPO examples run on: the demo's tiny Llama and its pairs, or what you name.
+"""The inputs of the DPO examples: the demo's tiny Llama and its pairs, or what you name.
 
 Not an example itself. Without --model the demo is made in ./fastdpo-demo, once for all of them, in
 about 30 s on two cores; `python -m fastdpo.train` makes the same one.

@@ -61,7 +61,7 @@ def main(argv=None):
     for _ in range(options.updates):
         input_ids = torch.randint(model.config.vocab_size, (4, 48), device=options.device)
         labels = input_ids.clone()
-        labels[:, :16] = -100  # a prompt, which is not learned: its rows cost nothing
+        labels[:, :16] = -100  # a prompt, which is not learned: its positions cost nothing
         batches.append((input_ids, labels))
     usual = train(copy.deepcopy(model), usual_loss, batches)
     kernel = train(model, kernel_loss, batches)

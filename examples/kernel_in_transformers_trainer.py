@@ -52,7 +52,7 @@ def main(argv=None):
     for length in torch.randint(4, 24, (8 * options.updates,)).tolist():
         input_ids = torch.randint(model.config.vocab_size, (32,))
         labels = input_ids.clone()
-        labels[:length] = -100  # a prompt, which is not learned: its rows cost nothing
+        labels[:length] = -100  # a prompt, which is not learned: its positions cost nothing
         rows.append({"input_ids": input_ids, "labels": labels})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

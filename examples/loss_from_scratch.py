@@ -47,7 +47,7 @@ def dpo_loss(policy, reference, pairs):
 
 
 def kernel_logp(model, prompt, completion):
-    """As `completion_logp`, without logits: hidden states and the rows of the head."""
+    """Compute `completion_logp` without logits: from hidden states and the rows of the head."""
     ids = torch.cat([prompt, completion])[None]
     states = model.get_decoder()(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
     return linear_logprobs(states, model.get_output_embeddings().weight, completion).sum()

@@ -20,6 +20,7 @@ import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -214,19 +215,22 @@ def test_every_loss_has_its_row():
 
 
 @pytest.mark.parametrize(
-    "path", [*PAGES, ROOT / "README.md"], ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path",
+    [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_what_a_page_names_exists(path):
     """Links, files, tests and options."""
     page = path.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", page):
         assert (path.parent / link).exists(), f"{link} is gone"
-    for name in re.findall(r"`((?:examples|tests|bench|kernels)/[\w./*-]+)", page):
+    for name in re.findall(r"`((?:examples|tests|bench|kernels|fastdpo)/[\w./*-]+)", page):
         assert list(ROOT.glob(name.rstrip("."))), f"{name} is gone"
-    for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?", page):
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    assert not re.search(r"`test_\w+\.py", page), "tests are named with their folders"
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", page):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert not test or test in tests, f"{file}::{test} is gone"
+        assert test in tests, f"{file}::{test} is gone"
     prose = page
     for block in blocks_of(page):
         prose = prose.replace(block.text, "")
@@ -253,6 +257,51 @@ def test_every_page_is_in_the_table_of_pages():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for path in PAGES:
         assert path.name == "README.md" or f"({path.name})" in index
+
+
+def test_bench_rows_that_pages_name_exist():
+    """Every time and peak that README or a page states is a row that was measured."""
+    rows = (ROOT / "bench" / "results" / "rows.jsonl").read_text(encoding="utf-8")
+    known = {json.loads(line)["id"] for line in rows.splitlines()}
+    for path in [*PAGES, ROOT / "README.md"]:
+        named = set(re.findall(r"`([a-z]+-[0-9a-f]{12})`", path.read_text(encoding="utf-8")))
+        assert named <= known, f"{path.name}: no such row: {sorted(named - known)}"
+
+
+def test_the_glossary_has_thirty_words_and_names_that_exist():
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 30
+    for _, _, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert name in words_of_sources(), f"{name} is in no source"
+
+
+def test_what_has_moved_is_where_the_changelog_says():
+    """Of what is not released yet: later moves are listed from the place that users know."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## [Unreleased]")[1]
+    moved = re.findall(
+        r"^\| (`fastdpo.*?) \| (.*?) \| (.*?)\|$", text.split("\n## [")[0], re.MULTILINE
+    )
+    assert len(moved) > 50
+    for was, now, renamed in moved:
+        for module in re.findall(r"`([\w.]+)`", was if now == "the same" else now):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").exists() or place.is_dir(), f"{module} is gone"
+        for name in re.findall(r"-> `(\w+)`", renamed):
+            assert name in words_of_sources(), f"{name} is in no source"
+
+
+@cache
+def words_of_sources():
+    sources = (ROOT / "fastdpo").rglob("*.py")
+    return {word for path in sources for word in re.findall(r"\w+", path.read_text("utf-8"))}
+
+
+def test_pre_commit_runs_the_ruff_of_make_lint():
+    pinned = re.search(r"ruff==([\d.]+)", (ROOT / "pyproject.toml").read_text("utf-8"))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    assert f"rev: v{pinned[1]}\n" in hooks or f"rev: v{pinned[1]} " in hooks
 
 
 def test_wrong_pages_are_noticed(tmp_path):

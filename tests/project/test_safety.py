@@ -1,4 +1,4 @@
-"""What no line of the package may do: run what it reads, or touch the disk past `fastdpo.files`."""
+"""What no line of the package may do: run what it reads, or write past `fastdpo.system.files`."""
 
 import ast
 from pathlib import Path
@@ -57,7 +57,7 @@ def faults(source: str, name: str, writes_itself: bool = False) -> list[str]:
         if writes_itself or called.startswith("files."):
             continue
         if called in WRITES or ("." in called and last in METHODS) or opens_to_write(node, last):
-            found.append(f"{line} writes by {called}: use fastdpo.files")
+            found.append(f"{line} writes by {called}: use fastdpo.system.files")
         if last in LIBRARY_WRITERS and node not in lent:
             found.append(f"{line} calls {called} outside files.call_writer")
     return found
