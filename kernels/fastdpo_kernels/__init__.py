@@ -12,6 +12,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import LinearLogprobs, linear_logprobs
 from .lora_linear import lora_linear
 from .rms_norm import rms_norm
+from .rotary import rotary
 
 __all__ = [
     "linear_logprobs",
@@ -19,5 +20,6 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",
+    "rotary",
     "gated_activation",
 ]
