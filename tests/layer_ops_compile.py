@@ -130,7 +130,7 @@ def specialized(kernel, arguments, constants):
     for place, name in enumerate(names):
         value = given[name]
         parameter = kernel.params[place]
-        if parameter.is_constexpr or (value == 1 and is_specialized(parameter, value)):
+        if parameter.is_constexpr or (is_specialized(parameter, value) and value == 1):
             signature[name], fixed[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):

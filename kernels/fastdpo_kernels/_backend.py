@@ -57,9 +57,12 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def row_tiles(count: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of `count` rows: tiles that fit the CPU's cache, all rows at once on other devices."""
-    size = max(1, TILE_ELEMENTS // max(width, 1)) if device.type == "cpu" else max(count, 1)
+def row_tiles(rows: Tensor) -> Iterator[slice]:
+    """Slices of the rows: tiles that fit the CPU's cache, all rows at once on other devices."""
+    count, width = rows.shape
+    size = max(1, count)
+    if rows.device.type == "cpu":
+        size = max(1, TILE_ELEMENTS // max(width, 1))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
 

@@ -28,7 +28,7 @@ def turned(
     in_place: bool,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned, in new tensors or over themselves; or gradients turned back."""
+    """Both turned, in new tensors or over themselves; or gradients turned back."""
     from . import _triton_rotary
 
     q, k, cos, sin = _with_columns(q), _with_columns(k), *_of_equal_strides(cos, sin)
@@ -86,7 +86,7 @@ def norm_gradients(
         partial.sum(0).to(weight.dtype) if needed else None
         for partial, weight, needed in zip(partials, weights, needs_weight, strict=True)
     ]
-    return *outs, *of_weights
+    return outs[0], outs[1], of_weights[0], of_weights[1]
 
 
 def tiles(

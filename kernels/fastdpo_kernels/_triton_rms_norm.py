@@ -120,11 +120,12 @@ def rms_norm_gradient_kernel(
         grad = grad * weight
         if FORM == "llama":
             grad = rounded(grad, ROUND)
-        product = tl.sum(grad * x, axis=1)[:, None]
+        product = tl.sum(grad * x, axis=1, keep_dims=True)
         slope = product * (inverse_rms * inverse_rms * inverse_rms) / HIDDEN
         grad_x = grad * inverse_rms - x * slope
         if CENTERED:
-            grad_x -= tl.sum(tl.where(in_columns[None, :], grad_x, 0.0), axis=1)[:, None] / HIDDEN
+            counted = tl.where(in_columns[None, :], grad_x, 0.0)
+            grad_x -= tl.sum(counted, axis=1, keep_dims=True) / HIDDEN
         grad_x = rounded(grad_x, ROUND)
         if HAS_GRAD_SUM:
             at = grad_sum_ptr + row[:, None] * grad_sum_stride + column[None, :]

@@ -13,6 +13,9 @@ import triton.language as tl
 from ._triton_rms_norm import scaled
 from ._triton_rounding import rounded
 
+ZERO, ONE = tl.constexpr(0), tl.constexpr(1)
+NO, YES = tl.constexpr(False), tl.constexpr(True)
+
 
 @triton.jit
 def _tokens(block, HEADS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HEADS: tl.constexpr):
@@ -53,10 +56,10 @@ def _load_halves(
 ):  # fmt: skip
     """What is turned against each other: columns i and i + HALF, or 2 i and 2 i + 1."""
     if INTERLEAVED:
-        both = _load(at, inside, 0, 2 * HALF, 2 * BLOCK)
+        both = _load(at, inside, ZERO, 2 * HALF, 2 * BLOCK)
         return tl.split(tl.reshape(both, (T, HEADS, BLOCK, 2)))
     else:
-        return _load(at, inside, 0, HALF, BLOCK), _load(at, inside, HALF, HALF, BLOCK)
+        return _load(at, inside, ZERO, HALF, BLOCK), _load(at, inside, HALF, HALF, BLOCK)
 
 
 @triton.jit
@@ -72,8 +75,8 @@ def _turned(
     strides = (cos_batch_stride, 0, cos_token_stride)
     cos_at = _rows_at(cos_ptr, token, first, length, strides[0], strides[1], strides[2])
     sin_at = _rows_at(sin_ptr, token, first, length, strides[0], strides[1], strides[2])
-    cos_low, cos_high = _load_halves(cos_at, inside, BLOCK_T, 1, HALF, BLOCK_HALF, INTERLEAVED)
-    sin_low, sin_high = _load_halves(sin_at, inside, BLOCK_T, 1, HALF, BLOCK_HALF, INTERLEAVED)
+    cos_low, cos_high = _load_halves(cos_at, inside, BLOCK_T, ONE, HALF, BLOCK_HALF, INTERLEAVED)
+    sin_low, sin_high = _load_halves(sin_at, inside, BLOCK_T, ONE, HALF, BLOCK_HALF, INTERLEAVED)
     if TRANSPOSED:
         crossed_low = rounded(high * sin_high, ROUND_PRODUCT)
         crossed_high = -rounded(low * sin_low, ROUND_PRODUCT)
@@ -86,9 +89,10 @@ def _turned(
 
 
 @triton.jit
-def _factor(weight_ptr, head, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-            HEADS: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr, FORM: tl.constexpr):
-    # fmt: skip
+def _factor(
+    weight_ptr, head, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
     """The norm's weight for a tile: (1, 1, BLOCK), or (1, BLOCK_HEADS, BLOCK) of a whole row."""
     if WHOLE:
         at = weight_ptr + (head * SIZE)[None, :, None]
@@ -137,7 +141,7 @@ def _turn_tile(
         count: tl.constexpr = size * (HEADS if WHOLE else 1)
         square = _row_sum(low * low, high * high, rest * rest, REST, WHOLE)
         scale = tl.rsqrt(square / count + eps)
-        factor = _factor(weight_ptr, head, 0, HALF, BLOCK_HALF, HEADS, size, WHOLE, FORM)
+        factor = _factor(weight_ptr, head, ZERO, HALF, BLOCK_HALF, HEADS, size, WHOLE, FORM)
         low = rounded(scaled(low * scale, factor, FORM, ROUND), ROUND)
         factor = _factor(weight_ptr, head, HALF, HALF, BLOCK_HALF, HEADS, size, WHOLE, FORM)
         high = rounded(scaled(high * scale, factor, FORM, ROUND), ROUND)
@@ -151,9 +155,9 @@ def _turn_tile(
     at = _rows_at(out_ptr, token, head, length, out_batch_stride, out_head_stride, out_token_stride)
     if INTERLEAVED:
         both = tl.reshape(tl.join(low, high), (BLOCK_T, BLOCK_HEADS, 2 * BLOCK_HALF))
-        _store(at, both, inside, 0, 2 * HALF, 2 * BLOCK_HALF)
+        _store(at, both, inside, ZERO, 2 * HALF, 2 * BLOCK_HALF)
     else:
-        _store(at, low, inside, 0, HALF, BLOCK_HALF)
+        _store(at, low, inside, ZERO, HALF, BLOCK_HALF)
         _store(at, high, inside, HALF, HALF, BLOCK_HALF)
     if COPY_REST:
         _store(at, rest, inside, 2 * HALF, REST, BLOCK_REST)
@@ -216,15 +220,15 @@ def _norm_gradient_tile(
     at = _rows_at(
         grad_ptr, token, head, length, grad_batch_stride, grad_head_stride, grad_token_stride
     )
-    low = _load(at, inside, 0, HALF, BLOCK_HALF)
+    low = _load(at, inside, ZERO, HALF, BLOCK_HALF)
     high = _load(at, inside, HALF, HALF, BLOCK_HALF)
     low, high = _turned(
         low, high, cos_ptr, sin_ptr, token, length, tokens, cos_batch_stride, cos_token_stride,
-        True, ROUND, ROUND_PRODUCT, False, HALF, BLOCK_HALF, BLOCK_T,
+        YES, ROUND, ROUND_PRODUCT, NO, HALF, BLOCK_HALF, BLOCK_T,
     )  # fmt: skip
     rest = low
     x_at = _rows_at(x_ptr, token, head, length, x_batch_stride, x_head_stride, x_token_stride)
-    x_low = _load(x_at, inside, 0, HALF, BLOCK_HALF)
+    x_low = _load(x_at, inside, ZERO, HALF, BLOCK_HALF)
     x_high = _load(x_at, inside, HALF, HALF, BLOCK_HALF)
     x_rest = x_low
     if REST > 0:
@@ -243,7 +247,7 @@ def _norm_gradient_tile(
             column = tl.arange(0, BLOCK_REST)
             share = tl.sum(tl.sum(rest * scaled(x_rest * scale, 1.0, FORM, ROUND), axis=1), axis=0)
             tl.store(share_at + 2 * HALF + column, share, mask=column < REST)
-    low *= _factor(weight_ptr, head, 0, HALF, BLOCK_HALF, HEADS, size, WHOLE, FORM)
+    low *= _factor(weight_ptr, head, ZERO, HALF, BLOCK_HALF, HEADS, size, WHOLE, FORM)
     high *= _factor(weight_ptr, head, HALF, HALF, BLOCK_HALF, HEADS, size, WHOLE, FORM)
     if REST > 0:
         rest *= _factor(weight_ptr, head, 2 * HALF, REST, BLOCK_REST, HEADS, size, WHOLE, FORM)
@@ -252,7 +256,7 @@ def _norm_gradient_tile(
     product = _row_sum(low * x_low, high * x_high, rest * x_rest, REST, WHOLE)
     slope = product * (scale * scale * scale) / count
     at = _rows_at(out_ptr, token, head, length, out_batch_stride, out_head_stride, out_token_stride)
-    _store(at, rounded(low * scale - x_low * slope, ROUND), inside, 0, HALF, BLOCK_HALF)
+    _store(at, rounded(low * scale - x_low * slope, ROUND), inside, ZERO, HALF, BLOCK_HALF)
     _store(at, rounded(high * scale - x_high * slope, ROUND), inside, HALF, HALF, BLOCK_HALF)
     if REST > 0:
         out = rounded(rest * scale - x_rest * slope, ROUND)

@@ -77,7 +77,7 @@ class _Options:
         """(N, I) of the two (N, I)."""
         out = gate.new_empty(gate.shape)
         if not self.triton:
-            for tile in row_tiles(*gate.shape, gate.device):
+            for tile in row_tiles(gate):
                 torch.mul(_act(gate[tile], self.kind), up[tile], out=out[tile])
         elif out.numel():
             from . import _triton_gated_activation
@@ -90,7 +90,7 @@ class _Options:
     def backward(self, grad: Tensor, gate: Tensor, up: Tensor, into: tuple[Tensor, Tensor]) -> None:
         """Both gradients, (N, I), into two tensors, which may be gate and up themselves."""
         if not self.triton:
-            for tile in row_tiles(*gate.shape, gate.device):
+            for tile in row_tiles(gate):
                 grad_up = _act(gate[tile], self.kind).mul_(grad[tile])
                 grad_act = grad[tile] * up[tile]
                 into[1][tile] = grad_up
@@ -166,7 +166,7 @@ def _may_overwrite(gate: Tensor, up: Tensor | None) -> bool:
     if up is None or gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
         return True
     stride, width = rows[0].stride(0), rows[0].shape[1]
-    distance = abs(gate.storage_offset() - up.storage_offset()) % max(stride, 1)
+    distance = abs(int(gate.storage_offset()) - int(up.storage_offset())) % max(stride, 1)
     return rows[1].stride(0) == stride and width <= distance <= stride - width
 
 

@@ -13,8 +13,9 @@ from ._backend import is_small, next_power_of_two, rounding, row_tiles, uses_tri
 from ._rows import RowOrder
 
 FORMS = ("llama", "olmo2", "gemma")
-MAX_HIDDEN = 16384
-"""Widest row that a program of the Triton kernels holds; wider ones run the torch twin."""
+MAX_HIDDEN, MAX_TRAINED = 16384, 8192
+"""Widest row that a program of the Triton kernels holds without spills, and with the gradient of
+the weight; wider ones run the torch twin."""
 
 EAGER_BELOW = 2**18
 """Numbers in x below which plain autograd is the faster on the CPU; four times that to score."""
@@ -87,7 +88,8 @@ def rms_norm(
     Source: RMSNorm, arXiv:1910.07467.
     """
     _validate(x, weight, residual, form)
-    options = _Options(eps, form, centered, uses_triton(backend, x) and x.shape[-1] <= MAX_HIDDEN)
+    fits = x.shape[-1] <= (MAX_TRAINED if weight.requires_grad else MAX_HIDDEN)
+    options = _Options(eps, form, centered, uses_triton(backend, x) and fits)
     given = (t for t in (x, residual, weight) if t is not None)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if is_small(backend, x, EAGER_BELOW if with_gradient else 4 * EAGER_BELOW):
@@ -96,7 +98,10 @@ def rms_norm(
         out, total = _RMSNorm.apply(x, residual, weight, options)
     else:
         out, total, *_ = options.forward(x, residual, weight, RowOrder.of(x))
-    return out if residual is None else (out, total)
+    if residual is None:
+        return out
+    assert total is not None, "there is a sum where there is a residual"
+    return out, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +207,7 @@ def _torch_forward(
     inverse_rms = rows.new_empty(len(rows), dtype=accumulation)
     mean = torch.empty_like(inverse_rms) if options.centered else None
     factor = _factor(weight, accumulation, options.form)
-    for tile in row_tiles(*rows.shape, rows.device):
+    for tile in row_tiles(rows):
         x = rows[tile]
         if residual is not None and total is not None:
             x = torch.add(x, residual[tile], out=total[tile])
@@ -235,7 +240,7 @@ def _torch_gradients(
     grad_weight = None
     if needs_weight:
         grad_weight = rows.new_zeros(width, dtype=accumulation)
-    for tile in row_tiles(*rows.shape, rows.device):
+    for tile in row_tiles(rows):
         grad, x = grad_out[tile], rows[tile].to(accumulation)
         scale = saved.inverse_rms[tile, None]
         if saved.mean is not None:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ._backend import is_small, uses_triton
 from .rms_norm import FORMS, rms_norm
 
-EAGER_BELOW = 2**15
+EAGER_BELOW = 2**16
 """Numbers in q below which plain autograd is the faster on the CPU."""
 
 
@@ -180,7 +180,9 @@ class _Rotary(torch.autograd.Function):
 
         q, k, *weights = normalized
         needs = ctx.needs_input_grad[4:6]
-        grads = _rotary_launch.norm_gradients(grad_outputs, (q, k), cos, sin, weights, needs, options)
+        grads = _rotary_launch.norm_gradients(
+            grad_outputs, (q, k), cos, sin, weights, needs, options
+        )
         return *grads[:2], None, None, *grads[2:], None
 
 
@@ -272,6 +274,6 @@ def _validate(
         whole = (q.shape[1] * size, k.shape[1] * size)
         if q_weight.ndim != 1 or k_weight.ndim != 1 or lengths not in ((size, size), whole):
             raise ValueError(
-                f"q_weight {tuple(q_weight.shape)} and k_weight {tuple(k_weight.shape)} do not fit: "
-                f"need ({size},) for a norm of every head, or {whole} for one of all heads."
+                f"q_weight {tuple(q_weight.shape)} and k_weight {tuple(k_weight.shape)} do not "
+                f"fit: need ({size},) for a norm of every head, or {whole} for one of all heads."
             )
