@@ -39,14 +39,14 @@ def _rows_at(ptr, token, head, length, batch_stride, head_stride, token_stride):
 def _load(at, inside, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     mask = inside & (column < WIDTH)[None, None, :]
-    return tl.load(at + (start + column)[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(at + (column + start)[None, None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(at, value, inside, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     mask = inside & (column < WIDTH)[None, None, :]
-    tl.store(at + (start + column)[None, None, :], value, mask=mask)
+    tl.store(at + (column + start)[None, None, :], value, mask=mask)
 
 
 @triton.jit
