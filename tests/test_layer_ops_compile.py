@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is installed on Linux only")
 SHARED_BYTES = 101_376
 """Of the smallest cards; no kernel of these needs more than a few KiB."""
 
-OPERANDS_OF_ONE_ROW = 12
+OPERANDS_OF_ONE_ROW = 16
 """Most narrower accesses: weights, angles and numbers a row, not the tensors themselves."""
 
 
