@@ -31,8 +31,8 @@ def halves(leaf, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients_against_fp64(monkeypatch, backend, dtype, kind, layout, overwrite):
     monkeypatch.setattr(_backend, "TILE_ELEMENTS", 2 * 1034)
-    leaf = normal(3, 2, 2 * 1034, dtype=dtype, scale=2).requires_grad_()
-    upstream = normal(3, 2, 1034, dtype=dtype, seed=1)
+    leaf = normal(1, 3, 2 * 1034, dtype=dtype, scale=2).requires_grad_()
+    upstream = normal(1, 3, 1034, dtype=dtype, seed=1)
     gate, up = halves(leaf, layout)
     out = gated_activation(gate, up, kind=kind, overwrite=overwrite, backend=backend)
     (found,) = torch.autograd.grad(out, leaf, upstream)
