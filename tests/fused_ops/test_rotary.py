@@ -4,13 +4,14 @@ import pytest
 import torch
 from fastdpo_kernels import rms_norm, rotary
 from fastdpo_kernels.oracle import rms_norm_oracle, rotary_oracle
-from layer_ops import BOUNDS, error, normal, saved_by
+
+from tests.fused_ops.layer_ops import BOUNDS, error, normal, saved_by
 
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("where there is a GPU tests/test_gpu_layer_ops.py runs the compiled kernels")
+        pytest.skip("where there is a GPU tests/gpu/test_layer_ops.py runs the compiled kernels")
     return request.param
 
 

@@ -10,7 +10,8 @@ from fastdpo_kernels import (
     rms_norm,
     rotary,
 )
-from layer_ops import BOUNDS, error, normal
+
+from tests.fused_ops.layer_ops import BOUNDS, error, normal
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,6 @@ import importlib
 import pytest
 import torch
 from fastdpo_kernels import gated_activation, rms_norm, rotary
-from fused_modules import KINDS, NORMS, eps_of, fuse_layers
-from layer_ops import error, normal
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -22,6 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 from transformers.activations import ACT2FN
+
+from tests.fused_ops.fused_modules import KINDS, NORMS, eps_of, fuse_layers
+from tests.fused_ops.layer_ops import error, normal
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
@@ -44,7 +45,7 @@ OWN_MODULES = ("llama", "gemma2", "gemma3", "olmo2", "phi3", "qwen3", "cohere")
 """Families for the interpreter, which is slow; the others' modules are copies of these."""
 
 ON_BACKENDS = [("torch", family) for family in FAMILIES]
-if not torch.cuda.is_available():  # there tests/test_gpu_layer_ops.py runs the compiled kernels
+if not torch.cuda.is_available():  # there tests/gpu/test_layer_ops.py runs the compiled kernels
     ON_BACKENDS += [("triton", family) for family in OWN_MODULES]
 
 TIPPED = {torch.bfloat16: 2e-3, torch.float32: 1e-6}
@@ -54,7 +55,7 @@ TIPPED = {torch.bfloat16: 2e-3, torch.float32: 1e-6}
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("where there is a GPU tests/test_gpu_layer_ops.py runs the compiled kernels")
+        pytest.skip("where there is a GPU tests/gpu/test_layer_ops.py runs the compiled kernels")
     return request.param
 
 

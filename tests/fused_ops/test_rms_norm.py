@@ -7,7 +7,8 @@ import pytest
 import torch
 from fastdpo_kernels import _backend, rms_norm
 from fastdpo_kernels.oracle import rms_norm_oracle
-from layer_ops import BOUNDS, error, normal, saved_by
+
+from tests.fused_ops.layer_ops import BOUNDS, error, normal, saved_by
 
 FORMS = [("llama", False), ("olmo2", False), ("gemma", False), ("olmo2", True)]
 
@@ -15,7 +16,7 @@ FORMS = [("llama", False), ("olmo2", False), ("gemma", False), ("olmo2", True)]
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("where there is a GPU tests/test_gpu_layer_ops.py runs the compiled kernels")
+        pytest.skip("where there is a GPU tests/gpu/test_layer_ops.py runs the compiled kernels")
     return request.param
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from fastdpo_kernels import _backend, gated_activation
 from fastdpo_kernels.oracle import gated_activation_oracle
-from layer_ops import BOUNDS, error, normal, saved_by
+
+from tests.fused_ops.layer_ops import BOUNDS, error, normal, saved_by
 
 KINDS = ["silu", "gelu_tanh", "gelu"]
 
@@ -12,7 +13,7 @@ KINDS = ["silu", "gelu_tanh", "gelu"]
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("where there is a GPU tests/test_gpu_layer_ops.py runs the compiled kernels")
+        pytest.skip("where there is a GPU tests/gpu/test_layer_ops.py runs the compiled kernels")
     return request.param
 
 

@@ -6,7 +6,8 @@ import torch
 from fastdpo_kernels import LoraModule, lora_linear, lora_linears
 from fastdpo_kernels.lora_linear import dense_weight
 from fastdpo_kernels.oracle import lora_linear_oracle
-from layer_ops import BOUNDS, error, normal, saved_by
+
+from tests.fused_ops.layer_ops import BOUNDS, error, normal, saved_by
 
 SHAPES = [
     # outs, ranks
