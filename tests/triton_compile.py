@@ -59,7 +59,7 @@ def variants(config):
         yield _triton.logits_kernel, constants, config.num_warps, config.num_stages
     for skips in (False, True):
         constants = {
-            **shared, "SKIPS": skips, "ROUND_OUTPUT": False, "BLOCK_N": config.gradient_block_n,
+            **shared, "SKIPS": skips, "EVEN_H": True, "ROUND_OUTPUT": False, "BLOCK_N": config.gradient_block_n,
             "BLOCK_H": config.gradient_block_h, "BLOCK_V": config.block_v,
             "BLOCK_K": config.gradient_block_k,
         }  # fmt: skip
@@ -72,7 +72,7 @@ def compiled(kernel, constants, operand, capability, warps, stages):
     """The compiled kernel's resources."""
     major, minor = capability
     source = ASTSource(kernel, signature_of(kernel, constants, operand), constexprs=constants)
-    divisible = {name: 16 for name in kernel.arg_names if name.endswith(("_ptr", "_stride"))}
+    divisible = {n: 16 for n in kernel.arg_names if n.endswith(("_ptr", "_stride", "_size"))}
     places = {(kernel.arg_names.index(n),): [["tt.divisibility", v]] for n, v in divisible.items()}
     source.attrs = {p: a for p, a in places.items() if kernel.arg_names[p[0]] not in constants}
     target = GPUTarget("cuda", major * 10 + minor, 32)

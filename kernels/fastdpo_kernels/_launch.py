@@ -309,6 +309,7 @@ class _Partial:
             constant,
             skip_mass,
             SKIPS=skip_mass > 0.0,
+            EVEN_H=hidden_size % config.gradient_block_h == 0,
             E_SCALE=plan.exponential_scale,
             EMULATE_BF16=emulates,
             ROUND_OUTPUT=is_interpreted() and gradients.dtype == torch.bfloat16,

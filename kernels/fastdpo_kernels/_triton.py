@@ -37,7 +37,7 @@ def _tanh(x):
     return tl.where(x < 0, -size, size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def logits_kernel(
     hidden_ptr,  # (N, H)
     weight_ptr,  # (V, H)
@@ -137,7 +137,7 @@ def logits_kernel(
         tl.store(at, kept.to(exponential_ptr.dtype.element_ty), mask=in_rows[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def combine_kernel(
     offset_ptr,  # (tiles, N) fp32
     sum_ptr,  # (tiles, N) fp32
@@ -176,7 +176,7 @@ def combine_kernel(
     tl.store(mass_ptr + row, mass.to(tl.float32), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def gradient_kernel(
     exponential_ptr,  # (N, padded V): E
     weight_ptr,  # (V, H)
@@ -198,6 +198,7 @@ def gradient_kernel(
     constant,  # factor * inverse temperature
     skip_mass,  # most probability mass that a row may drop
     SKIPS: tl.constexpr,
+    EVEN_H: tl.constexpr,
     E_SCALE: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
     ROUND_OUTPUT: tl.constexpr,
@@ -214,8 +215,8 @@ def gradient_kernel(
     row_inside = tl.minimum(row, (rows - 1 - row_start).to(tl.int32))
     inner = tl.arange(0, BLOCK_K)
     h = hidden_start + tl.arange(0, BLOCK_H)
+    # Masked, not clamped: a clamp on the contiguous axis makes every load two bytes wide.
     in_hidden = h < hidden_size
-    h_inside = tl.minimum(h, hidden_size - 1)
     row_at = row_start + row_inside
     row_offset = tl.load(row_offset_ptr + row_at)
     row_sum = tl.load(row_sum_ptr + row_at)
@@ -237,12 +238,14 @@ def gradient_kernel(
                 column = (tile * BLOCK_V + start + inner).to(tl.int64)
                 e = tl.load(e_at + column[None, :]).to(tl.float32) * shift[:, None]
                 v = tl.minimum(column, vocabulary - 1)  # E is 0 beyond the vocabulary
-                w = tl.load(weight_ptr + v[:, None] * weight_stride + h_inside[None, :])
+                w_at = weight_ptr + v[:, None] * weight_stride + h[None, :]
+                w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=in_hidden[None, :], other=0.0)
                 if EMULATE_BF16:
                     w = w.to(tl.float32)
                 total = tl.dot(e.to(w.dtype), w, total, input_precision=PRECISION)
     target = tl.load(target_ptr + row_at)
-    toward = tl.load(weight_ptr + target[:, None] * weight_stride + h_inside[None, :])
+    toward_at = weight_ptr + target[:, None] * weight_stride + h[None, :]
+    toward = tl.load(toward_at, mask=in_hidden[None, :], other=0.0)
     slope = tl.load(target_slope_ptr + row_at) * mass
     gradient = slope[:, None] * toward.to(tl.float32) - total * (share / E_SCALE)[:, None]
     gradient = gradient * constant
