@@ -1,83 +1,62 @@
-"""Launches the Triton kernels: configurations per card, buffers inside their bound, row chunks."""
+"""Launches the Triton kernels: one set of buffers per call inside its bound, row chunk by chunk.
+
+Every kernel launch of a call is a `Launch` made by a method of `_Chunk`, so that what a call would
+compile can be listed without a card (`launches`).
+"""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._torch import (
-    Request,
-    RowStatistics,
-    empty_statistics,
-    extra_figures,
-    joined_statistics,
+from ._configs import (
+    CAPABILITIES,
+    CONFIGS,
+    ROW_TILES_PER_GROUP,
+    LaunchConfig,
+    config_for,
+    is_interpreted,
+    processors_of,
+    rows_in_whole_waves,
 )
+from ._torch import Request, RowStatistics, empty_statistics, extra_figures, matmul
+
+__all__ = ["CAPABILITIES", "CONFIGS", "ROW_TILES_PER_GROUP", "launches", "score"]
+__all__ += ["score_with_gradient"]
 
 SCORE_BYTES = 16 * 2**20
 """Bound of the partial statistics of a scoring pass."""
 
 LN_2 = math.log(2.0)
 
+PRECISION = "ieee"
+"""Of products in Triton: those of fp32 operands stay fp32, never TF32."""
+
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """Tile shapes of both GEMMs. Fixed per capability and dtype, never by the number of rows."""
+class Launch:
+    """One kernel launch: everything that decides what is compiled, and what runs."""
 
-    block_n: int
-    block_v: int
-    block_h: int
-    num_warps: int
-    num_stages: int
-    gradient_block_n: int
-    gradient_block_h: int
-    gradient_block_k: int
-    gradient_num_warps: int
-    gradient_num_stages: int
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
 
+    def run(self) -> None:
+        """Launch it on the current stream."""
+        self.kernel[self.grid](**self.arguments, **self.options)
 
-_HALF = LaunchConfig(128, 128, 64, 8, 3, 128, 128, 64, 8, 3)
-_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 32, 32, 16, 4, 2)
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-CONFIGS = {
-    (capability, size): config
-    for capability in CAPABILITIES
-    for size, config in ((2, _HALF), (4, _SINGLE))
-}
-CONFIGS[(8, 0), 2] = CONFIGS[(12, 0), 2] = replace(_HALF, gradient_block_k=32)
-CONFIGS[(8, 6), 2] = CONFIGS[(8, 9), 2] = replace(_HALF, gradient_block_h=64)
-CONFIGS[(10, 0), 2] = replace(_HALF, block_n=64)
-"""Launch configuration by compute capability and bytes of an operand. Not yet measured: chosen so
-that every entry compiles without spills and inside the shared memory of its card."""
-
-INTERPRETED = LaunchConfig(16, 32, 16, 4, 1, 16, 16, 16, 4, 1)
-"""Small tiles for the interpreter, so that small inputs cross every boundary."""
-
-ROW_TILES_PER_GROUP = 8
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def config_for(weight: Tensor) -> LaunchConfig:
-    """The configuration of the weight's card and dtype; a newer card takes the newest entry."""
-    if not weight.is_cuda:
-        return INTERPRETED
-    capability = torch.cuda.get_device_capability(weight.device)
-    known = max((c for c in CAPABILITIES if c <= capability), default=None)
-    if known is None:
-        raise RuntimeError(
-            f"the Triton backend needs compute capability 8.0 or later, this card has {capability}:"
-            " pass backend='torch'."
-        )
-    return CONFIGS[known, weight.element_size()]
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile options beside the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "enable_fp_fusion": True}
 
 
 def score(
@@ -86,14 +65,13 @@ def score(
     request: Request,
 ) -> RowStatistics:
     """One pass over the vocabulary; logits never leave the chip."""
-    plan = _Plan(request)
-    rows_at_once = plan.rows_within(SCORE_BYTES, stores_exponentials=False)
-    chunks = []
-    for rows in _chunks(len(target_ids), rows_at_once):
-        partial = _Partial(plan, hidden_states[rows], target_ids[rows], stores_exponentials=False)
-        partial.run_logits()
-        chunks.append(partial.combined())
-    return joined_statistics(chunks) if chunks else empty_statistics(hidden_states, request)
+    if not len(target_ids):
+        return empty_statistics(hidden_states, request)
+    call = _Call(_Plan(request), hidden_states, target_ids, gradients=None)
+    for chunk in call.chunks():
+        for launch in chunk.scoring():
+            launch.run()
+    return call.statistics()
 
 
 def score_with_gradient(
@@ -102,22 +80,44 @@ def score_with_gradient(
     request: Request,
 ) -> tuple[RowStatistics, Tensor]:
     """The same pass, and U = dlogp/dh, (N, H) in the dtype of the hidden states."""
-    plan = _Plan(request)
-    rows_at_once = plan.rows_within(request.bounds.buffer_bytes, stores_exponentials=True)
     gradients = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    chunks = []
-    for rows in _chunks(len(target_ids), rows_at_once):
-        partial = _Partial(plan, hidden_states[rows], target_ids[rows], stores_exponentials=True)
-        partial.run_logits()
-        chunks.append(partial.combined())
-        partial.run_gradient(chunks[-1], gradients[rows])
-    statistics = joined_statistics(chunks) if chunks else empty_statistics(hidden_states, request)
-    return statistics, gradients
+    if not len(target_ids):
+        return empty_statistics(hidden_states, request), gradients
+    call = _Call(_Plan(request), hidden_states, target_ids, gradients)
+    for chunk in call.chunks():
+        for launch in chunk.scoring():
+            launch.run()
+        if chunk.plan.one_scale:
+            chunk.rescale().run()
+        if chunk.plan.multiplies:
+            chunk.multiply()
+            chunk.finish().run()
+        else:
+            chunk.gradient().run()
+    return call.statistics(), gradients
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def launches(
+    hidden_states: Tensor,
+    target_ids: Tensor,
+    request: Request,
+    config: LaunchConfig | None = None,
+    *,
+    with_gradient: bool = True,
+) -> list[Launch]:
+    """What the first chunk of a call would launch, in order; nothing runs.
+
+    With meta tensors nothing is allocated either; `config` then stands in for the card's.
+    """
+    plan = _Plan(request) if config is None else _Plan(request, config)
+    gradients = torch.empty_like(hidden_states) if with_gradient else None
+    chunk = next(_Call(plan, hidden_states, target_ids, gradients).chunks())
+    found = list(chunk.scoring())
+    if with_gradient and plan.one_scale:
+        found.append(chunk.rescale())
+    if with_gradient:
+        found.append(chunk.finish() if plan.multiplies else chunk.gradient())
+    return found
 
 
 @dataclass
@@ -125,14 +125,14 @@ class _Plan:
     """What a call's chunks have in common."""
 
     request: Request
-    config: LaunchConfig = field(init=False)
+    config: LaunchConfig = None  # pyrefly: ignore[bad-assignment]
     tiles: int = field(init=False)
     weight: Tensor = field(init=False)  # rows contiguous
 
     def __post_init__(self) -> None:
         weight = self.request.weight
         self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-        self.config = config_for(weight)
+        self.config = self.config or config_for(weight)
         self.tiles = -(-weight.shape[0] // self.config.block_v)
 
     @property
@@ -142,199 +142,359 @@ class _Plan:
     @property
     def stored_dtype(self) -> torch.dtype:
         """Of E. The interpreter keeps bf16 values in fp32, its own bf16 being unsound."""
-        return torch.float32 if is_interpreted() else self.weight.dtype
+        return torch.float32 if self.emulates_bf16 else self.weight.dtype
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether E has one scale per row; fp16 has too few exponents for it."""
+        return self.weight.dtype != torch.float16
+
+    @property
+    def skips(self) -> bool:
+        return self.request.bounds.skip_mass > 0.0
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether torch multiplies E @ W: on one scale, whole, and never rounded to TF32."""
+        plain = self.one_scale and not self.skips and not self.config.gradient_in_triton
+        return plain and (is_interpreted() or self.weight.dtype == torch.bfloat16)
 
     @property
     def exponential_scale(self) -> float:
         """fp16 has few exponents: 2^14 keeps probabilities down to 4e-12 of the row's largest."""
-        return 2.0**14 if self.weight.dtype == torch.float16 else 1.0
+        return 1.0 if self.one_scale else 2.0**14
 
     @property
-    def precision(self) -> str:
-        """Products of fp32 operands stay fp32, never TF32."""
-        return "ieee"
+    def emulates_bf16(self) -> bool:
+        return is_interpreted() and self.weight.dtype == torch.bfloat16
 
-    def rows_within(self, buffer_bytes: int, *, stores_exponentials: bool) -> int:
-        """Rows whose buffers fit the bound: whole row tiles, or at least 16 rows."""
-        per_row = self.tiles * 4 * (6 if self.request.outputs else 2)
+    def row_bytes(self, *, stores_exponentials: bool) -> int:
+        """Bytes of all buffers per row."""
+        per_row = 4 + self.tiles * 4 * (6 if self.request.outputs else 2)
         if stores_exponentials:
             per_row += self.padded_vocabulary * self.stored_dtype.itemsize
-        rows = buffer_bytes // per_row
-        step = self.config.block_n if rows >= self.config.block_n else 16
-        return max(16, rows // step * step)
+            if self.multiplies:
+                per_row += 4 * self.weight.shape[1]
+        return per_row
+
+    def chunk_rows(self, count: int, *, stores_exponentials: bool) -> int:
+        """Rows at a time for `count` of them: what the bound holds, in whole waves of the card."""
+        bound = self.request.bounds.buffer_bytes if stores_exponentials else SCORE_BYTES
+        most = bound // self.row_bytes(stores_exponentials=stores_exponentials)
+        if count <= most:
+            return count
+        return rows_in_whole_waves(most, self.weight.shape[1], processors_of(self.weight))
 
 
-class _Partial:
-    """The buffers of one chunk of rows."""
+class _Call:
+    """The buffers of one call, and what it leaves per row."""
 
     def __init__(
-        self, plan: _Plan, hidden_states: Tensor, target_ids: Tensor, *, stores_exponentials: bool
+        self, plan: _Plan, hidden_states: Tensor, target_ids: Tensor, gradients: Tensor | None
     ) -> None:
         self.plan = plan
         self.hidden_states = hidden_states
         if hidden_states.stride(-1) != 1:
             self.hidden_states = hidden_states.contiguous()
         self.target_ids = target_ids.contiguous()
-        self.rows = len(target_ids)
+        self.gradients = gradients
+        count, stores = len(target_ids), gradients is not None
+        self.rows_at_once = plan.chunk_rows(count, stores_exponentials=stores)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=hidden_states.device)
 
-        self.offsets = buffer(plan.tiles, self.rows)
-        self.sums = buffer(plan.tiles, self.rows)
-        self.target_logits = buffer(self.rows)
-        self.moments = [
-            buffer(plan.tiles, self.rows) for _ in range(4 if plan.request.outputs else 0)
-        ]
-        self.exponentials = None
-        if stores_exponentials:
-            shape = (self.rows, plan.padded_vocabulary)
+        self.logps, self.mass = buffer(count), buffer(count)
+        self.target_logits = buffer(count)
+        self.row_offsets, self.row_sums = buffer(count), buffer(count)
+        extras = bool(plan.request.outputs)
+        self.row_moments = buffer(4, count, dtype=torch.float64) if extras else None
+        self.references = buffer(self.rows_at_once)
+        self.partials = buffer(6 if extras else 2, plan.tiles * self.rows_at_once)
+        self.exponentials = self.product = None
+        if stores:
+            shape = (self.rows_at_once, plan.padded_vocabulary)
             self.exponentials = buffer(*shape, dtype=plan.stored_dtype)
-        self.row_offsets = buffer(self.rows)
-        self.row_sums = buffer(self.rows)
+            if plan.multiplies:
+                self.product = buffer(self.rows_at_once, plan.weight.shape[1])
 
-    def run_logits(self) -> None:
-        """First GEMM: tile statistics, the target's logit and, if kept, E."""
-        from . import _triton
+    def chunks(self) -> Iterator[_Chunk]:
+        count = len(self.target_ids)
+        for start in range(0, count, self.rows_at_once):
+            yield _Chunk(self, slice(start, min(start + self.rows_at_once, count)))
 
-        plan, config, weight = self.plan, self.plan.config, self.plan.weight
-        transform, bias = plan.request.transform, plan.request.bias
-        vocabulary, hidden_size = weight.shape
-        unused = self.sums
-        moments = self.moments or [unused] * 4
-        exponentials = unused if self.exponentials is None else self.exponentials
-        grid = (-(-self.rows // config.block_n) * plan.tiles,)
-        launch: Any = _triton.logits_kernel[grid]
-        launch(
-            self.hidden_states,
-            weight,
-            weight if bias is None else bias.contiguous(),
-            self.target_ids,
-            self.offsets,
-            self.sums,
-            self.target_logits,
-            exponentials,
-            *moments,
-            self.rows,
-            vocabulary,
-            hidden_size,
-            self.hidden_states.stride(0),
-            weight.stride(0),
-            exponentials.stride(0),
-            transform.factor,
-            transform.softcap or 1.0,
-            1.0 / transform.temperature,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=transform.softcap is not None,
-            STORE_E=self.exponentials is not None,
-            EXTRAS=bool(self.moments),
-            EVEN_H=hidden_size % config.block_h == 0,
-            E_SCALE=plan.exponential_scale,
-            EMULATE_BF16=is_interpreted() and weight.dtype == torch.bfloat16,
-            PRECISION=plan.precision,
-            BLOCK_N=config.block_n,
-            BLOCK_V=config.block_v,
-            BLOCK_H=config.block_h,
-            GROUP=ROW_TILES_PER_GROUP,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
-
-    def combined(self) -> RowStatistics:
-        """Partial sums to log-probs, tile by tile in order."""
-        from . import _triton
-
-        logps, mass = torch.empty_like(self.row_sums), torch.empty_like(self.row_sums)
-        launch: Any = _triton.combine_kernel[(-(-self.rows // 128),)]
-        launch(
-            self.offsets,
-            self.sums,
-            self.target_logits,
-            self.row_offsets,
-            self.row_sums,
-            logps,
-            mass,
-            self.rows,
-            self.plan.tiles,
-            BLOCK=128,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    def statistics(self) -> RowStatistics:
+        extras = {}
+        if self.row_moments is not None:
+            largest, weighted, plain, squares = self.row_moments
+            log_sums = self.row_offsets.double() * LN_2 + self.row_sums.double().log()
+            extras = extra_figures(
+                self.plan.request.outputs,
+                vocabulary=self.plan.weight.shape[0],
+                max_others=largest,
+                sum_others=self.row_sums,
+                weighted=weighted,
+                plain=plain,
+                squares=squares,
+                target_logits=self.target_logits,
+                log_ratio=log_sums - self.target_logits.double(),
+            )
         return RowStatistics(
-            logps=logps,
+            logps=self.logps,
             target_logits=self.target_logits,
             max_others=self.row_offsets * LN_2,
             sum_others=self.row_sums,
-            mass_others=mass,
-            extras=self._extras() if self.moments else {},
+            mass_others=self.mass,
+            extras=extras,
         )
 
-    def run_gradient(self, statistics: RowStatistics, gradients: Tensor) -> None:
-        """Second GEMM: E @ W with the exact power-of-two shift, U formed in its epilogue."""
+
+class _Chunk:
+    """One slice of a call's rows, and the launches that work it."""
+
+    def __init__(self, call: _Call, rows: slice) -> None:
+        self.plan = plan = call.plan
+        self.rows = rows.stop - rows.start
+        self.hidden_states, self.target_ids = call.hidden_states[rows], call.target_ids[rows]
+        self.logps, self.mass = call.logps[rows], call.mass[rows]
+        self.target_logits = call.target_logits[rows]
+        self.row_offsets, self.row_sums = call.row_offsets[rows], call.row_sums[rows]
+        self.references = call.references[: self.rows]
+        partials = [p[: plan.tiles * self.rows].view(plan.tiles, self.rows) for p in call.partials]
+        self.offsets, self.sums, *self.moments = partials
+        self.row_moments = None if call.row_moments is None else call.row_moments[:, rows]
+        self.exponentials = self.product = self.gradients = None
+        if call.gradients is not None and call.exponentials is not None:
+            self.exponentials = call.exponentials[: self.rows]
+            self.gradients = call.gradients[rows]
+        if call.product is not None:
+            self.product = call.product[: self.rows]
+
+    def scoring(self) -> Iterator[Launch]:
+        """Rows' offsets, first GEMM and fold: the same for a score and for a gradient."""
+        if self.plan.one_scale:
+            yield self.reference()
+        yield self.logits()
+        yield self.combine()
+
+    def _head(self) -> dict[str, Any]:
+        """What turns states into logits."""
+        weight, bias = self.plan.weight, self.plan.request.bias
+        return {
+            "hidden_ptr": self.hidden_states,
+            "weight_ptr": weight,
+            "bias_ptr": weight if bias is None else bias.contiguous(),
+            "target_ptr": self.target_ids,
+            "rows": self.rows,
+            "hidden_size": weight.shape[1],
+            "hidden_stride": self.hidden_states.stride(0),
+            "weight_stride": weight.stride(0),
+            "factor": float(self.plan.request.transform.factor),
+            **self._cap(),
+            "HAS_BIAS": bias is not None,
+        }
+
+    def _cap(self) -> dict[str, Any]:
+        transform = self.plan.request.transform
+        return {
+            "softcap": float(transform.softcap or 1.0),
+            "inverse_temperature": 1.0 / transform.temperature,
+            "HAS_SOFTCAP": transform.softcap is not None,
+        }
+
+    def reference(self) -> Launch:
+        """The row's offset, from its target's logit."""
         from . import _triton
 
-        plan, config, weight = self.plan, self.plan.config, self.plan.weight
-        transform, skip_mass = plan.request.transform, plan.request.bounds.skip_mass
+        block_n = 4
+        arguments = {"reference_ptr": self.references, "BLOCK_N": block_n, "BLOCK_H": 512}
+        grid = (-(-self.rows // block_n),)
+        return Launch(_triton.reference_kernel, grid, {**self._head(), **arguments})
+
+    def logits(self) -> Launch:
+        """First GEMM: tile statistics, the target's logit and, if kept, E."""
+        from . import _triton
+
+        plan, config = self.plan, self.plan.config
+        maxima, weighted, plain, squares = self.moments or [self.sums] * 4
+        exponentials = self.sums if self.exponentials is None else self.exponentials
+        arguments = {
+            **self._head(),
+            "reference_ptr": self.references,
+            "offset_ptr": self.offsets,
+            "sum_ptr": self.sums,
+            "target_logit_ptr": self.target_logits,
+            "exponential_ptr": exponentials,
+            "max_ptr": maxima,
+            "weighted_ptr": weighted,
+            "plain_ptr": plain,
+            "square_ptr": squares,
+            "vocabulary": plan.weight.shape[0],
+            "exponential_stride": exponentials.stride(0),
+            "ONE_SCALE": plan.one_scale,
+            "STORE_E": self.exponentials is not None,
+            "EXTRAS": bool(self.moments),
+            "EVEN_H": plan.weight.shape[1] % config.block_h == 0,
+            "E_SCALE": plan.exponential_scale,
+            "EMULATE_BF16": plan.emulates_bf16,
+            "PRECISION": PRECISION,
+            "BLOCK_N": config.block_n,
+            "BLOCK_V": config.block_v,
+            "BLOCK_H": config.block_h,
+            "GROUP": ROW_TILES_PER_GROUP,
+        }
+        grid = (-(-self.rows // config.block_n) * plan.tiles,)
+        return Launch(_triton.logits_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+    def combine(self) -> Launch:
+        """Partial sums to log-probs, in a fixed order."""
+        from . import _triton
+
+        maxima, weighted, plain, squares = self.moments or [self.sums] * 4
+        row_moments = self.row_sums[None] if self.row_moments is None else self.row_moments
+        block_n = 16
+        arguments = {
+            "offset_ptr": self.offsets,
+            "sum_ptr": self.sums,
+            "target_logit_ptr": self.target_logits,
+            "row_offset_ptr": self.row_offsets,
+            "row_sum_ptr": self.row_sums,
+            "logp_ptr": self.logps,
+            "mass_ptr": self.mass,
+            "max_ptr": maxima,
+            "weighted_ptr": weighted,
+            "plain_ptr": plain,
+            "square_ptr": squares,
+            "row_moment_ptr": row_moments,
+            "rows": self.rows,
+            "tiles": self.plan.tiles,
+            "moment_stride": row_moments.stride(0),
+            "EXTRAS": bool(self.moments),
+            "BLOCK_N": block_n,
+            "AT_ONCE": 64,
+        }
+        return Launch(_triton.combine_kernel, (-(-self.rows // block_n),), arguments)
+
+    def rescale(self) -> Launch:
+        """Rows with tiles on a scale of their own brought to one; the others are left alone."""
+        from . import _triton_gradient
+
         assert self.exponentials is not None, "the first GEMM has kept E"
+        arguments = {
+            "exponential_ptr": self.exponentials,
+            "reference_ptr": self.references,
+            "offset_ptr": self.offsets,
+            "row_offset_ptr": self.row_offsets,
+            "rows": self.rows,
+            "tiles": self.plan.tiles,
+            "exponential_stride": self.exponentials.stride(0),
+            "EMULATE_BF16": self.plan.emulates_bf16,
+            "BLOCK_V": self.plan.config.block_v,
+        }
+        return Launch(_triton_gradient.rescale_kernel, (self.rows,), arguments)
+
+    def multiply(self) -> None:
+        """Second GEMM by torch: E @ W with fp32 sums, into the product's buffer."""
+        assert self.exponentials is not None and self.product is not None, "allocated for it"
+        matmul(self.exponentials[:, : self.plan.weight.shape[0]], self.plan.weight, self.product)
+
+    def _ending(self) -> dict[str, Any]:
+        """What turns E @ W into U."""
+        plan, gradients = self.plan, self.gradients
+        assert gradients is not None, "a call with gradient"
+        transform = plan.request.transform
+        return {
+            "weight_ptr": plan.weight,
+            "target_ptr": self.target_ids,
+            "target_logit_ptr": self.target_logits,
+            "row_sum_ptr": self.row_sums,
+            "mass_ptr": self.mass,
+            "gradient_ptr": gradients,
+            "hidden_size": plan.weight.shape[1],
+            "weight_stride": plan.weight.stride(0),
+            "gradient_stride": gradients.stride(0),
+            "constant": transform.factor / transform.temperature,
+            **self._cap(),
+            "E_SCALE": plan.exponential_scale,
+            "ROUND_OUTPUT": is_interpreted() and gradients.dtype == torch.bfloat16,
+        }
+
+    def finish(self) -> Launch:
+        """U from the product."""
+        from . import _triton_gradient
+
+        block_h = 1024
+        arguments = {**self._ending(), "product_ptr": self.product, "BLOCK_H": block_h}
+        grid = (self.rows, -(-self.plan.weight.shape[1] // block_h))
+        return Launch(_triton_gradient.finish_kernel, grid, arguments)
+
+    def gradient(self) -> Launch:
+        """Second GEMM by Triton, U formed in its epilogue."""
+        from . import _triton_gradient
+
+        plan, config, weight = self.plan, self.plan.config, self.plan.weight
         vocabulary, hidden_size = weight.shape
-        constant = transform.factor / transform.temperature
-        slope = transform.slope(self.target_logits)
-        if not isinstance(slope, Tensor):
-            slope = torch.full_like(self.target_logits, slope)
-        emulates = is_interpreted() and weight.dtype == torch.bfloat16
+        assert self.exponentials is not None, "the first GEMM has kept E"
+        wanted, count = self._wanted_tiles() if plan.skips else (self.target_ids,) * 2
+        descriptors = self._descriptors()
+        arguments = {
+            **self._ending(),
+            "exponential_ptr": self.exponentials,
+            "exponential_desc": descriptors[0],
+            "weight_desc": descriptors[1],
+            "offset_ptr": self.offsets,
+            "row_offset_ptr": self.row_offsets,
+            "wanted_ptr": wanted,
+            "wanted_count_ptr": count,
+            "rows": self.rows,
+            "vocabulary": vocabulary,
+            "tiles": plan.tiles,
+            "exponential_stride": self.exponentials.stride(0),
+            "SKIPS": plan.skips,
+            "SHIFTS": not plan.one_scale,
+            "TMA": descriptors[0] is not None,
+            "EVEN_H": hidden_size % config.gradient_block_h == 0,
+            "EMULATE_BF16": plan.emulates_bf16,
+            "PRECISION": PRECISION,
+            "BLOCK_N": config.gradient_block_n,
+            "BLOCK_H": config.gradient_block_h,
+            "BLOCK_V": config.block_v,
+            "BLOCK_K": config.gradient_block_k,
+        }
         grid = (
             -(-self.rows // config.gradient_block_n),
             -(-hidden_size // config.gradient_block_h),
         )
-        launch: Any = _triton.gradient_kernel[grid]
-        launch(
-            self.exponentials,
-            weight,
-            self.target_ids,
-            self.offsets,
-            self.sums,
-            self.row_offsets,
-            self.row_sums,
-            statistics.mass_others,
-            slope / constant,
-            gradients,
-            self.rows,
-            vocabulary,
-            hidden_size,
-            plan.tiles,
-            self.exponentials.stride(0),
-            weight.stride(0),
-            gradients.stride(0),
-            constant,
-            skip_mass,
-            SKIPS=skip_mass > 0.0,
-            EVEN_H=hidden_size % config.gradient_block_h == 0,
-            E_SCALE=plan.exponential_scale,
-            EMULATE_BF16=emulates,
-            ROUND_OUTPUT=is_interpreted() and gradients.dtype == torch.bfloat16,
-            PRECISION=plan.precision,
-            BLOCK_N=config.gradient_block_n,
-            BLOCK_H=config.gradient_block_h,
-            BLOCK_V=config.block_v,
-            BLOCK_K=config.gradient_block_k,
-            num_warps=config.gradient_num_warps,
-            num_stages=config.gradient_num_stages,
-            enable_fp_fusion=True,
+        warps, stages = config.gradient_num_warps, config.gradient_num_stages
+        return Launch(_triton_gradient.gradient_kernel, grid, arguments, warps, stages)
+
+    def _descriptors(self) -> tuple[Any, Any]:
+        """E and W for TMA, or None twice where it is not wanted or W is not 16-byte aligned."""
+        config, weight, e = self.plan.config, self.plan.weight, self.exponentials
+        aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.itemsize % 16 == 0
+        if not (config.gradient_by_tma and aligned) or e is None:
+            return None, None
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        n, h, k = config.gradient_block_n, config.gradient_block_h, config.gradient_block_k
+        return (
+            TensorDescriptor(e, list(e.shape), [e.stride(0), 1], [n, k]),
+            TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], [k, h]),
         )
 
-    def _extras(self) -> dict[str, Tensor]:
-        largest, weighted, plain, squares = self.moments
-        shifts = torch.exp2(self.offsets - self.row_offsets)
-        return extra_figures(
-            self.plan.request.outputs,
-            vocabulary=self.plan.weight.shape[0],
-            max_others=largest.amax(dim=0),
-            sum_others=self.row_sums,
-            weighted=(weighted * shifts).double().sum(dim=0),
-            plain=plain.double().sum(dim=0),
-            squares=(squares * shifts**2).double().sum(dim=0),
-            target_logits=self.target_logits,
-            log_ratio=(self.row_offsets.double() * LN_2 + self.row_sums.double().log())
-            - self.target_logits.double(),
-        )
+    def _wanted_tiles(self) -> tuple[Tensor, Tensor]:
+        """Per block of rows the tiles to sum, (blocks, tiles) in order, and how many, (blocks,).
+
+        The tiles that hold least are left out, as many as hold at most `skip_mass` together, each
+        counted by the row of the block that has most in it.
+        """
+        block, tiles = self.plan.config.gradient_block_n, self.plan.tiles
+        share = self.mass / self.row_sums.clamp_min(1e-37)
+        held = self.sums * torch.exp2(self.offsets - self.row_offsets) * share
+        held = torch.nn.functional.pad(held, (0, -self.rows % block))
+        most = held.view(tiles, -1, block).amax(dim=2).T.nan_to_num(nan=torch.inf)
+        ascending, order = most.sort(dim=1)
+        kept = ascending.cumsum(dim=1) > self.plan.request.bounds.skip_mass
+        wanted = torch.empty_like(kept).scatter_(1, order, kept)
+        in_order = wanted.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
+        return in_order.to(torch.int32), wanted.sum(dim=1, dtype=torch.int32)

@@ -1,9 +1,11 @@
-"""The fused log-prob in Triton: the only file with jit code. The same code runs in the interpreter.
+"""The fused log-prob in Triton: the first GEMM and its fold. The same code runs in the interpreter.
 
 Logits live in the base-2 domain, z2 = z * log2(e). A vocabulary tile of a row is stored as
-E = 2^(z2 - k) with k a whole number per (row, tile), so that rescaling to the row's own offset is
-an exact shift of the exponent. The target column is left out of every sum and of E; its logit is
-kept apart in fp32. Partial sums are combined in a fixed order, never by atomics.
+E = 2^(z2 - k) with k a whole number, so that a change of scale is an exact shift of the exponent. k
+is one per row, near the target's own z2, and a tile's own only where that would exceed the row's by
+2^96; fp16 has too few exponents and takes each tile's own. The target column is left out of every
+sum and of E; its logit is kept apart in fp32. Partial sums are combined in a fixed order, never by
+atomics.
 """
 
 from __future__ import annotations
@@ -14,12 +16,19 @@ import triton.language as tl
 MASKED = tl.constexpr(-1e30)
 """Offset of a tile without a single counted column: finite, so that nothing becomes NaN."""
 
+ROOM = tl.constexpr(96.0)
+"""A tile keeps the row's offset unless its largest entry exceeds 2^ROOM: sums of entries and their
+products with W stay below fp32's 2^128."""
+
+SQUARES_SHRINK = tl.constexpr(2.0**-40)
+"""Factor on entries before they are squared: (2^96)^2 would overflow."""
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _round_to_bf16(x):
+def round_to_bf16(x):
     """Round fp32 to the nearest bf16, ties to even, kept in fp32: the interpreter truncates."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -37,12 +46,63 @@ def _tanh(x):
     return tl.where(x < 0, -size, size)
 
 
+@triton.jit
+def _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
+    """Raw logits h.W + b to z."""
+    z = raw * factor
+    if HAS_SOFTCAP:
+        z = _tanh(z / softcap) * softcap
+    return z * inverse_temperature
+
+
+@triton.jit(do_not_specialize=["rows"])
+def reference_kernel(
+    hidden_ptr,  # (N, H)
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,)
+    target_ptr,  # (N,) int64
+    reference_ptr,  # (N,) fp32: whole number nearest to the target's z2
+    rows,
+    hidden_size,
+    hidden_stride,
+    weight_stride,
+    factor,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """The offset of each row, from the dot product of its state with its target's row of W."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_H)
+    in_rows = row < rows
+    target = tl.load(target_ptr + row, mask=in_rows, other=0)
+    hidden_at = hidden_ptr + row.to(tl.int64)[:, None] * hidden_stride
+    weight_at = weight_ptr + target[:, None] * weight_stride
+    total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+    for start in range(0, hidden_size, BLOCK_H):
+        column = start + inner
+        inside = in_rows[:, None] & (column < hidden_size)[None, :]
+        h = tl.load(hidden_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += h * w
+    raw = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + target, mask=in_rows, other=0.0).to(tl.float32)
+    z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP) * LOG2_E
+    finite = tl.where(z == z, tl.minimum(tl.maximum(z, MASKED), -MASKED), 0.0)
+    tl.store(reference_ptr + row, tl.floor(finite + 0.5), mask=in_rows)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def logits_kernel(
     hidden_ptr,  # (N, H)
     weight_ptr,  # (V, H)
     bias_ptr,  # (V,)
     target_ptr,  # (N,) int64
+    reference_ptr,  # (N,) fp32: the row's k
     offset_ptr,  # (tiles, N) fp32: k
     sum_ptr,  # (tiles, N) fp32: sum of 2^(z2 - k)
     target_logit_ptr,  # (N,) fp32: z of the target
@@ -50,7 +110,7 @@ def logits_kernel(
     max_ptr,  # (tiles, N) fp32: largest z, and below: sums of z 2^(z2-k), z, 2^(2 z2 - 2 k)
     weighted_ptr,
     plain_ptr,
-    square_ptr,
+    square_ptr,  # times SQUARES_SHRINK twice
     rows,
     vocabulary,
     hidden_size,
@@ -62,6 +122,7 @@ def logits_kernel(
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ONE_SCALE: tl.constexpr,  # the row's k where it fits, else each tile's own
     STORE_E: tl.constexpr,
     EXTRAS: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -100,11 +161,7 @@ def logits_kernel(
         raw = tl.dot(h, w, raw, input_precision=PRECISION)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + column_start + column_inside).to(tl.float32)[None, :]
-    z = raw * factor
-    if HAS_SOFTCAP:
-        z = _tanh(z / softcap) * softcap
-    z = z * inverse_temperature
-
+    z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP)
     in_rows = row_start + row < rows
     target = tl.load(target_ptr + row_start + row_inside) - column_start
     is_target = column[None, :] == target[:, None]
@@ -114,6 +171,9 @@ def logits_kernel(
     counted = (column_start + column < vocabulary)[None, :] & (is_target == 0)
     largest = tl.max(tl.where(counted, z, MASKED), axis=1)
     offset = tl.floor(tl.maximum(largest * LOG2_E, MASKED) + 0.5)
+    if ONE_SCALE:
+        reference = tl.load(reference_ptr + row_start + row_inside)
+        offset = tl.where(offset - reference <= ROOM, reference, offset)
     partial = tile.to(tl.int64) * rows + row_start + row
     if EXTRAS:  # what needs z alone goes first: registers are short here
         tl.store(max_ptr + partial, largest, mask=in_rows)
@@ -124,14 +184,15 @@ def logits_kernel(
     if EXTRAS:
         weighted = tl.where(exponential > 0, exponential * z, 0.0)
         tl.store(weighted_ptr + partial, tl.sum(weighted, axis=1), mask=in_rows)
-        tl.store(square_ptr + partial, tl.sum(exponential * exponential, axis=1), mask=in_rows)
+        small = exponential * SQUARES_SHRINK
+        tl.store(square_ptr + partial, tl.sum(small * small, axis=1), mask=in_rows)
     if STORE_E:
         kept = exponential * E_SCALE
         if HAS_SOFTCAP:
             capped = z / (softcap * inverse_temperature)
             kept = kept * (1.0 - capped * capped)
         if EMULATE_BF16:
-            kept = _round_to_bf16(kept)
+            kept = round_to_bf16(kept)
         at = exponential_ptr + row_start * exponential_stride + column_start
         at = at + row[:, None].to(tl.int64) * exponential_stride + column[None, :]
         tl.store(at, kept.to(exponential_ptr.dtype.element_ty), mask=in_rows[:, None])
@@ -146,23 +207,57 @@ def combine_kernel(
     row_sum_ptr,  # (N,) fp32: sum of 2^(z2 - k) over the row
     logp_ptr,  # (N,) fp32
     mass_ptr,  # (N,) fp32: 1 - p of the target
+    max_ptr,  # (tiles, N) fp32, and the three below
+    weighted_ptr,
+    plain_ptr,
+    square_ptr,
+    row_moment_ptr,  # (4, N) fp64: of the row, in that order, squares without their factor
     rows,
     tiles,
-    BLOCK: tl.constexpr,
+    moment_stride,
+    EXTRAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Partial sums to log-probs, in fp64, tile by tile; one program = BLOCK rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Partial sums to log-probs, in fp64, AT_ONCE tiles at a time; one program = BLOCK_N rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
-    largest = tl.full((BLOCK,), MASKED, dtype=tl.float32)
-    for tile in range(0, tiles):
-        offset = tl.load(offset_ptr + tile * rows + row, mask=inside, other=MASKED)
-        largest = tl.maximum(largest, offset)
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for tile in range(0, tiles):
-        at = tile * rows + row
-        offset = tl.load(offset_ptr + at, mask=inside, other=MASKED)
-        partial = tl.load(sum_ptr + at, mask=inside, other=0.0)
-        total += (partial * tl.exp2(offset - largest)).to(tl.float64)
+    step = tl.arange(0, AT_ONCE)
+    largest = tl.full((BLOCK_N,), MASKED, dtype=tl.float32)
+    for start in range(0, tiles, AT_ONCE):
+        mask = (start + step < tiles)[:, None] & inside[None, :]
+        at = (start + step).to(tl.int64)[:, None] * rows + row[None, :]
+        offset = tl.load(offset_ptr + at, mask=mask, other=MASKED)
+        largest = tl.maximum(largest, tl.max(offset, axis=0))
+    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    highest = tl.full((BLOCK_N,), MASKED, dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    plain = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    for start in range(0, tiles, AT_ONCE):
+        mask = (start + step < tiles)[:, None] & inside[None, :]
+        at = (start + step).to(tl.int64)[:, None] * rows + row[None, :]
+        offset = tl.load(offset_ptr + at, mask=mask, other=MASKED)
+        shift = tl.exp2(offset - largest[None, :])
+        partial = tl.load(sum_ptr + at, mask=mask, other=0.0) * shift
+        total += tl.sum(partial.to(tl.float64), axis=0)
+        if EXTRAS:
+            z = tl.load(max_ptr + at, mask=mask, other=MASKED)
+            highest = tl.maximum(highest, tl.max(z, axis=0))
+            z = tl.load(weighted_ptr + at, mask=mask, other=0.0) * shift
+            weighted += tl.sum(z.to(tl.float64), axis=0)
+            z = tl.load(plain_ptr + at, mask=mask, other=0.0)
+            plain += tl.sum(z.to(tl.float64), axis=0)
+            z = tl.load(square_ptr + at, mask=mask, other=0.0) * shift * shift
+            squares += tl.sum(z.to(tl.float64), axis=0)
+    if EXTRAS:
+        tl.store(row_moment_ptr + row, highest.to(tl.float64), mask=inside)
+        tl.store(row_moment_ptr + moment_stride + row, weighted, mask=inside)
+        tl.store(row_moment_ptr + 2 * moment_stride + row, plain, mask=inside)
+        squares = squares / SQUARES_SHRINK / SQUARES_SHRINK
+        tl.store(row_moment_ptr + 3 * moment_stride + row, squares, mask=inside)
+    tl.store(row_offset_ptr + row, largest, mask=inside)
+    tl.store(row_sum_ptr + row, total.to(tl.float32), mask=inside)
     total = tl.where(total == 0.0, 1e-300, total)  # the target is the only column: p is 1
     target = tl.load(target_logit_ptr + row, mask=inside, other=0.0).to(tl.float64)
     ratio = largest.to(tl.float64) * LN_2 + tl.log(total) - target  # d = lse of the others - z_t
@@ -170,90 +265,8 @@ def combine_kernel(
     logp = -(tl.maximum(ratio, 0.0) + tl.log(1.0 + decay))
     logp = tl.where(decay < 1e-5, -(tl.maximum(ratio, 0.0) + decay), logp)  # log1p where 1 + x is 1
     mass = tl.where(ratio < 0, decay, 1.0) / (1.0 + decay)
-    tl.store(row_offset_ptr + row, largest, mask=inside)
-    tl.store(row_sum_ptr + row, total.to(tl.float32), mask=inside)
     tl.store(logp_ptr + row, logp.to(tl.float32), mask=inside)
     tl.store(mass_ptr + row, mass.to(tl.float32), mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows", "tiles"])
-def gradient_kernel(
-    exponential_ptr,  # (N, padded V): E
-    weight_ptr,  # (V, H)
-    target_ptr,  # (N,) int64
-    offset_ptr,  # (tiles, N) fp32
-    sum_ptr,  # (tiles, N) fp32
-    row_offset_ptr,  # (N,) fp32
-    row_sum_ptr,  # (N,) fp32
-    mass_ptr,  # (N,) fp32
-    target_slope_ptr,  # (N,) fp32: dz / d(h.W) of the target, without the constant
-    gradient_ptr,  # (N, H): U = dlogp / dh
-    rows,
-    vocabulary,
-    hidden_size,
-    tiles,
-    exponential_stride,
-    weight_stride,
-    gradient_stride,
-    constant,  # factor * inverse temperature
-    skip_mass,  # most probability mass that a row may drop
-    SKIPS: tl.constexpr,
-    EVEN_H: tl.constexpr,
-    E_SCALE: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
-    ROUND_OUTPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_V: tl.constexpr,  # of the logits kernel: one offset holds for this many columns
-    BLOCK_K: tl.constexpr,
-):
-    """U = constant (1 - p) (slope_t W_t - E @ W / s); one program = BLOCK_N rows x BLOCK_H."""
-    row_start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    hidden_start = tl.program_id(1) * BLOCK_H
-    row = tl.arange(0, BLOCK_N)
-    row_inside = tl.minimum(row, (rows - 1 - row_start).to(tl.int32))
-    inner = tl.arange(0, BLOCK_K)
-    h = hidden_start + tl.arange(0, BLOCK_H)
-    # Masked, not clamped: a clamp on the contiguous axis makes every load two bytes wide.
-    in_hidden = h < hidden_size
-    row_at = row_start + row_inside
-    row_offset = tl.load(row_offset_ptr + row_at)
-    row_sum = tl.load(row_sum_ptr + row_at)
-    mass = tl.load(mass_ptr + row_at)
-    share = mass / tl.maximum(row_sum, 1e-37)
-    e_at = exponential_ptr + row_at[:, None] * exponential_stride
-    dropped = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
-    for tile in range(0, tiles):
-        partial = tile * rows + row_at
-        shift = tl.exp2(tl.load(offset_ptr + partial) - row_offset)
-        wanted = True
-        if SKIPS:
-            would_drop = dropped + tl.load(sum_ptr + partial) * shift * share
-            wanted = tl.max(would_drop, axis=0) > skip_mass
-            dropped = tl.where(wanted, dropped, would_drop)
-        if wanted:
-            for start in range(0, BLOCK_V, BLOCK_K):
-                column = (tile * BLOCK_V + start + inner).to(tl.int64)
-                e = tl.load(e_at + column[None, :]).to(tl.float32) * shift[:, None]
-                v = tl.minimum(column, vocabulary - 1)  # E is 0 beyond the vocabulary
-                w_at = weight_ptr + v[:, None] * weight_stride + h[None, :]
-                w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=in_hidden[None, :], other=0.0)
-                if EMULATE_BF16:
-                    w = w.to(tl.float32)
-                total = tl.dot(e.to(w.dtype), w, total, input_precision=PRECISION)
-    target = tl.load(target_ptr + row_at)
-    toward_at = weight_ptr + target[:, None] * weight_stride + h[None, :]
-    toward = tl.load(toward_at, mask=in_hidden[None, :], other=0.0)
-    slope = tl.load(target_slope_ptr + row_at) * mass
-    gradient = slope[:, None] * toward.to(tl.float32) - total * (share / E_SCALE)[:, None]
-    gradient = gradient * constant
-    if ROUND_OUTPUT:
-        gradient = _round_to_bf16(gradient)
-    out = gradient_ptr + (row_start + row)[:, None] * gradient_stride + h[None, :]
-    kept = (row_start + row < rows)[:, None] & in_hidden[None, :]
-    tl.store(out, gradient.to(gradient_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit

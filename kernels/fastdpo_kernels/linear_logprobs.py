@@ -47,7 +47,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[()] = (),
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor: ...
 @overload
@@ -63,7 +63,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...],
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs: ...
 def linear_logprobs(
@@ -78,7 +78,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs:
     """Log-probability of each target token without building the (N, V) logits.
