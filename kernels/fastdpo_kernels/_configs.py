@@ -31,22 +31,24 @@ class LaunchConfig:
     gradient_block_k: int
     gradient_num_warps: int
     gradient_num_stages: int
+    part_v: int = 128
     gradient_in_triton: bool = False
     gradient_by_tma: bool = False
 
 
 _HALF = LaunchConfig(128, 128, 64, 8, 3, 128, 128, 64, 8, 3)
-_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 32, 32, 16, 4, 2)
+_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 32, 32, 16, 4, 2, part_v=64)
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 CONFIGS = {
     (capability, size): config
     for capability in CAPABILITIES
     for size, config in ((2, _HALF), (4, _SINGLE))
 }
+CONFIGS[(9, 0), 2] = replace(_HALF, block_v=256)
 """Launch configuration by compute capability and bytes of an operand. Not yet measured: chosen so
 that every entry compiles without spills and inside the shared memory of its card."""
 
-INTERPRETED = LaunchConfig(16, 32, 16, 4, 1, 16, 16, 16, 4, 1)
+INTERPRETED = LaunchConfig(16, 32, 16, 4, 1, 16, 16, 16, 4, 1, part_v=16)
 """Small tiles for the interpreter, so that small inputs cross every boundary."""
 
 ROW_TILES_PER_GROUP = 8

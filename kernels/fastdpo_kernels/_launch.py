@@ -133,11 +133,11 @@ class _Plan:
         weight = self.request.weight
         self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         self.config = self.config or config_for(weight)
-        self.tiles = -(-weight.shape[0] // self.config.block_v)
+        self.tiles = -(-weight.shape[0] // self.config.part_v)
 
     @property
     def padded_vocabulary(self) -> int:
-        return self.tiles * self.config.block_v
+        return self.tiles * self.config.part_v
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -341,9 +341,11 @@ class _Chunk:
             "BLOCK_N": config.block_n,
             "BLOCK_V": config.block_v,
             "BLOCK_H": config.block_h,
+            "PART_V": config.part_v,
             "GROUP": ROW_TILES_PER_GROUP,
         }
-        grid = (-(-self.rows // config.block_n) * plan.tiles,)
+        columns = -(-plan.weight.shape[0] // config.block_v)
+        grid = (-(-self.rows // config.block_n) * columns,)
         return Launch(_triton.logits_kernel, grid, arguments, config.num_warps, config.num_stages)
 
     def combine(self) -> Launch:
@@ -389,13 +391,13 @@ class _Chunk:
             "tiles": self.plan.tiles,
             "exponential_stride": self.exponentials.stride(0),
             "EMULATE_BF16": self.plan.emulates_bf16,
-            "BLOCK_V": self.plan.config.block_v,
+            "BLOCK_V": self.plan.config.part_v,
         }
         return Launch(_triton_gradient.rescale_kernel, (self.rows,), arguments)
 
     def multiply(self) -> None:
         """Second GEMM by torch: E @ W with fp32 sums, into the product's buffer."""
-        assert self.exponentials is not None and self.product is not None, "allocated for it"
+        assert self.exponentials is not None, "the first GEMM has kept E"
         matmul(self.exponentials[:, : self.plan.weight.shape[0]], self.plan.weight, self.product)
 
     def _ending(self) -> dict[str, Any]:
@@ -458,7 +460,7 @@ class _Chunk:
             "PRECISION": PRECISION,
             "BLOCK_N": config.gradient_block_n,
             "BLOCK_H": config.gradient_block_h,
-            "BLOCK_V": config.block_v,
+            "BLOCK_V": config.part_v,
             "BLOCK_K": config.gradient_block_k,
         }
         grid = (

@@ -132,9 +132,10 @@ def logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PART_V: tl.constexpr,  # columns of a statistics tile: BLOCK_V or its half
     GROUP: tl.constexpr,
 ):
-    """Z = transform(h @ W.T); one program = BLOCK_N rows x one vocabulary tile of BLOCK_V."""
+    """Z = transform(h @ W.T); one program = BLOCK_N rows x BLOCK_V columns of the vocabulary."""
     row_tile, tile = _swizzled(tl.program_id(0), rows, vocabulary, BLOCK_N, BLOCK_V, GROUP)
     row_start = row_tile.to(tl.int64) * BLOCK_N
     column_start = tile.to(tl.int64) * BLOCK_V
@@ -159,42 +160,125 @@ def logits_kernel(
             h = h.to(tl.float32)
             w = w.to(tl.float32)
         raw = tl.dot(h, w, raw, input_precision=PRECISION)
+    # The accumulator is worked off in parts: the whole at once would not fit the registers.
+    PARTS: tl.constexpr = BLOCK_V // PART_V
+    if PARTS == 2:
+        halves = tl.permute(tl.reshape(raw, (BLOCK_N, 2, PART_V)), (0, 2, 1))
+        first, second = tl.split(halves)
+    else:
+        first, second = raw, raw
+    for part in tl.static_range(PARTS):
+        if (tile * PARTS + part) * PART_V < vocabulary:
+            _work_off(
+                first if part == 0 else second,
+                tile * PARTS + part,
+                row_start,
+                bias_ptr,
+                target_ptr,
+                reference_ptr,
+                offset_ptr,
+                sum_ptr,
+                target_logit_ptr,
+                exponential_ptr,
+                max_ptr,
+                weighted_ptr,
+                plain_ptr,
+                square_ptr,
+                rows,
+                vocabulary,
+                exponential_stride,
+                factor,
+                softcap,
+                inverse_temperature,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                ONE_SCALE,
+                STORE_E,
+                EXTRAS,
+                E_SCALE,
+                EMULATE_BF16,
+                BLOCK_N,
+                PART_V,
+            )
+
+
+@triton.jit
+def _work_off(
+    raw,  # (BLOCK_N, PART_V) fp32: h @ W.T
+    tile,  # statistics tile: columns from tile * PART_V on
+    row_start,
+    bias_ptr,
+    target_ptr,
+    reference_ptr,
+    offset_ptr,
+    sum_ptr,
+    target_logit_ptr,
+    exponential_ptr,
+    max_ptr,
+    weighted_ptr,
+    plain_ptr,
+    square_ptr,
+    rows,
+    vocabulary,
+    exponential_stride,
+    factor,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    STORE_E: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    E_SCALE: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART_V: tl.constexpr,
+):
+    """Statistics, the target's logit and E of one part of the accumulator."""
+    # 64-bit scalars, 32-bit inside the tile: everything that lives per entry costs registers.
+    column_start = tile * PART_V
+    row = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, PART_V)
+    in_rows = row < rows - row_start.to(tl.int32)
+    in_vocabulary = column < vocabulary - column_start
     if HAS_BIAS:
-        raw += tl.load(bias_ptr + column_start + column_inside).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + column_start + column, mask=in_vocabulary, other=0.0)
+        raw += bias.to(tl.float32)[None, :]
     z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP)
-    in_rows = row_start + row < rows
-    target = tl.load(target_ptr + row_start + row_inside) - column_start
-    is_target = column[None, :] == target[:, None]
-    holds_target = (target >= 0) & (target < BLOCK_V) & in_rows
+    partial = tile.to(tl.int64) * rows + row_start
+    target = tl.load(target_ptr + row_start + row, mask=in_rows, other=-1).to(tl.int32)
+    at_target = target - column_start
+    is_target = column[None, :] == at_target[:, None]
+    holds_target = (at_target >= 0) & (at_target < PART_V)
     target_z = tl.sum(tl.where(is_target, z, 0.0), axis=1)
     tl.store(target_logit_ptr + row_start + row, target_z, mask=holds_target)
-    counted = (column_start + column < vocabulary)[None, :] & (is_target == 0)
-    largest = tl.max(tl.where(counted, z, MASKED), axis=1)
+    counted = in_vocabulary[None, :] & (is_target == 0)
+    z = tl.where(counted, z, MASKED)
+    largest = tl.max(z, axis=1)
     offset = tl.floor(tl.maximum(largest * LOG2_E, MASKED) + 0.5)
     if ONE_SCALE:
-        reference = tl.load(reference_ptr + row_start + row_inside)
+        reference = tl.load(reference_ptr + row_start + row, mask=in_rows, other=0.0)
         offset = tl.where(offset - reference <= ROOM, reference, offset)
-    partial = tile.to(tl.int64) * rows + row_start + row
-    if EXTRAS:  # what needs z alone goes first: registers are short here
-        tl.store(max_ptr + partial, largest, mask=in_rows)
-        tl.store(plain_ptr + partial, tl.sum(tl.where(counted, z, 0.0), axis=1), mask=in_rows)
-    exponential = tl.where(counted, tl.exp2(z * LOG2_E - offset[:, None]), 0.0)
-    tl.store(offset_ptr + partial, offset, mask=in_rows)
-    tl.store(sum_ptr + partial, tl.sum(exponential, axis=1), mask=in_rows)
+    exponential = tl.exp2(z * LOG2_E - offset[:, None])
+    tl.store(offset_ptr + partial + row, offset, mask=in_rows)
+    tl.store(sum_ptr + partial + row, tl.sum(exponential, axis=1), mask=in_rows)
     if EXTRAS:
+        tl.store(max_ptr + partial + row, largest, mask=in_rows)
+        plain = tl.sum(tl.where(z != MASKED, z, 0.0), axis=1)
+        tl.store(plain_ptr + partial + row, plain, mask=in_rows)
         weighted = tl.where(exponential > 0, exponential * z, 0.0)
-        tl.store(weighted_ptr + partial, tl.sum(weighted, axis=1), mask=in_rows)
+        tl.store(weighted_ptr + partial + row, tl.sum(weighted, axis=1), mask=in_rows)
         small = exponential * SQUARES_SHRINK
-        tl.store(square_ptr + partial, tl.sum(small * small, axis=1), mask=in_rows)
+        tl.store(square_ptr + partial + row, tl.sum(small * small, axis=1), mask=in_rows)
     if STORE_E:
         kept = exponential * E_SCALE
         if HAS_SOFTCAP:
             capped = z / (softcap * inverse_temperature)
-            kept = kept * (1.0 - capped * capped)
+            kept = tl.where(kept > 0, kept * (1.0 - capped * capped), 0.0)
         if EMULATE_BF16:
             kept = round_to_bf16(kept)
         at = exponential_ptr + row_start * exponential_stride + column_start
-        at = at + row[:, None].to(tl.int64) * exponential_stride + column[None, :]
+        at = at + (row[:, None] * exponential_stride + column[None, :])
         tl.store(at, kept.to(exponential_ptr.dtype.element_ty), mask=in_rows[:, None])
 
 

@@ -73,7 +73,7 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_V: tl.constexpr,  # of the logits kernel: one offset holds for this many columns
+    BLOCK_V: tl.constexpr,  # columns of a statistics tile
     BLOCK_K: tl.constexpr,
 ):
     """U = constant (1 - p) (slope_t W_t - E @ W / s); one program = BLOCK_N rows x BLOCK_H."""
@@ -171,6 +171,6 @@ def finish_kernel(
 
 @triton.jit
 def _slope(z, softcap, inverse_temperature):
-    """dz / d(h.W) of the softcap alone, without the constant."""
+    """Slope dz / d(h.W) of the softcap alone, without the constant."""
     capped = z / (softcap * inverse_temperature)
     return 1.0 - capped * capped
