@@ -271,9 +271,8 @@ class _Chunk:
             self.product = call.product[: self.rows]
 
     def scoring(self) -> Iterator[Launch]:
-        """Rows' offsets, first GEMM and fold: the same for a score and for a gradient."""
-        if self.plan.one_scale:
-            yield self.reference()
+        """Targets' logits, first GEMM and fold: the same for a score and for a gradient."""
+        yield self.target()
         yield self.logits()
         yield self.combine()
 
@@ -302,17 +301,22 @@ class _Chunk:
             "HAS_SOFTCAP": transform.softcap is not None,
         }
 
-    def reference(self) -> Launch:
-        """The row's offset, from its target's logit."""
+    def target(self) -> Launch:
+        """The target's logit, and from it the row's offset."""
         from . import _triton
 
         block_n = 4
-        arguments = {"reference_ptr": self.references, "BLOCK_N": block_n, "BLOCK_H": 512}
-        grid = (-(-self.rows // block_n),)
-        return Launch(_triton.reference_kernel, grid, {**self._head(), **arguments})
+        arguments = {
+            **self._head(),
+            "target_logit_ptr": self.target_logits,
+            "reference_ptr": self.references,
+            "BLOCK_N": block_n,
+            "BLOCK_H": 512,
+        }
+        return Launch(_triton.target_kernel, (-(-self.rows // block_n),), arguments)
 
     def logits(self) -> Launch:
-        """First GEMM: tile statistics, the target's logit and, if kept, E."""
+        """First GEMM: tile statistics and, if kept, E."""
         from . import _triton
 
         plan, config = self.plan, self.plan.config
@@ -323,7 +327,6 @@ class _Chunk:
             "reference_ptr": self.references,
             "offset_ptr": self.offsets,
             "sum_ptr": self.sums,
-            "target_logit_ptr": self.target_logits,
             "exponential_ptr": exponentials,
             "max_ptr": maxima,
             "weighted_ptr": weighted,
@@ -436,9 +439,13 @@ class _Chunk:
 
         plan, config, weight = self.plan, self.plan.config, self.plan.weight
         vocabulary, hidden_size = weight.shape
+        block_h = config.gradient_block_h
+        if not plan.one_scale:  # shifted sums take a second accumulator: half the width
+            block_h = min(block_h, 128)
+        stages = config.gradient_num_stages + plan.skips  # one more load on the way
         assert self.exponentials is not None, "the first GEMM has kept E"
         wanted, count = self._wanted_tiles() if plan.skips else (self.target_ids,) * 2
-        descriptors = self._descriptors()
+        descriptors = self._descriptors(block_h)
         arguments = {
             **self._ending(),
             "exponential_ptr": self.exponentials,
@@ -455,22 +462,19 @@ class _Chunk:
             "SKIPS": plan.skips,
             "SHIFTS": not plan.one_scale,
             "TMA": descriptors[0] is not None,
-            "EVEN_H": hidden_size % config.gradient_block_h == 0,
+            "EVEN_H": hidden_size % block_h == 0,
             "EMULATE_BF16": plan.emulates_bf16,
             "PRECISION": PRECISION,
             "BLOCK_N": config.gradient_block_n,
-            "BLOCK_H": config.gradient_block_h,
+            "BLOCK_H": block_h,
             "BLOCK_V": config.part_v,
             "BLOCK_K": config.gradient_block_k,
         }
-        grid = (
-            -(-self.rows // config.gradient_block_n),
-            -(-hidden_size // config.gradient_block_h),
-        )
-        warps, stages = config.gradient_num_warps, config.gradient_num_stages
+        grid = (-(-self.rows // config.gradient_block_n), -(-hidden_size // block_h))
+        warps = config.gradient_num_warps
         return Launch(_triton_gradient.gradient_kernel, grid, arguments, warps, stages)
 
-    def _descriptors(self) -> tuple[Any, Any]:
+    def _descriptors(self, block_h: int) -> tuple[Any, Any]:
         """E and W for TMA, or None twice where it is not wanted or W is not 16-byte aligned."""
         config, weight, e = self.plan.config, self.plan.weight, self.exponentials
         aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.itemsize % 16 == 0
@@ -478,10 +482,10 @@ class _Chunk:
             return None, None
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        n, h, k = config.gradient_block_n, config.gradient_block_h, config.gradient_block_k
+        block_n, block_k = config.gradient_block_n, config.gradient_block_k
         return (
-            TensorDescriptor(e, list(e.shape), [e.stride(0), 1], [n, k]),
-            TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], [k, h]),
+            TensorDescriptor(e, list(e.shape), [e.stride(0), 1], [block_n, block_k]),
+            TensorDescriptor(weight, list(weight.shape), [weight.stride(0), 1], [block_k, block_h]),
         )
 
     def _wanted_tiles(self) -> tuple[Tensor, Tensor]:

@@ -49,18 +49,20 @@ def _tanh(x):
 @triton.jit
 def _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
     """Raw logits h.W + b to z."""
-    z = raw * factor
     if HAS_SOFTCAP:
-        z = _tanh(z / softcap) * softcap
-    return z * inverse_temperature
+        z = _tanh(raw * (factor / softcap)) * (softcap * inverse_temperature)
+    else:
+        z = raw * (factor * inverse_temperature)
+    return z
 
 
 @triton.jit(do_not_specialize=["rows"])
-def reference_kernel(
+def target_kernel(
     hidden_ptr,  # (N, H)
     weight_ptr,  # (V, H)
     bias_ptr,  # (V,)
     target_ptr,  # (N,) int64
+    target_logit_ptr,  # (N,) fp32: z of the target
     reference_ptr,  # (N,) fp32: whole number nearest to the target's z2
     rows,
     hidden_size,
@@ -74,7 +76,7 @@ def reference_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """The offset of each row, from the dot product of its state with its target's row of W."""
+    """Each row's target logit and its offset: the dot product of its state with one row of W."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_H)
     in_rows = row < rows
@@ -91,8 +93,9 @@ def reference_kernel(
     raw = tl.sum(total, axis=1)
     if HAS_BIAS:
         raw += tl.load(bias_ptr + target, mask=in_rows, other=0.0).to(tl.float32)
-    z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP) * LOG2_E
-    finite = tl.where(z == z, tl.minimum(tl.maximum(z, MASKED), -MASKED), 0.0)
+    z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, z, mask=in_rows)
+    finite = tl.minimum(tl.maximum(tl.where(z == z, z, 0.0) * LOG2_E, MASKED), -MASKED)
     tl.store(reference_ptr + row, tl.floor(finite + 0.5), mask=in_rows)
 
 
@@ -105,7 +108,6 @@ def logits_kernel(
     reference_ptr,  # (N,) fp32: the row's k
     offset_ptr,  # (tiles, N) fp32: k
     sum_ptr,  # (tiles, N) fp32: sum of 2^(z2 - k)
-    target_logit_ptr,  # (N,) fp32: z of the target
     exponential_ptr,  # (N, padded V): E
     max_ptr,  # (tiles, N) fp32: largest z, and below: sums of z 2^(z2-k), z, 2^(2 z2 - 2 k)
     weighted_ptr,
@@ -178,7 +180,6 @@ def logits_kernel(
                 reference_ptr,
                 offset_ptr,
                 sum_ptr,
-                target_logit_ptr,
                 exponential_ptr,
                 max_ptr,
                 weighted_ptr,
@@ -212,7 +213,6 @@ def _work_off(
     reference_ptr,
     offset_ptr,
     sum_ptr,
-    target_logit_ptr,
     exponential_ptr,
     max_ptr,
     weighted_ptr,
@@ -234,7 +234,7 @@ def _work_off(
     BLOCK_N: tl.constexpr,
     PART_V: tl.constexpr,
 ):
-    """Statistics, the target's logit and E of one part of the accumulator."""
+    """Statistics and E of one part of the accumulator."""
     # 64-bit scalars, 32-bit inside the tile: everything that lives per entry costs registers.
     column_start = tile * PART_V
     row = tl.arange(0, BLOCK_N)
@@ -249,9 +249,6 @@ def _work_off(
     target = tl.load(target_ptr + row_start + row, mask=in_rows, other=-1).to(tl.int32)
     at_target = target - column_start
     is_target = column[None, :] == at_target[:, None]
-    holds_target = (at_target >= 0) & (at_target < PART_V)
-    target_z = tl.sum(tl.where(is_target, z, 0.0), axis=1)
-    tl.store(target_logit_ptr + row_start + row, target_z, mask=holds_target)
     counted = in_vocabulary[None, :] & (is_target == 0)
     z = tl.where(counted, z, MASKED)
     largest = tl.max(z, axis=1)

@@ -94,10 +94,10 @@ def gradient_kernel(
     count = tl.load(wanted_count_ptr + row_block) if SKIPS else tiles
     total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
     for step in range(0, count * STEPS):  # one loop over V: its loads run ahead across tiles
-        tile = step // STEPS
+        column = step * BLOCK_K
         if SKIPS:
-            tile = tl.load(wanted_ptr + row_block * tiles + tile)
-        column = tile * BLOCK_V + step % STEPS * BLOCK_K
+            tile = tl.load(wanted_ptr + row_block * tiles + step // STEPS)
+            column = tile * BLOCK_V + step % STEPS * BLOCK_K
         if TMA:
             e = exponential_desc.load([row_block * BLOCK_N, column])
             w = weight_desc.load([column, hidden_start])  # zeros beyond the vocabulary
@@ -111,7 +111,8 @@ def gradient_kernel(
             e = e.to(tl.float32)
             w = w.to(tl.float32)
         if SHIFTS:  # after the product: both operands come straight from shared memory
-            shift = tl.exp2(tl.load(offset_ptr + tile * rows + row_at) - row_offset)
+            offset = tl.load(offset_ptr + column // BLOCK_V * rows + row_at)
+            shift = tl.exp2(offset - row_offset)
             total += tl.dot(e, w, input_precision=PRECISION) * shift[:, None]
         else:
             total = tl.dot(e, w, total, input_precision=PRECISION)
@@ -125,7 +126,8 @@ def gradient_kernel(
     gradient = (slope[:, None] * toward - total * share[:, None]) * constant
     if ROUND_OUTPUT:
         gradient = round_to_bf16(gradient)
-    out = gradient_ptr + (row_start + row)[:, None] * gradient_stride + h[None, :]
+    out = gradient_ptr + row_start * gradient_stride
+    out = out + (row[:, None] * gradient_stride + h[None, :])
     kept = (row_start + row < rows)[:, None] & in_hidden[None, :]
     tl.store(out, gradient.to(gradient_ptr.dtype.element_ty), mask=kept)
 
