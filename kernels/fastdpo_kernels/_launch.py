@@ -168,13 +168,21 @@ class _Plan:
     def emulates_bf16(self) -> bool:
         return is_interpreted() and self.weight.dtype == torch.bfloat16
 
+    def scratch_entries(self, *, stores_exponentials: bool) -> int:
+        """Entries per row of the partial statistics, whose place the product takes after them."""
+        product = self.weight.shape[1] if stores_exponentials and self.multiplies else 0
+        return max(self.tiles * self.partials, product)
+
+    @property
+    def partials(self) -> int:
+        """Numbers per row and tile: offset, sum and, for outputs, four moments."""
+        return 6 if self.request.outputs else 2
+
     def row_bytes(self, *, stores_exponentials: bool) -> int:
         """Bytes of all buffers per row."""
-        per_row = 4 + self.tiles * 4 * (6 if self.request.outputs else 2)
+        per_row = 4 + 4 * self.scratch_entries(stores_exponentials=stores_exponentials)
         if stores_exponentials:
             per_row += self.padded_vocabulary * self.stored_dtype.itemsize
-            if self.multiplies:
-                per_row += 4 * self.weight.shape[1]
         return per_row
 
     def chunk_rows(self, count: int, *, stores_exponentials: bool) -> int:
@@ -210,13 +218,11 @@ class _Call:
         extras = bool(plan.request.outputs)
         self.row_moments = buffer(4, count, dtype=torch.float64) if extras else None
         self.references = buffer(self.rows_at_once)
-        self.partials = buffer(6 if extras else 2, plan.tiles * self.rows_at_once)
-        self.exponentials = self.product = None
+        self.scratch = buffer(self.rows_at_once * plan.scratch_entries(stores_exponentials=stores))
+        self.exponentials = None
         if stores:
             shape = (self.rows_at_once, plan.padded_vocabulary)
             self.exponentials = buffer(*shape, dtype=plan.stored_dtype)
-            if plan.multiplies:
-                self.product = buffer(self.rows_at_once, plan.weight.shape[1])
 
     def chunks(self) -> Iterator[_Chunk]:
         count = len(self.target_ids)
@@ -260,15 +266,18 @@ class _Chunk:
         self.target_logits = call.target_logits[rows]
         self.row_offsets, self.row_sums = call.row_offsets[rows], call.row_sums[rows]
         self.references = call.references[: self.rows]
-        partials = [p[: plan.tiles * self.rows].view(plan.tiles, self.rows) for p in call.partials]
+        partials = call.scratch[: plan.partials * plan.tiles * self.rows]
+        partials = partials.view(plan.partials, plan.tiles, self.rows)
         self.offsets, self.sums, *self.moments = partials
         self.row_moments = None if call.row_moments is None else call.row_moments[:, rows]
         self.exponentials = self.product = self.gradients = None
         if call.gradients is not None and call.exponentials is not None:
             self.exponentials = call.exponentials[: self.rows]
             self.gradients = call.gradients[rows]
-        if call.product is not None:
-            self.product = call.product[: self.rows]
+            if plan.multiplies:  # in the partial statistics' place: they are done with by then
+                hidden_size = plan.weight.shape[1]
+                product = call.scratch[: self.rows * hidden_size]
+                self.product = product.view(self.rows, hidden_size)
 
     def scoring(self) -> Iterator[Launch]:
         """Targets' logits, first GEMM and fold: the same for a score and for a gradient."""
