@@ -67,21 +67,29 @@ def test_every_route_stays_inside_the_bounds(route, dtype, transform):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [2.5, 9.0, 14.0])
+@pytest.mark.parametrize("scale", [0.5, 9.0, 14.0])
 def test_rows_of_mixed_scales_are_exact(route, dtype, scale):
     """Logits so wide that tiles leave the scale of their row: log-probs down to -191 nats."""
     states, weight, targets = inputs(40, 24, 90, dtype, seed=3, scale=scale)
     mixed = mixed_rows(states, weight, targets)
     logps, gradient, truth, want = measured(states, weight, targets)
     assert mixed.any() == (scale > 5)
-    assert scale < 14 or truth.min() < -191
     assert not mixed.all()
+    assert scale < 5 or truth.min() < -191
     assert ((logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
-    certain = truth > -1e-6  # a gradient of nothing has no direction
-    assert row_error(gradient[~certain], want[~certain]) <= BOUNDS[dtype]
-    assert (gradient[certain].double() - want[certain]).abs().max() <= 1e-5
+    assert row_error(gradient, want) <= BOUNDS[dtype]
     scored = linear_logprobs(states, weight, targets, backend="triton")
     assert torch.equal(scored, logps), "score and train differ"
+
+
+def test_a_target_far_above_all_others_has_no_gradient(route):
+    """Entries 2^-126 and less of the target's are nothing: so is their gradient."""
+    states, weight, targets = inputs(40, 24, 90, scale=40.0)
+    targets = (states @ weight.T).argmax(dim=1)
+    logps, gradient, truth, want = measured(states, weight, targets)
+    assert (truth == 0).any()
+    assert ((logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
+    assert (gradient.double() - want).norm(dim=1).max() <= 1e-4 * want.norm(dim=1).max()
 
 
 def test_the_rescue_touches_rows_of_mixed_scales_alone(monkeypatch):
