@@ -110,7 +110,7 @@ def test_the_rescue_touches_rows_of_mixed_scales_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extra_outputs_leave_the_bits_alone(route, dtype):
-    """Entries of up to 2^96 are squared for an output: not in fp32's range, were they not shrunk."""
+    """Entries of up to 2^96 are squared for an output: beyond fp32, were they not shrunk."""
     states, weight, targets = inputs(40, 24, 90, dtype, seed=3, scale=9.0)
     plain = linear_logprobs(states, weight, targets, backend="triton")
     found = linear_logprobs(states, weight, targets, backend="triton", outputs=EXTRAS)
