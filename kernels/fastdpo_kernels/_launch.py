@@ -183,6 +183,7 @@ class _Plan:
         per_row = 4 + 4 * self.scratch_entries(stores_exponentials=stores_exponentials)
         if stores_exponentials:
             per_row += self.padded_vocabulary * self.stored_dtype.itemsize
+            per_row += 8 * self.tiles if self.skips else 0  # while the tiles to sum are chosen
         return per_row
 
     def chunk_rows(self, count: int, *, stores_exponentials: bool) -> int:
@@ -505,7 +506,7 @@ class _Chunk:
         """
         block, tiles = self.plan.config.gradient_block_n, self.plan.tiles
         share = self.mass / self.row_sums.clamp_min(1e-37)
-        held = self.sums * torch.exp2(self.offsets - self.row_offsets) * share
+        held = (self.offsets - self.row_offsets).exp2_().mul_(self.sums).mul_(share)
         held = torch.nn.functional.pad(held, (0, -self.rows % block))
         most = held.view(tiles, -1, block).amax(dim=2).T.nan_to_num(nan=torch.inf)
         ascending, order = most.sort(dim=1)
