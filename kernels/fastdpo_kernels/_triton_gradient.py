@@ -89,15 +89,15 @@ def gradient_kernel(
     in_hidden = h < hidden_size  # a mask: a clamp on this axis would make loads two bytes wide
     e_at = exponential_ptr + row_start * exponential_stride
     e_at = e_at + row_inside[:, None].to(tl.int64) * exponential_stride + inner[None, :]
-    if SHIFTS:
-        row_offset = tl.load(row_offset_ptr + row_at)
+    row_offset = tl.load(row_offset_ptr + row_at)
     count = tl.load(wanted_count_ptr + row_block) if SKIPS else tiles
     total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
     for step in range(0, count * STEPS):  # one loop over V: its loads run ahead across tiles
         column = step * BLOCK_K
         if SKIPS:
-            tile = tl.load(wanted_ptr + row_block * tiles + step // STEPS)
-            column = tile * BLOCK_V + step % STEPS * BLOCK_K
+            place = step // STEPS
+            tile = tl.load(wanted_ptr + row_block * tiles + place)
+            column = tile * BLOCK_V + (step - place * STEPS) * BLOCK_K
         if TMA:
             e = exponential_desc.load([row_block * BLOCK_N, column])
             w = weight_desc.load([column, hidden_start])  # zeros beyond the vocabulary
