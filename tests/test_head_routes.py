@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastdpo_kernels import _configs, _launch, linear_logprobs
+from fastdpo_kernels import _buffers, _chunk, _configs, _launch, linear_logprobs
 from fastdpo_kernels._torch import Bounds, LogitTransform, Request
 from test_linear_logprobs import EXTRAS, inputs, oracle_gradients, row_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +32,7 @@ GEMMA = {"softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8}
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
     config = replace(_configs.INTERPRETED, **ROUTES[request.param])
-    monkeypatch.setattr(_launch, "config_for", lambda _weight: config)
+    monkeypatch.setattr(_buffers, "config_for", lambda _weight: config)
     return request.param
 
 
@@ -95,8 +95,9 @@ def test_a_target_far_above_all_others_has_no_gradient(route):
 def test_the_rescue_touches_rows_of_mixed_scales_alone(monkeypatch):
     states, weight, targets = inputs(40, 24, 90, seed=3, scale=9.0)
     mixed = mixed_rows(states, weight, targets)
-    plan = _launch._Plan(Request(weight, None, LogitTransform()))
-    (chunk,) = _launch._Call(plan, states, targets, torch.empty_like(states)).chunks()
+    plan = _buffers.Plan(Request(weight, None, LogitTransform()))
+    call = _buffers.Call(plan, states, targets, torch.empty_like(states))
+    chunk = _chunk.Chunk(call, slice(0, 40))
     for launch in chunk.scoring():
         launch.run()
     before = chunk.exponentials.clone()
@@ -143,17 +144,17 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_bytes(monkeypatch, vocabulary, hidden, bound_mib, outputs=(), skip_mass=0.0):
     """Most bytes alive in a training call without U, and the rows of a chunk."""
-    monkeypatch.setattr(_launch, "is_interpreted", lambda: False)
-    monkeypatch.setattr(_launch, "processors_of", lambda _weight: 132)
-    monkeypatch.setattr(_launch, "config_for", lambda _weight: _launch.CONFIGS[(9, 0), 2])
-    monkeypatch.setattr(_launch.Launch, "run", lambda _launch: None)
-    monkeypatch.setattr(_launch, "matmul", lambda _left, _right, out: out)
+    monkeypatch.setattr(_buffers, "is_interpreted", lambda: False)
+    monkeypatch.setattr(_buffers, "processors_of", lambda _weight: 132)
+    monkeypatch.setattr(_buffers, "config_for", lambda _weight: _configs.CONFIGS[(9, 0), 2])
+    monkeypatch.setattr(_chunk.Launch, "run", lambda _launch: None)
+    monkeypatch.setattr(_chunk, "matmul", lambda _left, _right, out: out)
     states = torch.empty(8192, hidden, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta")
     targets = torch.empty(8192, dtype=torch.int64, device="meta")
     bounds = Bounds(bound_mib * 2**20, skip_mass)
     request = Request(weight, None, LogitTransform(), outputs, bounds)
-    call = _launch._Call(_launch._Plan(request), states, targets, states)
+    call = _buffers.Call(_buffers.Plan(request), states, targets, states)
     rows_at_once = call.rows_at_once
     del call
     with LiveBytes(states, weight, targets) as live:

@@ -356,13 +356,13 @@ def test_skipping_stays_inside_its_bound(peaked, skip_mass):
 
 def test_buffers_stay_inside_their_bound(monkeypatch):
     """Rows go in chunks: many chunks give the same log-probs to the bit as one."""
-    from fastdpo_kernels import _launch
+    from fastdpo_kernels import _buffers, _launch
 
     states, weight, targets = inputs(50, 16, 70)
     leaf = states.clone().requires_grad_()
     whole = linear_logprobs(leaf, weight, targets, backend="triton")
     whole.sum().backward()
-    monkeypatch.setattr(_launch, "SCORE_BYTES", 1)
+    monkeypatch.setattr(_buffers, "SCORE_BYTES", 1)
     request = _torch.Request(weight, None, _torch.LogitTransform(), (), _torch.Bounds(1))
     rows, gradients = _launch.score_with_gradient(states, targets, request)
     assert torch.equal(rows.logps, whole.detach())
