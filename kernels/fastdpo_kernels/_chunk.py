@@ -234,7 +234,7 @@ class Chunk:
         block_h = config.gradient_block_h
         if not plan.one_scale:  # shifted sums take a second accumulator: half the width
             block_h = min(block_h, 128)
-        stages = config.gradient_num_stages + plan.skips  # one more load on the way
+        stages = config.gradient_num_stages + 2 * plan.skips  # each load waits for another
         assert self.exponentials is not None, "the first GEMM has kept E"
         wanted, count = self._wanted_tiles() if plan.skips else (self.target_ids,) * 2
         descriptors = self._descriptors(block_h)
