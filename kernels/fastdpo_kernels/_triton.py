@@ -270,8 +270,8 @@ def _work_off(
     if STORE_E:
         kept = exponential * E_SCALE
         if HAS_SOFTCAP:
-            capped = tl.maximum(z / (softcap * inverse_temperature), -1.0)  # masked ones too
-            kept = kept * (1.0 - capped * capped)
+            capped = z / (softcap * inverse_temperature)
+            kept = tl.where(kept > 0, kept * (1.0 - capped * capped), 0.0)  # masked: infinite
         if EMULATE_BF16:
             kept = round_to_bf16(kept)
         at = exponential_ptr + row_start * exponential_stride + column_start
