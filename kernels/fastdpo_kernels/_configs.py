@@ -37,7 +37,7 @@ class LaunchConfig:
 
 
 _HALF = LaunchConfig(128, 128, 64, 8, 3, 128, 128, 64, 8, 3)
-_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 32, 32, 16, 4, 2, part_v=64)
+_SINGLE = LaunchConfig(64, 64, 32, 4, 2, 32, 32, 16, 4, 2, part_v=32)
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 CONFIGS = {
     (capability, size): config
