@@ -234,9 +234,11 @@ def head_bytes(
 def _head_buffers(architecture: Architecture, training: Training, row: Row) -> int:
     """What `linear_logprobs` may take, or the less that all rows want.
 
-    That is the exponentials in d, and two fp32 numbers a tile of some 128 columns.
+    That is the exponentials in d, and two fp32 numbers a tile of 128 columns, whose place the fp32
+    product takes.
     """
-    wanted = row.scored_tokens * architecture.vocabulary * (training.entry_bytes + 1 / 16)
+    scratch = max(architecture.vocabulary / 16, 4 * architecture.hidden)
+    wanted = row.scored_tokens * (architecture.vocabulary * training.entry_bytes + scratch)
     return min(training.head_buffer_bytes, int(wanted))
 
 

@@ -50,7 +50,7 @@ class Training:
     target_modules: tuple[str, ...] | None = None
     optimizer: str = "adamw_torch_fused"
     attention: str = "varlen"
-    head_buffer_bytes: int = 128 * MIB
+    head_buffer_bytes: int = 276 * MIB
 
     @property
     def trains_adapter(self) -> bool:

@@ -59,11 +59,12 @@ class FrozenHeadLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        """Row scaling; the upstream gradient of the figures is nobody's."""
+        """Row scaling, rounded once; the upstream gradient of the figures is nobody's."""
         grad_logps: Tensor = grad_outputs[0]
         (gradients,) = ctx.saved_tensors
-        scaled = gradients.to(grad_logps.dtype) * grad_logps[:, None]
-        return scaled.to(gradients.dtype), None, None, None
+        scaled = torch.empty_like(gradients)
+        torch.mul(gradients, grad_logps[:, None], out=scaled)  # in fp32, without fp32 temporaries
+        return scaled, None, None, None
 
 
 class TrainedHeadLogprobs(torch.autograd.Function):

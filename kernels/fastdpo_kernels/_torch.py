@@ -53,7 +53,7 @@ class Bounds:
         skip_mass: most probability mass whose gradient a row may leave out; 0 is exact.
     """
 
-    buffer_bytes: int = 128 * 2**20
+    buffer_bytes: int = 276 * 2**20
     skip_mass: float = 0.0
 
 
@@ -128,13 +128,13 @@ def padded(rows: Tensor, size: int) -> Tensor:
     return out
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """The product with sums in fp32 (fp64 for fp64), on CUDA from operands of right's dtype."""
     dtype = accumulation_dtype(right.dtype)
     with torch.autocast(right.device.type, enabled=False):  # it would round fp32 operands to bf16
         if right.is_cuda and right.dtype != dtype:
-            return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
-        return left.to(dtype) @ right.to(dtype)
+            return torch.mm(left.to(right.dtype), right, out_dtype=dtype, out=out)
+        return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
 def score(

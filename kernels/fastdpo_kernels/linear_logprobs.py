@@ -47,7 +47,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[()] = (),
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor: ...
 @overload
@@ -63,7 +63,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...],
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs: ...
 def linear_logprobs(
@@ -78,7 +78,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs:
     """Log-probability of each target token without building the (N, V) logits.
@@ -103,8 +103,8 @@ def linear_logprobs(
             free of gradient, computed only when asked for.
         backend: "triton" (CUDA; on the CPU under TRITON_INTERPRET=1), "torch" (any device), or
             "auto": triton for bf16 and fp16 on CUDA where it is installed, else torch.
-        max_buffer_mib: bound of the temporary buffers, MiB; smaller is slower. U, which takes the
-            place of the saved hidden states, is not counted.
+        max_buffer_mib: bound of the temporary buffers, MiB; smaller is slower (kernels/README.md:
+            how much). U, which takes the place of the saved hidden states, is not counted.
         skip_mass: most probability mass whose part of the gradient a row may leave out, which
             bounds the row's error by skip_mass * |dz/d(h.W)| * the largest row norm of weight.
             0 is exact. The torch backend leaves nothing out.
