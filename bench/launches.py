@@ -1,4 +1,4 @@
-"""What a call launches on a GPU that is not there: the JIT's own kernels, compiled, and their grids.
+"""What a call launches on a GPU that is not there: the JIT's kernels, compiled, and their grids.
 
 Tensors are on the meta device and said to be on CUDA, Triton's driver is one that only names its
 target. So the project's own launch code runs, and Triton compiles exactly what it would for these
@@ -6,6 +6,7 @@ arguments; nothing is launched. Products and other operations of torch are noted
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,9 +149,9 @@ def pretended(capability: Capability, properties: dict[str, Any]) -> Iterator[Wo
     try:
         with (
             mock.patch.object(torch.Tensor, "is_cuda", is_meta, create=True),
-            mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),
-            mock.patch.object(torch.cuda, "get_device_capability", lambda *_: capability),
-            mock.patch.object(torch.cuda, "get_device_properties", lambda *_: card),
+            mock.patch.object(torch, "is_autocast_enabled", return_value=False),
+            mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+            mock.patch.object(torch.cuda, "get_device_properties", return_value=card),
             mock.patch.object(JITFunction, "run", _noting_run(work, JITFunction.run)),
             _Noted(work),
         ):
@@ -162,10 +163,11 @@ def pretended(capability: Capability, properties: dict[str, Any]) -> Iterator[Wo
 
 def _forget_cards() -> None:
     """Empty the caches of the kernels' modules, which may hold what a card before this one said."""
-    for module in vars(fastdpo_kernels).values():
-        for found in vars(module).values() if type(module) is type(os) else ():
-            if hasattr(found, "cache_clear"):
-                found.cache_clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(fastdpo_kernels.__name__ + "."):
+            for found in vars(module).values():
+                if hasattr(found, "cache_clear"):
+                    found.cache_clear()
 
 
 def _noting_run(work: Work, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Reads a kernel's machine code: its loops, and in the main one what feeds the tensor cores, and how.
+"""Reads a kernel's machine code: its loops, and what feeds the tensor cores in the main one.
 
 A loop is a backward branch and all between it and its target. The main loop is the one with the
 fewest instructions per matrix instruction (MMA): not the loop around it, nor a remainder.
@@ -18,7 +18,7 @@ WARP = 32
 KIB = 1024
 
 _INSTRUCTION = re.compile(
-    r"/\*(?P<at>[0-9a-f]{4,6})\*/\s+\{?\s*(?:@!?U?PT?\d*\s+)?(?P<name>[A-Z][A-Z0-9_.]*)(?P<rest>.*?);"
+    r"/\*(?P<at>[0-9a-f]{4,6})\*/\s+\{?\s*(?:@!?U?PT?\d*\s+)?(?P<name>[A-Z][A-Za-z0-9_.]*)(?P<rest>.*?);"
 )
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 _NAMED = (
@@ -93,7 +93,9 @@ class Loop:
     @property
     def copy_groups_in_flight(self) -> int:
         """Groups of cp.async that are still under way when a pass begins to compute."""
-        waits = [i for i in self.instructions if i.name.startswith("DEPBAR") and "SB0" in i.operands]
+        waits = [
+            i for i in self.instructions if i.name.startswith("DEPBAR") and "SB0" in i.operands
+        ]
         return max((_last_number(i.operands) for i in waits), default=0)
 
     @property
@@ -113,12 +115,6 @@ class Loop:
         found = Counter(i.kind for i in self.instructions)
         other = found.pop("other", 0)
         return dict(found.most_common()) | {"other": other}
-
-    def holds(self, other: "Loop") -> bool:
-        """Whether the other loop lies wholly within this one, and is smaller."""
-        mine, theirs = self.instructions, other.instructions
-        inside = mine[0].at <= theirs[0].at and theirs[-1].at <= mine[-1].at
-        return inside and len(theirs) < len(mine)
 
 
 def _last_number(operands: str) -> int:
@@ -153,7 +149,7 @@ def loops_of(instructions: Sequence[Instruction]) -> list[Loop]:
 def main_loop(loops: Sequence[Loop]) -> Loop | None:
     """The loop that feeds the tensor cores, None of a kernel that has none."""
     with_mma = [loop for loop in loops if loop.mmas]
-    return min(with_mma, key=lambda l: len(l.instructions) / len(l.mmas), default=None)
+    return min(with_mma, key=lambda loop: len(loop.instructions) / len(loop.mmas), default=None)
 
 
 @dataclass(frozen=True)
