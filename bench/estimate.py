@@ -83,7 +83,7 @@ CARDS: dict[Capability, Card] = {
     (10, 0): Card("B200", 148, 1.86e9, 8192, 228, 64),
     (12, 0): Card("RTX 5090", 170, 2.407e9, 512, 100, 48),
 }
-"""One of each capability. The rates of cuBLAS (a product of 8192 cubed), DRAM and L2 are assumptions, to
+"""One of each capability. Rates of cuBLAS (a product of 8192 cubed), DRAM and L2 are assumptions, to
 be replaced by measured ones."""
 
 
