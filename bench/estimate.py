@@ -12,11 +12,12 @@ and all of these overlap: the largest counts. Where the loop loads global memory
 waits for the last MMA it has started (sm_90), tensor cores and issue come one after the other, and
 such loads add SYNCHRONOUS_LOAD cycles a pass. Each entry into the loop adds ENTRY cycles, for a
 pipeline that fills. What lies outside of loops is issued once. CTAs that share an SM share its
-rates, and hide their latencies behind each other. A launch takes whole waves of CTAs, not less than
-its bytes over the DRAM rate, and no product is taken to be faster than cuBLAS.
+rates, and hide their latencies behind each other. A launch takes whole waves of CTAs, and no
+product is taken to be faster than cuBLAS. What DRAM costs a product is left out.
 
 A kernel without MMA is taken to wait DEPENDENT_LOAD cycles for every pass of every loop that loads;
-each such loop reads an equal part of the fp32 tensors. Operations of torch cost their bytes.
+each such loop reads an equal part of the fp32 tensors; and not less than the bytes of all its loads
+and stores, done once, over the DRAM rate. Operations of torch cost their bytes.
 """
 
 import math
@@ -83,8 +84,8 @@ CARDS: dict[Capability, Card] = {
     (10, 0): Card("B200", 148, 1.86e9, 8192, 228, 64),
     (12, 0): Card("RTX 5090", 170, 2.407e9, 512, 100, 48),
 }
-"""One of each capability. Rates of cuBLAS (a product of 8192 cubed), DRAM and L2 are assumptions, to
-be replaced by measured ones."""
+"""One of each capability. The rates of cuBLAS (a product of 8192 cubed), DRAM and L2 are assumed,
+until measured ones take their place."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ arguments; nothing is launched. Products and other operations of torch are noted
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
@@ -150,6 +150,7 @@ def pretended(capability: Capability, properties: dict[str, Any]) -> Iterator[Wo
         with (
             mock.patch.object(torch.Tensor, "is_cuda", is_meta, create=True),
             mock.patch.object(torch, "is_autocast_enabled", return_value=False),
+            mock.patch.object(torch, "autocast", return_value=nullcontext()),
             mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
             mock.patch.object(torch.cuda, "get_device_properties", return_value=card),
             mock.patch.object(JITFunction, "run", _noting_run(work, JITFunction.run)),

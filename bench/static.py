@@ -1,4 +1,4 @@
-"""The head op's compiled code, read without a GPU: `python -m bench.static [--quick]`.
+"""The head op's compiled code, read without a GPU: `python -m bench.static`.
 
 For every compute capability the kernels that `linear_logprobs` would launch are compiled, and each
 one's main loop is counted: instructions by kind and per matrix instruction (MMA), width of loads,
@@ -60,6 +60,13 @@ ODD_SIZES = ((1000, 1000, 32003), (1000, 64, 130), (2048, 2560, 262144))
 
 SIZED_WORKS = ("train", "score")
 """Of which waves and times are told."""
+
+DEPTHS: dict[str, tuple[tuple[str, ...], bool, tuple[tuple[int, int, int], ...]]] = {
+    "quick": (SIZED_WORKS[:1], False, ()),
+    "usual": (SIZED_WORKS, True, ()),
+    "every": (tuple(WORKS), True, ODD_SIZES),
+}
+"""Works whose kernels are told, whether calls of all sizes are, and more sizes to compile for."""
 
 
 def work_of(
@@ -184,9 +191,11 @@ def record_call(
     card = CARDS[_capability(case)]
     if any(one.compiled is None for one in work.launches):
         return
-    for _, group in groupby(sorted(work.launches, key=named), key=named):
-        launches = list(group)
+    for name in kernels_of([work]):
+        launches = [one for one in work.launches if named(one) == name]
         found = waves_of(launches, card)
+        if launches[0].compiled.code.main is None:
+            continue
         note = f"{found.launches} launches, {found.ctas} CTAs, {found.slots} at once"
         _add(recorder, case, launches[0].kernel, "waves_count", [found.waves], note=note)
         _add(recorder, case, launches[0].kernel, "wave_use_relative", [found.use])
@@ -204,7 +213,8 @@ def record_call(
 
 def _add(recorder: Recorder, case: Mapping[str, Any], contender: str, metric: str, *figures: Any,
          **more: Any) -> None:  # fmt: skip
-    recorder.add(case, contender, metric, *figures, machine=MACHINE, **more)
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    recorder.add(case, contender, metric, *figures, machine=MACHINE, versions=versions, **more)
 
 
 def _capability(case: Mapping[str, Any]) -> Capability:
@@ -212,29 +222,28 @@ def _capability(case: Mapping[str, Any]) -> Capability:
     return int(major), int(minor)
 
 
-def ask(recorder: Recorder, capabilities: Sequence[Capability], *, quick: bool) -> None:
-    """Compile and write; quick: the training kernels and one size."""
+def ask(recorder: Recorder, capabilities: Sequence[Capability], *, depth: str) -> None:
+    """Compile and write; `depth` is one of `DEPTHS`."""
+    names, every_size, odd_sizes = DEPTHS[depth]
     versions = {"kernels": kernels_commit(), "triton": triton.__version__}
+    first = (TOKENS[0], *HEADS[0])
     for capability in capabilities:
-        card = CARDS[capability]
-        case = {"capability": "{}.{}".format(*capability), "gpu": card.name, **versions}
-        first = (TOKENS[0], *HEADS[0])
-        works = {
-            work: work_of(capability, work, *first) for work in list(WORKS)[: 1 if quick else None]
-        }
+        case = {"capability": "{}.{}".format(*capability), "gpu": CARDS[capability].name}
+        case |= versions
+        works = {work: work_of(capability, work, *first) for work in names}
         record_kernels(recorder, case, works.values())
-        for sizes in ODD_SIZES[: 0 if quick else None]:
+        for sizes in odd_sizes:
             odd = {"sizes": "N={} H={} V={}".format(*sizes)}
-            done = [work_of(capability, work, *sizes) for work in WORKS]
+            done = [work_of(capability, work, *sizes) for work in names]
             record_kernels(recorder, {**case, **odd}, done)
-        for tokens in TOKENS[: 1 if quick else None]:
-            for hidden, vocabulary in HEADS[: 1 if quick else None]:
-                for work in SIZED_WORKS[: 1 if quick else None]:
-                    sizes = (tokens, hidden, vocabulary)
-                    done = works[work] if sizes == first else work_of(capability, work, *sizes)
-                    asked = {"work": work, "tokens": tokens, "hidden": hidden}
-                    asked |= {"vocabulary": vocabulary}
-                    record_call(recorder, {**case, **asked}, done, sizes)
+        calls = [(work, first) for work in SIZED_WORKS if work in names]
+        if every_size:
+            others = [(tokens, *head) for tokens in TOKENS for head in HEADS]
+            calls += [("train", sizes) for sizes in others if sizes != first]
+        for work, sizes in calls:
+            done = works[work] if sizes == first else work_of(capability, work, *sizes)
+            asked = dict(zip(("tokens", "hidden", "vocabulary"), sizes, strict=True))
+            record_call(recorder, {**case, "work": work, **asked}, done, sizes)
 
 
 COLUMNS = {
@@ -317,13 +326,13 @@ def _call_lines(rows: Sequence[Row]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the compiled code of all capabilities, or of those that are named."""
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="training kernels, one size")
+    parser.add_argument("--depth", choices=DEPTHS, default="usual", help="how much is compiled")
     parser.add_argument("--results", type=Path, default=STATIC, help="file of rows to append to")
     known = {"{}.{}".format(*capability): capability for capability in CARDS}
     parser.add_argument("--capability", nargs="+", choices=known, default=list(known))
     chosen = parser.parse_args(arguments)
     recorder = Recorder("static", chosen.results, prints=False)
-    ask(recorder, [known[name] for name in chosen.capability], quick=chosen.quick)
+    ask(recorder, [known[name] for name in chosen.capability], depth=chosen.depth)
     print(tables(recorder.rows))
     chosen.results.with_name("STATIC.md").write_text(tables(read(chosen.results)), encoding="utf-8")
     return 0

@@ -74,7 +74,7 @@ def compiled_rows(folder, *options):
 
 def test_gemm_loops_stay_as_they_must(tmp_path, soak):
     """Training's kernels on every capability; with --soak all that a call can ask for."""
-    rows = compiled_rows(tmp_path, *([] if soak else ["--quick"]))
+    rows = compiled_rows(tmp_path, "--depth", "every" if soak else "quick")
     kernels = {}
     for row in rows:
         if "work" not in row.case:
