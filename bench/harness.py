@@ -162,6 +162,20 @@ class Recorder:
             "run": f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}",
         }
         self.rows: list[Row] = []
+        self._before: set[tuple[str, ...]] | None = None
+
+    def has(self, case: Mapping[str, Any], contender: str, metric: str) -> bool:
+        """Whether BENCH_RESUME is set and the file has this machine's figure, or out of memory."""
+        if not os.environ.get("BENCH_RESUME"):
+            return False
+        if self._before is None:
+            rows = read(self.path) if self.path.exists() else []
+            self._before = {row.key for row in rows if row.outcome in (MEASURED, OUT_OF_MEMORY)}
+        wanted = Row(
+            question=self.question, case=case, contender=contender, metric=metric, outcome=FAILED,
+            machine=self.environment["machine"],
+        )  # fmt: skip
+        return wanted.key in self._before
 
     def add(
         self,
