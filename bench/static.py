@@ -12,15 +12,18 @@ Triton.
 """
 
 import argparse
+import dataclasses
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fastdpo_kernels
 import torch
 import triton
+from fastdpo_kernels import _launch, linear_logprobs
 
 from bench.estimate import (
     CARDS,
@@ -52,8 +55,10 @@ WORKS: dict[str, dict[str, Any]] = {
         "outputs": ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs"),
     },
     "train low memory": {"max_buffer_mib": 64},
+    "train in Triton": {"in_triton": True},
 }
-"""What is asked of the op, beside its sizes; "train" makes the gradient of the states too."""
+"""What is asked of the op, beside its sizes; "train" makes the gradient of the states too, "in
+Triton" by our own second product where the launch table takes cuBLAS'."""
 
 ODD_SIZES = ((1000, 1000, 32003), (1000, 64, 130), (2048, 2560, 262144))
 """(N, H, V) that are no multiples of 16, a state shorter than a tile, and Gemma's."""
@@ -63,7 +68,7 @@ SIZED_WORKS = ("train", "score")
 
 DEPTHS: dict[str, tuple[tuple[str, ...], bool, tuple[tuple[int, int, int], ...]]] = {
     "quick": (SIZED_WORKS[:1], False, ()),
-    "usual": (SIZED_WORKS, True, ()),
+    "usual": ((*SIZED_WORKS, "train in Triton"), True, ()),
     "every": (tuple(WORKS), True, ODD_SIZES),
 }
 """Works whose kernels are told, whether calls of all sizes are, and more sizes to compile for."""
@@ -82,15 +87,20 @@ def work_of(
         vocabulary: rows V of the head.
         more: further options of `linear_logprobs`, or `dtype` of the operands.
     """
-    from fastdpo_kernels import linear_logprobs
-
     options = {**WORKS[work], **more}
     dtype = options.pop("dtype", torch.bfloat16)
+    table = {}
+    if options.pop("in_triton", False):
+        given = _launch.CONFIGS.items()
+        table = {key: dataclasses.replace(each, gradient_in_triton=True) for key, each in given}
     with torch.device("meta"):
         states = torch.empty(tokens, hidden, dtype=dtype, requires_grad=work != "score")
         weight = torch.empty(vocabulary, hidden, dtype=dtype)
         targets = torch.empty(tokens, dtype=torch.int64)
-    with pretended(capability, CARDS[capability].properties) as done:
+    with (
+        mock.patch.dict(_launch.CONFIGS, table),
+        pretended(capability, CARDS[capability].properties) as done,
+    ):
         linear_logprobs(states, weight, targets, ignore_index=None, backend="triton", **options)
     return done
 
