@@ -1,5 +1,6 @@
 """bench.static: machine code is read rightly, and what must not come back into the GEMM loops."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,8 +11,17 @@ import pytest
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
 from bench import harness
-from bench.estimate import CARDS, Tile, tile_of
-from bench.machine_code import instructions_of, loops_of, main_loop
+from bench.estimate import (
+    CARDS,
+    Tile,
+    ctas_per_sm,
+    launch_seconds,
+    products_per_pass,
+    tile_of,
+    waves_of,
+)
+from bench.launches import Compiled, Launch, pretended
+from bench.machine_code import MachineCode, instructions_of, loops_of, main_loop
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +70,33 @@ def test_tile_and_passes_come_from_the_kernel():
     assert tile_of("scf.for") is None
     h100 = CARDS[9, 0]
     assert h100.peak_flops_per_s == pytest.approx(989e12, rel=0.01), "as its data sheet has it"
+
+
+def test_waves_and_time_of_a_launch():
+    code = MachineCode(
+        tuple(instructions_of(NESTED)), tuple(loops_of(instructions_of(NESTED))), 168, 0
+    )
+    dot = "scf.for\ntt.dot %a, %b, %c : tensor<128x64xbf16> * tensor<64x128xbf16> -> tensor"
+    compiled = Compiled(code, 8, 3, 100_000, 0, dot)
+    assert products_per_pass(code.main, tile_of(dot), 8) == pytest.approx(0.5), "2 of 64x128x16"
+    card = CARDS[9, 0]
+    assert ctas_per_sm(compiled, card) == 1, "by registers"
+    assert ctas_per_sm(dataclasses.replace(compiled, warps=4), card) == 2, "by shared memory"
+    launch = Launch("gemm", "", 200, {"rows": 128}, 0, {}, compiled)
+    waves = waves_of([launch, launch], card)
+    assert (waves.launches, waves.ctas, waves.waves, waves.slots) == (2, 400, 4, 132)
+    assert waves.use == pytest.approx(400 / 528)
+    flops = 200 * 1000 * tile_of(dot).flops  # 1,000 products each
+    alone_s = launch_seconds(launch, flops, card)
+    assert alone_s > flops / card.cublas_flops_per_s, "two loads of 2 bytes, two waves"
+    half = dataclasses.replace(launch, grid=132)
+    assert launch_seconds(half, flops * 132 / 200, card) == pytest.approx(alone_s / 2)
+
+
+def test_nothing_is_compiled_in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is 1"), pretended((9, 0), {}):
+        pass
 
 
 def compiled_rows(folder, *options):
