@@ -28,6 +28,7 @@ GRACE_S = 5.0
 """What a step has before its limit to say how far it came."""
 
 DONE = ROOT / "gpu-done" / "steps.json"
+KERNEL_TESTS = "test_gpu_kernels.py"
 MOST_WORKERS = 12
 """Of pytest: each holds a CUDA context of its own, about half a GiB."""
 
@@ -104,11 +105,11 @@ def gpu_tests() -> tuple[list[str], list[str]]:
 
     Of files without one a host may lack what they import, which would stop all.
     """
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     files = [path for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
-    names = [str(path.relative_to(ROOT)) for path in files]
-    kernels = [name for name in names if name == "tests/test_gpu_kernels.py"]
-    return kernels, [name for name in names if name not in kernels]
+    kernels = [path for path in files if path.name == KERNEL_TESTS]
+    others = [path for path in files if path not in kernels]
+    return [str(p.relative_to(ROOT)) for p in kernels], [str(p.relative_to(ROOT)) for p in others]
 
 
 def only(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
