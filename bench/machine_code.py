@@ -127,9 +127,11 @@ def _left_is_register(instruction: Instruction) -> bool:
 
 
 def instructions_of(sass: str) -> list[Instruction]:
-    """All instructions of cuobjdump's -sass output."""
+    """All instructions of cuobjdump's -sass output; some put what they wait for behind operands."""
     return [
-        Instruction(int(found["at"], 16), found["name"], found["rest"].strip())
+        Instruction(
+            int(found["at"], 16), found["name"], re.split(r"\s[&?]", found["rest"])[0].strip()
+        )
         for line in sass.splitlines()
         if (found := _INSTRUCTION.search(line))
     ]
@@ -187,9 +189,9 @@ def machine_code(cubin: bytes) -> MachineCode:
         command = [str(program), "-sass", "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if used is None:
-        raise RuntimeError(f"cuobjdump told no registers: it printed {text[:200]!r}.")
     instructions = instructions_of(text)
+    if used is None or not instructions:
+        raise RuntimeError(f"cuobjdump told no registers or no instructions: {text[:200]!r}.")
     return MachineCode(
         tuple(instructions), tuple(loops_of(instructions)), int(used[1]), int(used[2])
     )

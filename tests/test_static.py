@@ -55,6 +55,8 @@ def test_loops_of_machine_code_are_read():
     assert (loop.copies, loop.narrow_loads, loop.copy_groups_in_flight) == (1, 1, 2)
     assert (loop.mma_waits, loop.mma_operands_in_registers) == ((1,), 1)
     assert main_loop(loops_of(instructions[:5])) is None
+    annotated = NESTED.replace("BRA 0x30 ;", "BRA 0x30   &req={1}  ?WAIT15_END_GROUP;")
+    assert loops_of(instructions_of(annotated))[0].mmas == loop.mmas, "as for sm_120 in CUDA 12.8"
 
 
 def test_tile_and_passes_come_from_the_kernel():
@@ -139,6 +141,7 @@ def test_gemm_loops_stay_as_they_must(tmp_path, soak):
     }, "every capability has a GEMM of ours"
     waves = [row for row in rows if row.metric == "waves_count"]
     assert waves
+    assert {row.case["capability"] for row in waves} == {key[0] for key in kernels}
     assert all(row.p50 >= 1 for row in waves)
     told = {row.case["gpu"] for row in rows if row.metric == "estimated_ms"}
     assert told == {"H100", "RTX 4090"}
