@@ -12,9 +12,10 @@ Triton.
 """
 
 import argparse
-import dataclasses
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from unittest import mock
 import fastdpo_kernels
 import torch
 import triton
-from fastdpo_kernels import _launch, linear_logprobs
+from fastdpo_kernels import linear_logprobs
 
 from bench.estimate import (
     CARDS,
@@ -97,18 +98,17 @@ def work_of(
     """
     options = {**WORKS[work], **more}
     dtype = options.pop("dtype", torch.bfloat16)
-    table = {}
+    chosen = nullcontext()
     if options.pop("in_triton", False):
-        given = _launch.CONFIGS.items()
-        table = {key: dataclasses.replace(each, gradient_in_triton=True) for key, each in given}
+        from fastdpo_kernels._configs import CONFIGS
+
+        table = {key: replace(each, gradient_in_triton=True) for key, each in CONFIGS.items()}
+        chosen = mock.patch.dict(CONFIGS, table)
     with torch.device("meta"):
         states = torch.empty(tokens, hidden, dtype=dtype, requires_grad=work != "score")
         weight = torch.empty(vocabulary, hidden, dtype=dtype)
         targets = torch.empty(tokens, dtype=torch.int64)
-    with (
-        mock.patch.dict(_launch.CONFIGS, table),
-        pretended(capability, CARDS[capability].properties) as done,
-    ):
+    with chosen, pretended(capability, CARDS[capability].properties) as done:
         linear_logprobs(states, weight, targets, ignore_index=None, backend="triton", **options)
     return done
 

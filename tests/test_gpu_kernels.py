@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastdpo_kernels import _launch, linear_logprobs
+from fastdpo_kernels import linear_logprobs
 from test_linear_logprobs import EXTRAS, TRANSFORMS, oracle_gradients, row_error
 
 pytestmark = pytest.mark.gpu
@@ -50,15 +50,17 @@ def test_values_and_gradients(backend, dtype, shape, transform):
 @pytest.mark.parametrize("scale", [0.05, 1.5])
 def test_routes_of_the_gradient(monkeypatch, route, scale):
     """The second scale sends rows beyond 2^96 of their target: they are rescued."""
+    from fastdpo_kernels import _buffers, _configs
+
     if route == "Triton by TMA" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("TMA came with compute capability 9.0")
     states, weight, targets = cuda_inputs(300, 512, 8192, torch.bfloat16, scale)
     config = replace(
-        _launch.config_for(weight),
+        _configs.config_for(weight),
         gradient_in_triton=route != "torch's product",
         gradient_by_tma=route == "Triton by TMA",
     )
-    monkeypatch.setattr(_launch, "config_for", lambda _weight: config)
+    monkeypatch.setattr(_buffers, "config_for", lambda _weight: config)
     upstream = torch.linspace(0.5, 2, 300, device="cuda")
     truth, want, _, _ = oracle_gradients(states, weight, targets, upstream)
     leaf = states.clone().requires_grad_()
