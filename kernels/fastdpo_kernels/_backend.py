@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "triton", "torch")
 
 TILE_ELEMENTS = 1 << 18
-"""Of a tile of the torch twins on the CPU: its fp32 temporaries stay near the cache."""
+"""Bytes of a tile of the torch twins on the CPU: its fp32 temporaries stay near the cache."""
 
 _ROUNDINGS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def uses_triton(backend: str, x: Tensor) -> bool:
-    """Whether the Triton kernels are to run on x; triton is imported only when they do.
+    """Return True if the Triton kernels are to run on x; triton is imported only when they do.
 
     Raises:
         ValueError: there is no such backend.
@@ -42,7 +42,7 @@ def uses_triton(backend: str, x: Tensor) -> bool:
 
 
 def is_small(backend: str, x: Tensor, elements: int) -> bool:
-    """Whether eager code is to run: on the CPU below a size up to which it is faster (measured)."""
+    """Return True if eager code is to run: on the CPU, below the size up to which it is faster."""
     return backend == "auto" and x.device.type == "cpu" and x.numel() < elements
 
 
@@ -53,7 +53,7 @@ def rounding(dtype: torch.dtype) -> str:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
+    """Return True if Triton runs on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,4 +1,4 @@
-"""What a call of the Triton kernels holds: one set of buffers inside its bound, and its results."""
+"""Buffers of a call of the Triton kernels: one set inside its bound, and its results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._configs import LaunchConfig, config_for, is_interpreted, processors_of, rows_in_whole_waves
-from ._torch import Request, RowStatistics, extra_figures
+from ._torch import Request, RowStatistics, extra_metrics
 
 SCORE_BYTES = 16 * 2**20
 """Bound of the partial statistics of a scoring pass."""
@@ -20,7 +20,7 @@ LN_2 = math.log(2.0)
 
 @dataclass
 class Plan:
-    """What a call's chunks have in common."""
+    """Facts that all chunks of one call share."""
 
     request: Request
     config: LaunchConfig = None  # pyrefly: ignore[bad-assignment]
@@ -39,12 +39,12 @@ class Plan:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Of E. The interpreter keeps bf16 values in fp32, its own bf16 being unsound."""
+        """Dtype of E. The interpreter keeps bf16 values in fp32, its own bf16 being unsound."""
         return torch.float32 if self.emulates_bf16 else self.weight.dtype
 
     @property
     def one_scale(self) -> bool:
-        """Whether E has one scale per row; fp16 has too few exponents for it."""
+        """Return True if E has one scale per row; fp16 has too few exponents for it."""
         return self.weight.dtype != torch.float16
 
     @property
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def multiplies(self) -> bool:
-        """Whether torch multiplies E @ W: on one scale, whole, and never rounded to TF32."""
+        """Return True if torch multiplies E @ W: on one scale, whole, and never rounded to TF32."""
         plain = self.one_scale and not self.skips and not self.config.gradient_in_triton
         return plain and (is_interpreted() or self.weight.dtype == torch.bfloat16)
 
@@ -85,7 +85,7 @@ class Plan:
         return per_row
 
     def chunk_rows(self, count: int, *, stores_exponentials: bool) -> int:
-        """Rows at a time for `count` of them: what the bound holds, in whole waves of the card."""
+        """Rows at a time for `count` of them: what the bound holds, in whole waves of the GPU."""
         bound = self.request.bounds.buffer_bytes if stores_exponentials else SCORE_BYTES
         most = bound // self.row_bytes(stores_exponentials=stores_exponentials)
         if count <= most:
@@ -134,7 +134,7 @@ class Call:
         if self.row_moments is not None:
             largest, weighted, plain, squares = self.row_moments
             log_sums = self.row_offsets.double() * LN_2 + self.row_sums.double().log()
-            extras = extra_figures(
+            extras = extra_metrics(
                 self.plan.request.outputs,
                 vocabulary=self.plan.weight.shape[0],
                 max_others=largest,

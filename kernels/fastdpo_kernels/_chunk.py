@@ -14,7 +14,7 @@ from ._configs import ROW_TILES_PER_GROUP, is_interpreted
 from ._torch import matmul
 
 PRECISION = "ieee"
-"""Of products in Triton: those of fp32 operands stay fp32, never TF32."""
+"""Precision of products in Triton: those of fp32 operands stay fp32, never TF32."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Chunk:
         yield self.combine()
 
     def _head(self) -> dict[str, Any]:
-        """What turns states into logits."""
+        """Arguments of the kernels that turn hidden states into logits."""
         weight, bias = self.plan.weight, self.plan.request.bias
         return {
             "hidden_ptr": self.hidden_states,
@@ -196,7 +196,7 @@ class Chunk:
         matmul(self.exponentials[:, : self.plan.weight.shape[0]], self.plan.weight, self.product)
 
     def _ending(self) -> dict[str, Any]:
-        """What turns E @ W into U."""
+        """Arguments of the kernel that turns E @ W into U."""
         plan, gradients = self.plan, self.gradients
         assert gradients is not None, "a call with gradient"
         transform = plan.request.transform

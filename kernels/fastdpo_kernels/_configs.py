@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton kernels by card and dtype, and how many rows fill a card."""
+"""Launch configurations of the Triton kernels by GPU and dtype, and how many rows fill a GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CONFIGS[(9, 0), 2] = replace(
     _HALF, block_v=256, gradient_block_h=256, gradient_num_stages=4, gradient_by_tma=True
 )
 """Launch configuration by compute capability and bytes of an operand. Not yet measured: chosen so
-that every entry compiles without spills and inside the shared memory of its card."""
+that every entry compiles without spills and inside the shared memory of its GPU."""
 
 INTERPRETED = LaunchConfig(16, 32, 16, 4, 1, 16, 16, 16, 4, 1, part_v=16)
 """Small tiles for the interpreter, so that small inputs cross every boundary."""
@@ -60,19 +60,19 @@ WAVE_TILE = 128
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
+    """Return True if Triton runs on the CPU (TRITON_INTERPRET=1 when it was first imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def config_for(weight: Tensor) -> LaunchConfig:
-    """The configuration of the weight's card and dtype; a newer card takes the newest entry."""
+    """The configuration of the weight's GPU and dtype; a newer GPU takes the newest entry."""
     if not weight.is_cuda:
         return INTERPRETED
     capability = torch.cuda.get_device_capability(weight.device)
     known = max((c for c in CAPABILITIES if c <= capability), default=None)
     if known is None:
         raise RuntimeError(
-            f"the Triton backend needs compute capability 8.0 or later, this card has {capability}:"
+            f"the Triton backend needs compute capability 8.0 or later, this GPU has {capability}:"
             " pass backend='torch'."
         )
     return CONFIGS[known, weight.element_size()]

@@ -1,7 +1,7 @@
 """The Triton backend: launches the kernels chunk by chunk.
 
 Every kernel launch of a call is a `Launch` made by a method of `Chunk`, so that what a call would
-compile can be listed without a card (`launches`).
+compile can be listed without a GPU (`launches`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def score_with_gradient(
     target_ids: Tensor,  # (N,)
     request: Request,
 ) -> tuple[RowStatistics, Tensor]:
-    """The same pass, and U = dlogp/dh, (N, H) in the dtype of the hidden states."""
+    """Score as `score` does, and return U = dlogp/dh too, (N, H) in the hidden states' dtype."""
     gradients = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     if not len(target_ids):
         return empty_statistics(hidden_states, request), gradients
@@ -63,9 +63,9 @@ def launches(
     *,
     with_gradient: bool = True,
 ) -> list[Launch]:
-    """What the first chunk of a call would launch, in order; nothing runs.
+    """List the launches of a call's first chunk, in order; nothing runs.
 
-    With meta tensors nothing is allocated either; `config` then stands in for the card's.
+    With meta tensors nothing is allocated either; `config` then stands in for the GPU's.
     """
     plan = Plan(request) if config is None else Plan(request, config)
     gradients = torch.empty_like(hidden_states) if with_gradient else None

@@ -13,7 +13,7 @@ from ._triton_rounding import rounded
 
 @triton.jit
 def norm_weight(weight_ptr, column, inside, FORM: tl.constexpr):
-    """What the normalized rows are multiplied with, fp32."""
+    """Load the factor of the normalized rows, fp32."""
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if FORM == "gemma":
         weight += 1.0

@@ -54,7 +54,7 @@ def _load_halves(
     at, inside, T: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """What is turned against each other: columns i and i + HALF, or 2 i and 2 i + 1."""
+    """Return the columns of each rotated pair: i and i + HALF, or 2 i and 2 i + 1."""
     if INTERLEAVED:
         both = _load(at, inside, ZERO, 2 * HALF, 2 * BLOCK)
         return tl.split(tl.reshape(both, (T, HEADS, BLOCK, 2)))

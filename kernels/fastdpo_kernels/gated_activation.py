@@ -154,7 +154,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _may_overwrite(gate: Tensor, up: Tensor | None) -> bool:
-    """Whether both are results whose elements lie in memory once, and apart from each other."""
+    """Return True if both are results whose elements lie in memory once, and do not overlap."""
     given = [t for t in (gate, up) if t is not None]
     rows = [_rows(t.detach()) for t in given]
     if any(t.grad_fn is None for t in given):

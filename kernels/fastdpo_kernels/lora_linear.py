@@ -63,7 +63,7 @@ def lora_linear(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrozenPart:
-    """What of a call gets no gradient."""
+    """Arguments of a call that get no gradient."""
 
     weight: Tensor
     bias: Tensor | None

@@ -186,7 +186,7 @@ def _adapter_gradients(
     grad_downs: Tensor | None,
     adapters: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Of A and B of the first module, A and B of the next, each in its own dtype."""
+    """Gradients of A and B of the first module, A and B of the next, each in its own dtype."""
     matrices = adapters[::2]
     downs = group.downs(rows, matrices)
     stacked = None if grad_downs is None else (grad_downs.T @ rows).T

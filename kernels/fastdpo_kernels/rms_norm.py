@@ -265,7 +265,7 @@ def _torch_gradients(
 
 
 def _factor(weight: Tensor, accumulation: torch.dtype, form: str) -> Tensor:
-    """What the normalized rows are multiplied with."""
+    """Return the factor of the normalized rows."""
     if form == "llama":
         return weight
     weight = weight.to(accumulation)

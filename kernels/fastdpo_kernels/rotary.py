@@ -211,7 +211,7 @@ def _normalized(x: Tensor, weight: Tensor, eps: float, form: str, backend: str) 
 
 
 def _can_fold(q: Tensor, weights: list[Tensor], options: _Options) -> bool:
-    """Whether the kernels do the norms too.
+    """Return True if the kernels compute the norms too.
 
     They do not for a norm of all heads that is trained: its gradient needs a sum over tokens.
     """
@@ -224,12 +224,12 @@ def _can_fold(q: Tensor, weights: list[Tensor], options: _Options) -> bool:
 
 
 def _is_free(x: Tensor) -> bool:
-    """Whether x may be written over: nobody's leaf, no element twice."""
+    """Return True if x may be overwritten: it is no leaf, and no element lies in memory twice."""
     return not (x.requires_grad and x.is_leaf) and _is_dense(x)
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether no two elements share a place, by strides that each clear what lies within."""
+    """Return True if no two elements overlap, by strides that each exceed the extent inside."""
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride < extent:

@@ -1,8 +1,9 @@
-"""Compiles the kernels of a layer's ops for every card without a GPU; prints one JSON line each.
+"""Compiles the kernels of a layer's ops for every GPU without a GPU; prints one JSON line each.
 
 Run in a process without TRITON_INTERPRET: python -m tests.fused_ops.layer_ops_compile [--one]. The
-ops' own launch code runs on CPU tensors of real widths; what it would launch is recorded and compiled as the
-JIT would specialize it. With --one each kernel once in bf16, the cards taken in turn.
+ops' own launch code runs on CPU tensors of real widths; what it would launch is recorded and
+compiled as the JIT would specialize it. With --one each kernel once in bf16, the GPUs taken in
+turn.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The kernels of a layer's ops compile for every card: no spills, accesses of 16 bytes."""
+"""The kernels of a layer's ops compile for every GPU: no spills, accesses of 16 bytes."""
 
 import json
 import os
@@ -11,14 +11,14 @@ import pytest
 pytest.importorskip("triton", reason="Triton is installed on Linux only")
 
 SHARED_BYTES = 101_376
-"""Of the smallest cards; no kernel of these needs more than a few KiB."""
+"""Of the smallest GPUs; no kernel of these needs more than a few KiB."""
 
 OPERANDS_OF_ONE_ROW = 16
 """Most narrower accesses: weights, angles and numbers a row, not the tensors themselves."""
 
 
 def test_kernels_compile_without_spills_and_with_wide_accesses(soak):
-    """Each kernel once in bf16; with --soak every form and width for every card."""
+    """Each kernel once in bf16; with --soak every form and width for every GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("layer_ops_compile.py")
     run = subprocess.run(

@@ -23,7 +23,7 @@ EXTRAS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("where there is a GPU tests/gpu/test_kernels.py runs the compiled kernels")
+        pytest.skip("where there is a GPU tests/gpu/test_updates.py runs the compiled kernels")
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""What a call launches compiles for every card: no spills, wide loads, inside shared memory."""
+"""What a call launches compiles for every GPU: no spills, wide loads, inside shared memory."""
 
 import json
 import os

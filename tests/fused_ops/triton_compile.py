@@ -1,7 +1,8 @@
-"""Compiles what calls would launch, for every card without a GPU; prints one JSON line per kernel.
+"""Compiles what calls would launch, for every GPU without a GPU; prints one JSON line per kernel.
 
-Run in a process without TRITON_INTERPRET: python tests/triton_compile.py [--soak]. The launches
-come from meta tensors, their specialization (types, divisibility by 16) from Triton's own launcher.
+Run in a process without TRITON_INTERPRET: python -m tests.fused_ops.triton_compile [--soak]. The
+launches come from meta tensors, their specialization (types, divisibility by 16) from Triton's own
+launcher.
 """
 
 import json
@@ -49,7 +50,7 @@ class Case:
 
 
 def launches_of(case, capability):
-    """What the call would launch on a card of that capability."""
+    """What the call would launch on a GPU of that capability."""
     config = CONFIGS[capability, case.dtype.itemsize]
     if case.in_triton:
         config = replace(config, gradient_in_triton=True)
@@ -69,7 +70,7 @@ def launches_of(case, capability):
 
 
 def source_of(launch, capability):
-    """What Triton's launcher would compile for this launch on that card, and its options."""
+    """What Triton's launcher would compile for this launch on that GPU, and its options."""
     backend, kernel = make_backend(target_of(capability)), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {**launch.options, "debug": False}

@@ -11,12 +11,14 @@ import pytest
 import torch
 from fastdpo_kernels import _buffers, _chunk, _configs, _launch, linear_logprobs
 from fastdpo_kernels._torch import Bounds, LogitTransform, Request
-from test_linear_logprobs import EXTRAS, inputs, oracle_gradients, row_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.fused_ops.test_linear_logprobs import EXTRAS, inputs, oracle_gradients, row_error
+
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="where there is a GPU tests/test_gpu.py runs the real kernels"
+    torch.cuda.is_available(),
+    reason="where there is a GPU tests/gpu/test_updates.py runs the real kernels",
 )
 
 ROUTES = {
