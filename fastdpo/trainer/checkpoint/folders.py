@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastdpo.options import cache_folder
 from fastdpo.system import files
 from fastdpo.trainer.checkpoint.errors import CheckpointError
 
@@ -153,7 +154,7 @@ def locked(output_dir: Path) -> Iterator[None]:
         CheckpointError: another process holds it.
     """
     try:
-        with files.exclusive_lock(output_dir) as alone:
+        with files.exclusive_lock(output_dir, cache_folder() / "locks") as alone:
             if alone:
                 remove_stale_tmp(output_dir)
             yield
