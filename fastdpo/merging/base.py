@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ class Base:
     """A model's folder.
 
     Attributes:
-        name: as the user named it.
-        folder: where its files lie.
-        config: its config.json.
-        shards: file name -> its tensors, in their order.
-        kinds: module -> "linear", "transposed" (weight is (in, out)), "embedding" or the class.
-        in_4bit: modules that `--qlora` holds in 4 bits.
-        tied: tensor -> the one it is tied to, by the names in memory.
+        name: the model, as the user named it.
+        folder: the folder that holds its files.
+        config: the content of its config.json.
+        shards: the tensors of each weight file, by file name and tensor name.
+        kinds: "linear", "transposed" (weight is (in, out)), "embedding" or the class's name, by
+            module name.
+        in_4bit: names of the modules that `--qlora` holds in 4 bits.
+        tied: for each tied tensor the one it is tied to, by their names in the loaded model.
     """
 
     name: str
@@ -42,17 +44,19 @@ class Base:
     in_4bit: frozenset[str]
     tied: Mapping[str, str]
 
-    def stored_name(self, name: str) -> str | None:
-        """What the files call a tensor; some leave the first part of its name out."""
-        stored = {each for tensors in self.shards.values() for each in tensors}
-        parts = name.split(".")
-        return next(
-            (end for i in range(len(parts)) if (end := ".".join(parts[i:])) in stored), None
-        )
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """The file that holds each stored tensor, by the tensor's name in the files."""
+        return {name: file for file, tensors in self.shards.items() for name in tensors}
 
-    def shard_of(self, stored_name: str) -> str:
-        """The file that holds the tensor."""
-        return next(shard for shard, tensors in self.shards.items() if stored_name in tensors)
+    def stored_name(self, name: str) -> str | None:
+        """The name that the files give to a tensor of the loaded model; None if they lack it.
+
+        Some files leave the first parts of the name out.
+        """
+        parts = name.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))
+        return next((end for end in ends if end in self.file_of), None)
 
 
 def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Base:
@@ -86,6 +90,7 @@ def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
 
 
 def _from_hub(name: str, revision: str) -> Path:
+    """The folder of a hub model in the local cache, downloaded where it is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -101,6 +106,7 @@ def _from_hub(name: str, revision: str) -> Path:
 
 
 def _shards(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of each weight file, by file name; `name` is the model's, for errors."""
     files = [SINGLE]
     if (folder / INDEX).is_file():
         files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -113,13 +119,14 @@ def _shards(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
 
 
 def _kind(module: nn.Module) -> str:
+    """The kind of a module, as `Base.kinds` says."""
     kinds = {nn.Linear: "linear", Conv1D: "transposed", nn.Embedding: "embedding"}
-    found = (kind for cls, kind in kinds.items() if isinstance(module, cls))
-    return next(found, type(module).__name__)
+    matches = (kind for cls, kind in kinds.items() if isinstance(module, cls))
+    return next(matches, type(module).__name__)
 
 
 def _modules_in_4bit(model: PreTrainedModel) -> frozenset[str]:
-    """What transformers makes 4-bit layers of; replaces the layers of `model`."""
+    """The names of the modules that transformers loads in 4 bits; replaces them in `model`."""
     import bitsandbytes as bnb
 
     replace_with_bnb_linear(

@@ -1,4 +1,4 @@
-"""The merged model's folder: written file by file, complete only when its config.json is there."""
+"""The merged model's folder: written file by file, complete only once it has a config.json."""
 
 import json
 import shutil
@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdpo.merging.adapter import Adapter
 from fastdpo.merging.base import INDEX, Base
 from fastdpo.merging.plan import MergePlan
-from fastdpo.merging.tensor_files import DTYPES, bytes_of, write_tensors
+from fastdpo.merging.tensor_files import MERGEABLE_DTYPES, write_tensors
 from fastdpo.system import files
 from fastdpo.system.console import progress_bar
 
@@ -27,11 +29,11 @@ OTHER_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POL
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A folder that was written.
+    """A merged model that was written.
 
     Attributes:
-        folder: where it lies.
-        bytes: of its tensors.
+        folder: the folder that holds it.
+        bytes: the size of its tensors.
         account: the content of its merge.json, without the report.
     """
 
@@ -72,12 +74,19 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
 
 
 def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
-    """Write weights, tokenizer and, last, config.json; each file is whole or not there."""
-    sizes = {file: sum(map(bytes_of, tensors.values())) for file, tensors in plan.files.items()}
+    """Write weights, tokenizer and, last, config.json; each file is whole or not there.
+
+    Only one weight file's new tensors are in memory at a time.
+
+    Raises:
+        ValueError: the disk has too little room.
+        OSError: the disk is full or failing.
+    """
+    size = sum(each.nbytes for tensors in plan.files.values() for each in tensors.values())
     files.mkdir(folder)
-    if (free := files.free_bytes(folder)) < sum(sizes.values()):
+    if (free := files.free_bytes(folder)) < size:
         raise ValueError(
-            f"the merged model takes {sum(sizes.values()) / 2**20:,.1f} MiB and {folder} has "
+            f"the merged model takes {size / 2**20:,.1f} MiB and {folder} has "
             f"{free / 2**20:,.1f} MiB left: name a folder on another disk."
         )
     copies = _copies(plan.base.folder, plan.adapter.folder)
@@ -88,24 +97,25 @@ def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
         "complete": False,
         "base": plan.base.name,
         "adapter": str(plan.adapter.folder),
-        "onto": plan.onto,
+        "onto": plan.base_precision,
         "files": names,
     }
     files.write_json(folder / MARKER, account)
     with progress_bar(len(plan.files), "Merging", "file") as bar:
         for file, tensors in plan.files.items():
-            files.write_atomically(folder / file, partial(write_tensors, tensors=tensors.items()))
+            write = partial(write_tensors, tensors=tensors)
+            files.write_atomically(folder / file, partial(files.call_writer, write=write))
             bar.update()
     if indexed:
-        where = {name: file for file, tensors in plan.files.items() for name in tensors}
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        weight_map = {name: file for file, tensors in plan.files.items() for name in tensors}
+        content = {"metadata": {"total_size": size}, "weight_map": weight_map}
         files.write_json(folder / INDEX, content)
     for name, source in copies.items():
         files.write_atomically(folder / name, partial(shutil.copyfile, source))
     files.write_json(folder / "config.json", _config(plan))
     account["complete"] = True
     files.write_json(folder / MARKER, account)
-    return MergedModel(folder, sum(sizes.values()), account)
+    return MergedModel(folder, size, account)
 
 
 def finish_folder(merged: MergedModel, report: dict[str, Any]) -> None:
@@ -114,23 +124,25 @@ def finish_folder(merged: MergedModel, report: dict[str, Any]) -> None:
 
 
 def _earlier(folder: Path) -> dict[str, Any] | None:
+    """The merge.json of an earlier merge into the folder; None where there was none."""
     try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return found if found["made_by"] == MADE_BY and found["files"] is not None else None
+        account = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return account if account["made_by"] == MADE_BY and account["files"] is not None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _copies(base: Path, adapter: Path) -> dict[str, Path]:
-    """File name -> the file to copy: the base's, and the adapter's tokenizer over them."""
-    own = _matching(adapter, TOKENIZER_FILES)
-    found = _matching(base, (*OTHER_FILES, *TOKENIZER_FILES))
-    if "tokenizer_config.json" in own:  # its chat template is the one in force, or there is none
-        found = {name: file for name, file in found.items() if not name.startswith("chat_template")}
-    return found | own
+    """The files to copy by their names: the base's, and the adapter's tokenizer over them."""
+    from_adapter = _matching(adapter, TOKENIZER_FILES)
+    from_base = _matching(base, (*OTHER_FILES, *TOKENIZER_FILES))
+    if "tokenizer_config.json" in from_adapter:  # its chat template is in force, or there is none
+        from_base = {n: path for n, path in from_base.items() if not n.startswith("chat_template")}
+    return from_base | from_adapter
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """The files of a folder whose names match one of the patterns, by name."""
     return {
         path.name: path
         for path in sorted(folder.iterdir())
@@ -140,13 +152,14 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The base's config.json with the dtype of the weights as they are written."""
-    stored: Counter[str] = Counter()
+    bytes_of: Counter[torch.dtype] = Counter()
     for tensors in plan.files.values():
         for tensor in tensors.values():
-            stored[tensor.dtype] += bytes_of(tensor)
+            bytes_of[tensor.dtype] += tensor.nbytes
+    ((most, _),) = bytes_of.most_common(1)
     config = dict(plan.base.config)
-    dtype = str(DTYPES.get(stored.most_common(1)[0][0], "")).removeprefix("torch.")
-    if dtype:
+    if most in MERGEABLE_DTYPES:
+        dtype = str(most).removeprefix("torch.")
         config |= {"dtype": dtype, "torch_dtype": dtype}  # new readers take one, old ones the other
     if plan.unties:
         config["tie_word_embeddings"] = False

@@ -180,7 +180,7 @@ def sha256_of(path: Path) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """The bytes that an unprivileged process may still write to an existing folder's file system."""
+    """The bytes that an unprivileged process may still write to the disk of an existing folder."""
     return shutil.disk_usage(folder).free
 
 
