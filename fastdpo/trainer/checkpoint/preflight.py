@@ -1,4 +1,4 @@
-"""Before hours of work: can the output folder take what they will produce?"""
+"""Checks before hours of work: whether the output folder can take the checkpoints."""
 
 import uuid
 from pathlib import Path
@@ -47,15 +47,15 @@ def require_room(output_dir: Path, needed_bytes: int) -> None:
 
 
 def require_unused(output_dir: Path) -> None:
-    """Refuse to start anew where checkpoints lie: a later resume could take one of the old run.
+    """Refuse a new run where checkpoints lie: a later resume could take one of the old run.
 
     Raises:
         CheckpointError: names the newest and what to do.
     """
-    found = sorted(checkpoints_in(output_dir), key=lambda path: path.stat().st_mtime)
-    if found:
+    oldest_first = sorted(checkpoints_in(output_dir), key=lambda path: path.stat().st_mtime)
+    if oldest_first:
         raise CheckpointError(
-            f"{output_dir} holds {len(found)} checkpoints of an earlier run, the last written "
-            f"{found[-1].name}: go on from it with --resume_from_checkpoint true, give another "
-            "--output_dir, or delete them."
+            f"{output_dir} holds {len(oldest_first)} checkpoints of an earlier run, the last "
+            f"written {oldest_first[-1].name}: resume from it with --resume_from_checkpoint true, "
+            "give another --output_dir, or delete them."
         )
