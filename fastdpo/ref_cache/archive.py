@@ -125,7 +125,7 @@ def _verify(unpacked: Path) -> str:
         ValueError: the list or a file is missing, or damaged.
     """
     contents = _read_object(unpacked / CONTENTS)
-    listed, key = contents.get("files"), contents.get("store")
+    listed = contents.get("files")
     if contents.get("format") != ARCHIVE_FORMAT or not isinstance(listed, dict):
         raise ValueError(f"its list is not that of a store in format {ARCHIVE_FORMAT}")
     paths = [path for path in unpacked.iterdir() if path.name != CONTENTS]
@@ -135,8 +135,9 @@ def _verify(unpacked: Path) -> str:
         entry = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
         if listed[path.name] != entry or not _is_whole(path):
             raise ValueError(f"{path.name} is not as its list says, or no shard")
-    if store_key(_read_object(unpacked / MANIFEST)) != key:
-        raise ValueError(f"its list names the store {key!r}, and its manifest describes another")
+    key = store_key(_read_object(unpacked / MANIFEST))
+    if contents.get("store") != key:
+        raise ValueError(f"its list is of store {contents.get('store')!r}, its manifest of {key}")
     return key
 
 

@@ -227,8 +227,9 @@ def _lock_file(folder: Path, lock_folder: Path) -> Iterator[bool]:
     """Lock a file that is named by a hash of the folder's path."""
     import filelock
 
-    if issubclass(filelock.FileLock, filelock.SoftFileLock):
-        yield False  # a soft lock would outlive a killed holder
+    is_soft = issubclass(filelock.FileLock, filelock.SoftFileLock)
+    if is_soft:  # it would outlive a killed holder
+        yield False
         return
     mkdir(lock_folder)
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]

@@ -177,7 +177,9 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
     with pytest.raises(ValueError, match="1e-05"):
         check(other, store, 9)
     assert 1e-5 < check(other, store, 9, torch.bfloat16).largest_rms < 0.03
-    reference_logps(reference_from_base(other), GROUPS, checking(store, 0), layout=ExecutionLayout(128))
+    reference_logps(
+        reference_from_base(other), GROUPS, checking(store, 0), layout=ExecutionLayout(128)
+    )
 
 
 def test_the_choice_is_deterministic_and_foreign_rows_come_first(policy, tmp_path, monkeypatch):
