@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+from fastdpo.merging.model_files import model_file
 from fastdpo.merging.tensor_files import StoredTensor, check_mergeable, tensors_of
 
 _PREFIX = "base_model.model."
@@ -76,14 +77,14 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ValueError: there is no adapter, or one of a kind that can't be merged rightly, by name.
     """
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_file.is_file() or not weights.is_file():
-        missing = weights.name if config_file.is_file() else config_file.name
+    try:
+        config_file = model_file(folder, "adapter_config.json")
+        weights = model_file(folder, "adapter_model.safetensors")
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{folder} holds no adapter ({missing} is missing): need a folder with "
-            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
-            "with --lora or --qlora."
-        )
+            f"{folder} holds no adapter ({error}): need a folder with adapter_config.json and "
+            "adapter_model.safetensors, such as the --output_dir of a run with --lora or --qlora."
+        ) from None
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:

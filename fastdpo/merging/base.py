@@ -14,6 +14,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from fastdpo.merging.model_files import are_plain_names, model_file
 from fastdpo.merging.tensor_files import StoredTensor, tensors_of
 from fastdpo.modeling.loading import HUB_HINT, ModelError
 
@@ -67,7 +68,10 @@ def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
     """
     folder = Path(name) if Path(name).is_dir() else _from_hub(name, revision)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config_file = model_file(folder, "config.json")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__} in place of an object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{name!r} is no model: its config.json: {error}. {HUB_HINT}") from error
     if method := (config.get("quantization_config") or {}).get("quant_method"):
@@ -107,15 +111,35 @@ def _from_hub(name: str, revision: str) -> Path:
 
 def _shards(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
     """The tensors of each weight file, by file name; `name` is the model's, for errors."""
-    files = [SINGLE]
-    if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    try:
+        paths = {file: model_file(folder, file) for file in _weight_files(folder)}
+    except FileNotFoundError as error:
         raise ModelError(
-            f"{name!r} has no {missing[0]}: its weights have to be in safetensors, as "
-            "save_pretrained writes them."
+            f"{name!r}: {error}; its weights have to be in safetensors, as save_pretrained writes "
+            "them."
+        ) from None
+    return {file: tensors_of(path) for file, path in paths.items()}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the weight files, from the index where there is one.
+
+    Raises:
+        ModelError: the index is damaged, or names files elsewhere.
+    """
+    if not (folder / INDEX).exists():
+        return [SINGLE]
+    index = model_file(folder, INDEX)
+    try:
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / INDEX} holds no weight_map: {error!r}") from error
+    if not are_plain_names(names) or not all(each.endswith(".safetensors") for each in names):
+        raise ModelError(
+            f"{folder / INDEX}: its weight_map must hold plain names of .safetensors files that "
+            "lie beside it."
         )
-    return {file: tensors_of(folder / file) for file in files}
+    return sorted(set(names))
 
 
 def _kind(module: nn.Module) -> str:

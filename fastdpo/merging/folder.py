@@ -13,6 +13,7 @@ import torch
 
 from fastdpo.merging.adapter import Adapter
 from fastdpo.merging.base import INDEX, Base
+from fastdpo.merging.model_files import are_plain_names, model_file
 from fastdpo.merging.plan import MergePlan
 from fastdpo.merging.tensor_files import MERGEABLE_DTYPES, write_tensors
 from fastdpo.system import files
@@ -25,6 +26,8 @@ TOKENIZER_FILES = (
     "spiece.model", "sentencepiece*", "chat_template*",
 )  # fmt: skip
 OTHER_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WRITTEN = (*TOKENIZER_FILES, *OTHER_FILES, "*.safetensors", INDEX, "config.json")
+"""Patterns of everything that a merge writes beside its account."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
     """Make sure that nothing but our own earlier result is lost in `folder`, and remove that.
 
     Raises:
-        ValueError: something else lies there, or an earlier result and `overwrite` is off.
+        ValueError: something else lies there, or an earlier result and `overwrite` is off; or a
+            file that would be copied is a link out of its model's folder.
     """
+    _copies(base.folder, adapter.folder)  # refused before anything is removed
     for other, what in ((base.folder, "the base"), (adapter.folder, "the adapter")):
         if folder.resolve() == other.resolve():
             raise ValueError(f"--output_dir {folder} is the folder of {what}: name a new one.")
@@ -66,8 +71,14 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
             f"--output_dir {folder} holds an earlier merge (of {earlier['adapter']}): name another "
             "folder, or replace it with --overwrite."
         )
-    for name in (*earlier["files"], MARKER):
-        files.remove(folder / Path(name).name)
+    paths = [folder / name for name in (*earlier["files"], MARKER)]
+    if folders := [path for path in paths if path.is_dir() and not path.is_symlink()]:
+        raise ValueError(
+            f"--output_dir {folder}: {folders[0].name} is a folder, which no merge makes: move it "
+            "away, or name a new folder."
+        )
+    for path in paths:
+        files.remove(path)
     for path in folder.iterdir():
         if files.is_temporary(path):  # of a merge that was killed
             files.remove(path)
@@ -103,8 +114,7 @@ def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
     files.write_json(folder / MARKER, account)
     with progress_bar(len(plan.files), "Merging", "file") as bar:
         for file, tensors in plan.files.items():
-            write = partial(write_tensors, tensors=tensors)
-            files.write_atomically(folder / file, partial(files.call_writer, write=write))
+            files.write_atomically(folder / file, partial(write_tensors, tensors=tensors))
             bar.update()
     if indexed:
         weight_map = {name: file for file, tensors in plan.files.items() for name in tensors}
@@ -124,12 +134,21 @@ def finish_folder(merged: MergedModel, report: dict[str, Any]) -> None:
 
 
 def _earlier(folder: Path) -> dict[str, Any] | None:
-    """The merge.json of an earlier merge into the folder; None where there was none."""
+    """The merge.json of an earlier merge into the folder.
+
+    Returns None where there was none, or where it names files that no merge writes: it may be
+    another's, and what it names is removed.
+    """
     try:
-        account = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return account if account["made_by"] == MADE_BY and account["files"] is not None else None
+        account = json.loads(model_file(folder, MARKER).read_text(encoding="utf-8"))
+        is_ours = account["made_by"] == MADE_BY and isinstance(account["complete"], bool)
+        written, _ = account["files"], account["adapter"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if not is_ours or not are_plain_names(written):
+        return None
+    known = all(any(fnmatch(name, pattern) for pattern in WRITTEN) for name in written)
+    return account if known else None
 
 
 def _copies(base: Path, adapter: Path) -> dict[str, Path]:
@@ -142,9 +161,13 @@ def _copies(base: Path, adapter: Path) -> dict[str, Path]:
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """The files of a folder whose names match one of the patterns, by name."""
+    """The files of a folder whose names match one of the patterns, by name.
+
+    Raises:
+        ValueError: one is a link out of the folder.
+    """
     return {
-        path.name: path
+        path.name: model_file(folder, path.name)
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
     }

@@ -17,11 +17,11 @@ OTHER_BASE = "pass the model that the adapter was trained on as --model."
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is to be written.
+    """A merge, worked out and not yet written.
 
     Attributes:
-        base: the model below.
-        adapter: what is added.
+        base: the model that is merged into.
+        adapter: the adapter that is added.
         base_precision: "bf16" or "dequantized", as `--onto` says.
         files: the tensors of each file, by file name and stored name; those that nothing changes
             are the base's own.
@@ -44,7 +44,7 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What happens to one tensor of the base.
+    """The computation of one changed tensor.
 
     The arithmetic is not PEFT's: `merge` of a PEFT layer rounds B A, its product with the scaling
     and the sum one after another, `addmm` once. They agree to the last bit where the scaling is a
@@ -86,8 +86,8 @@ def plan_merge(
     """Match the adapter with the base.
 
     Args:
-        base: what it is merged into.
-        adapter: what is merged.
+        base: the model that is merged into.
+        adapter: the adapter that is merged.
         base_precision: "bf16" adds to the stored weights; "dequantized" sends those that QLoRA
             holds in 4 bits there and back first.
         dtype: the precision in which they are quantized and come back.

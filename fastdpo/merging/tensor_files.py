@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdpo.system import files
+
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Tensors of any other dtype can't be trained; they are copied byte by byte."""
 
@@ -80,4 +82,5 @@ def check_mergeable(tensor: StoredTensor) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, StoredTensor | NewTensor]) -> None:
     """Write a safetensors file; its new tensors are in memory together, stored ones are mapped."""
-    save_file({name: each.read() for name, each in tensors.items()}, path, {"format": "pt"})
+    content = {name: each.read() for name, each in tensors.items()}
+    files.call_writer(path, lambda path: save_file(content, path, {"format": "pt"}))

@@ -161,7 +161,7 @@ def _limit(name: str) -> int | None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is no damaged shard."""
+    """Return False for a damaged shard, True for a whole one and for any other file."""
     if path.suffix != ".safetensors":
         return True
     try:

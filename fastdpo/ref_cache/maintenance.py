@@ -33,7 +33,7 @@ class StoreSummary:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What `prune` removed, or would."""
+    """The stores and files that `prune` removed, or would in a dry run, and their size."""
 
     stores: tuple[Path, ...]
     stale_files: tuple[Path, ...]  # damaged shards, and temporary files of killed writers

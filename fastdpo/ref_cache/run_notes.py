@@ -59,7 +59,7 @@ def record_request(store: ReferenceStore, requested: Mapping[str, Any]) -> None:
 
 
 def load_requests(folder: Path) -> list[dict[str, Any]]:
-    """What runs requested of the store in `folder`, newest first; unreadable notes are skipped."""
+    """The requests of earlier runs to a store, newest first; unreadable notes are skipped."""
     dated = []
     for path in folder.glob(NOTES):
         content = _json(path)

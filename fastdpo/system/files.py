@@ -1,6 +1,7 @@
 """Every change to the disk: temporary name, fsync, checksum, rename. A reader sees all or nothing.
 
-No other room opens a file to write, renames or deletes: so a test can let the N-th operation fail.
+No other room opens a file to write, renames or deletes one, so a test can let the N-th operation
+fail.
 """
 
 import errno
@@ -27,7 +28,7 @@ OPERATIONS = (
     "replace",
     "remove",
 )
-"""The functions of this module that touch the disk; everything else here is made of them."""
+"""The functions of this module that change the disk; all others are made of them."""
 
 TEMPORARY_MARK = ".tmp-"
 _TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + r"[0-9a-f]{32}-.+", re.DOTALL)
@@ -128,7 +129,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `temporary_name` could have made the name."""
+    """Tell whether `temporary_name` could have made the name."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
