@@ -36,13 +36,13 @@ class Shift:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a merge does to log-probs.
+    """How a merge changes log-probs.
 
     Attributes:
         in_4bit: whether the adapter was measured on a 4-bit base.
-        adapter: chosen and rejected logps of each pair with the adapter on its base.
-        merged: kind of base weights -> the same of the merged model.
-        shifts: kind of base weights -> how far that is from the adapter.
+        adapter: chosen and rejected logps of each pair with the adapter on its base, nats.
+        merged: the logps of each pair under the merged model, by base precision.
+        shifts: how far those are from the adapter's, by base precision.
     """
 
     in_4bit: bool
@@ -51,11 +51,11 @@ class Fidelity:
     shifts: dict[str, Shift]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The report as it stands in merge.json."""
         return asdict(self)
 
     def describe(self, written: str) -> str:
-        """The shifts side by side; `written` is the kind that lies in the folder."""
+        """A table of the shifts side by side; `written` is the base precision in the folder."""
         base = "its 4-bit base" if self.in_4bit else "its base"
         kinds = sorted(self.shifts, key=lambda kind: kind != written)
         columns = [f"onto {kind}" + (" (written)" if kind == written else "") for kind in kinds]
@@ -75,7 +75,7 @@ class Fidelity:
 
 
 def logps_of(model: nn.Module, groups: Sequence[PromptGroup], description: str) -> Logps:
-    """Log-probs of the pairs under a model as it stands."""
+    """Log-probs of the pairs under a model as it is; `description` labels the progress bar."""
     scored = sorted(
         score_groups(model, groups, description=description), key=lambda group: group.index
     )

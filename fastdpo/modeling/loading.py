@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from fastdpo.modeling.weight_hash import record_load, weight_files
 
 HUB_HINT = (
     "Pass a local folder that holds config.json, *.safetensors and the tokenizer, or make the hub "
@@ -41,7 +44,7 @@ def load_model(
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM onto the GPU if there is one.
+    """Load a causal LM onto the GPU if there is one, and note the files that its tensors are from.
 
     Args:
         name: folder or hub id.
@@ -70,8 +73,10 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    arguments |= options or {}
+    files = weight_files(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments | (options or {}))
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {_first_line(error)} {HUB_HINT}"
@@ -84,6 +89,7 @@ def load_model(
             "by bitsandbytes: choose the repository that it was made from, or leave 4-bit loading "
             "out (--lora in place of --qlora)."
         )
+    record_load(model, name, files, arguments)
     return model
 
 

@@ -14,11 +14,11 @@ from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.options import LossOptions
 from fastdpo.ref_cache.compute import reference_logps
+from fastdpo.ref_cache.hash_cache import HASH_CACHE_FILE
 from fastdpo.ref_cache.identity import reference_identity
-from fastdpo.ref_cache.store import ReferenceStore, group_keys
+from fastdpo.ref_cache.store import ReferenceStore, StoreOptions, group_keys
 from fastdpo.system.versions import numeric_versions
 
 
@@ -27,15 +27,13 @@ class RefLogpsProvider:
 
     Args:
         reference: the model, and how it is run as the reference.
-        folder: of all stores, or None to keep nothing: for `--ref_cache off`, and for a reference
-            that moves.
-        compute_dtype: what the matrix products run in.
+        folder: folder of all stores, or None to keep nothing: for `--ref_cache off`, and for a
+            reference that moves.
+        compute_dtype: dtype of the matrix products.
         layout: bounds the micro-batches of the passes, and is lowered where memory runs out.
         mode: how pairs run through the model; None chooses.
         loss: decides how the tokens of a completion are weighed; None sums them up.
-        keep_token_logps: store the log-prob of every token beside their sums.
-        strict_versions: compute again what other library versions or another GPU computed.
-        spot_check_pairs: how many stored pairs to score again before they are believed.
+        store_options: how the run uses its store.
     """
 
     def __init__(
@@ -47,9 +45,7 @@ class RefLogpsProvider:
         layout: ExecutionLayout,
         mode: PackingMode | None = None,
         loss: LossOptions | None = None,
-        keep_token_logps: bool = True,
-        strict_versions: bool = False,
-        spot_check_pairs: int = 0,
+        store_options: StoreOptions = StoreOptions(),  # noqa: B008 (it is frozen)
     ) -> None:
         self.reference = reference
         self.folder = folder
@@ -57,27 +53,23 @@ class RefLogpsProvider:
         self.mode = choose_packing(reference.model) if mode is None else mode
         self.options = {"layout": layout, "mode": self.mode}
         self.loss = LossOptions() if loss is None else loss
-        self.store_options = {
-            "keep_token_logps": keep_token_logps,
-            "strict_versions": strict_versions,
-        }
-        self.spot_check_pairs = spot_check_pairs
+        self.store_options = store_options
         self.is_stale = False
         self._store: ReferenceStore | None = None
 
     def on_train_begin(self) -> None:
-        """From now on the policy moves, and with it a reference that is the policy itself."""
+        """Note that the policy moves from now on, and with it a reference that is the policy."""
         self.is_stale = not self.reference.is_frozen
 
     def logps(
         self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
     ) -> np.ndarray:
-        """(n, 2) float64 of chosen and rejected, nats, as the loss takes them.
+        """(n, 2) float64 log-probs of chosen and rejected in nats, as the loss takes them.
 
         Args:
-            groups: of one data set.
-            name: of it, for the log.
-            requested: what shaped its rows, by option, to explain a later miss.
+            groups: the pairs of one data set.
+            name: name of the data set, for the log.
+            requested: the options that shaped its rows, to explain a later miss.
 
         Raises:
             ValueError: the reference is gone, or the stored one is not this model's.
@@ -97,7 +89,6 @@ class RefLogpsProvider:
             store,
             name=name,
             requested=requested,
-            spot_check_pairs=self.spot_check_pairs,
             compute_dtype=self.compute_dtype,
             **self.options,
         )
@@ -106,15 +97,15 @@ class RefLogpsProvider:
         keys = [key for group in groups for key in group_keys(group)]
         return self._weighted(logps, store.token_logps(keys))
 
-    def fill(
+    def attach(
         self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
     ) -> None:
-        """Set `groups.ref_logps`, unless it is set already; otherwise as `logps`."""
+        """Set `groups.ref_logps` to what `logps` returns, unless it is set already."""
         if groups.ref_logps is None:
             groups.ref_logps = self.logps(groups, name, requested)
 
     def store(self, root: Path) -> ReferenceStore:
-        """This reference's store in `root`, identified once."""
+        """The store of this reference in `root`; the weights are hashed once."""
         if self._store is None or self._store.root != root:
             model = self.reference.model
             identity = reference_identity(
@@ -125,7 +116,9 @@ class RefLogpsProvider:
                 self.mode.attention,
             )
             versions = numeric_versions(unwrap_model(model).device)
-            self._store = ReferenceStore(root, identity, versions=versions, **self.store_options)
+            self._store = ReferenceStore(
+                root, identity, versions=versions, options=self.store_options
+            )
         return self._store
 
     def _computed(self, groups: Sequence[PromptGroup], name: str) -> np.ndarray:

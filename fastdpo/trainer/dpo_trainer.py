@@ -233,7 +233,7 @@ class DPOTrainer(ResumableTrainer):
         model_name = unwrap_model(self.policy).name_or_path
         requested = describe_request(groups, self.user_args, self.tokenizer, str(model_name))
         with self.autocast():
-            self.reference.fill(groups, name, requested)
+            self.reference.attach(groups, name, requested)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
         """Reference log-probs of a data set, (n, 2) float64; 0 where the loss looks at none."""

@@ -25,7 +25,13 @@ from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.reference_model import reference_from_base
-from fastdpo.ref_cache import ReferenceStore, compute, reference_identity, reference_logps
+from fastdpo.ref_cache import (
+    ReferenceStore,
+    StoreOptions,
+    compute,
+    reference_identity,
+    reference_logps,
+)
 from fastdpo.ref_cache.store import group_keys, row_key
 from fastdpo.system import files
 from tests.modeling.test_packed_pairs import random_groups
@@ -69,8 +75,8 @@ def policy():
     return adapted()
 
 
-def fill(model, groups, root, tokens=128, **options):
-    store = ReferenceStore(root, IDENTITY)
+def fill(model, groups, root, tokens=128, store_options=None, **options):
+    store = ReferenceStore(root, IDENTITY, options=store_options or StoreOptions())
     return reference_logps(
         reference_from_base(model), groups, store, layout=ExecutionLayout(tokens), **options
     )
