@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         description="Predict the memory of a training run from the model's config alone.",
     )
     model, options = parsed.model, parsed.group(PlanningOptions)
-    from fastdpo.planner import Workload, architecture_named, plan
+    from fastdpo.planner import Workload, architecture_named, make_plan
 
     if model.model_name_or_path is None:
         raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     )
     training, host_bytes = _training(model, options), _host_bytes(options)
     longest = 2 * options.max_length
-    planned = plan(
+    planned = make_plan(
         architecture,
         training,
         gpu,
@@ -165,16 +165,10 @@ def _print(
         f"pairs up to 2 x {options.max_length:,} tokens; GPU: {gpu.name}.\n"
     )
     rows = [[name, binary_size(size)] for name, size in planned.terms.items() if size]
-    print_line(
-        table(
-            ["highest moment, by term", "bytes"], [*rows, ["all", binary_size(planned.peak_bytes)]]
-        )
-    )
+    print_line(table(["peak, by term", "bytes"], [*rows, ["all", binary_size(planned.peak_bytes)]]))
     print_line()
-    moments = sorted(planned.moments.items(), key=lambda moment: -moment[1])
-    print_line(
-        table(["moment", "allocated"], [[name, binary_size(size)] for name, size in moments])
-    )
+    phases = sorted(planned.phases.items(), key=lambda phase: -phase[1])
+    print_line(table(["phase", "allocated"], [[name, binary_size(size)] for name, size in phases]))
     print_line(f"\n{planned.describe()}")
     if planned.tokens_per_second is not None:
         rate = float(f"{planned.tokens_per_second:.2g}")
@@ -212,7 +206,7 @@ def longest_pairs(
         if found is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue
-        means = [f"{count} {what}" for what, count in found.policy_counts.items()]
+        means = [f"{count} {what}" for what, count in found.activation_counts.items()]
         means += ["embeddings on host"] if found.embeddings_on_host else []
         means += ["tiled norms"] if found.norm_tile_tokens is not None else []
         means += ["tiled MLPs"] if found.mlp_tile_tokens is not None else []

@@ -1,10 +1,8 @@
 """The head: how a model's own forward forms its logits from the last hidden states."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -49,7 +47,8 @@ class Head:
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # pyrefly: ignore
+    inside: Any = getattr(model, "get_base_model", None)  # without peft, which imports for seconds
+    return model if inside is None else inside()  # pyrefly: ignore
 
 
 def get_lm_head(model: nn.Module) -> Head:
@@ -59,6 +58,9 @@ def get_lm_head(model: nn.Module) -> Head:
         ValueError: the head is something this trainer would compute wrongly: an adapter on it, a
             quantized one, or a config field that scales logits in a way it does not know.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     causal_lm = unwrap_model(model)
     lm_head = causal_lm.get_output_embeddings()
     if lm_head is None:

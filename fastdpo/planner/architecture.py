@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import MODEL_ALIASES, resolve_model
 
 CONFIGS = "model_configs"
@@ -233,12 +234,6 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
         plain_embeddings=type(embeddings).__name__ in ("Embedding", "HostEmbedding"),
         is_standard=set(shapes) == plain and other < sum(each.weights for each in shapes.values()),
     )
-
-
-def unwrap_model(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel, or the model itself."""
-    inside: Any = getattr(model, "get_base_model", None)
-    return model if inside is None else inside()
 
 
 def _linears(module: nn.Module) -> tuple[LinearShape, ...]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastdpo.planner.architecture import architecture_of, unwrap_model
+from fastdpo.modeling.head import unwrap_model
+from fastdpo.planner.architecture import architecture_of
 from fastdpo.planner.gpus import GPUSpec, current_gpu
 from fastdpo.planner.plan import Plan
-from fastdpo.planner.search import Workload, plan
+from fastdpo.planner.search import Workload, make_plan
 from fastdpo.planner.terms import GIB, Training
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def plan_for_run(
     pairs_per_update: int,
     scored_tokens: int,
     repeated_tokens: int = 0,
-    longest_row_tokens: int | None = None,
+    max_seqlen: int | None = None,
     attention: str | None = None,
     gpu: GPUSpec | None = None,
     host_bytes: int | None = None,
@@ -43,7 +44,7 @@ def plan_for_run(
         pairs_per_update: B.
         scored_tokens: of all pairs.
         repeated_tokens: prefix tokens of all pairs that lie among the keys a second time.
-        longest_row_tokens: of the longest single row, prompt and completion. Where the longest
+        max_seqlen: of the longest single row, prompt and completion. Where the longest
             pair does not fit, the plan is for rows of at most this, and its T says which pairs are
             to be split into their completions.
         attention: what attends, as in `Training`; None: flash kernels where they run.
@@ -73,7 +74,7 @@ def plan_for_run(
     )
 
     def planned(longest_tokens: int) -> Plan:
-        return plan(
+        return make_plan(
             architecture,
             training,
             gpu,
@@ -84,9 +85,9 @@ def plan_for_run(
         )
 
     made = planned(workload.longest_group_tokens)
-    if made.fits or longest_row_tokens is None:
+    if made.fits or max_seqlen is None:
         return made
-    split = planned(longest_row_tokens)
+    split = planned(max_seqlen)
     if not split.fits:
         return made
     note = (

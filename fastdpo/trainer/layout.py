@@ -108,7 +108,7 @@ def plan_memory(
         group_lengths(groups, mode),
         pairs_per_update=pairs_per_update,
         scored_tokens=sum(len(ids) for _, ids in completions),
-        longest_row_tokens=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
+        max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
         repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
     )
     if found is not None:

@@ -55,7 +55,7 @@ def test_the_main_job(said):
 def test_json_is_the_plan_and_nothing_else(said):
     out, code = said("--model", "qwen3-8b", "--lora", "--gpu", "rtx-4090", "--json", "true", *SMALL)
     assert code == 0
-    made = Plan.from_json(json.loads(out))
+    made = Plan(**json.loads(out))
     assert made.fits
     assert made.gpu_bytes == 24 * 2**30
     assert made.allocated_bytes <= made.peak_bytes == sum(made.terms.values())
@@ -102,7 +102,7 @@ def test_auto_reads_what_is_free(said, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     out, code = said("--model", "llama-7b", "--qlora", *SMALL)
     assert code == 0
-    assert "card: NVIDIA GeForce RTX 4090" in out
+    assert "GPU: NVIDIA GeForce RTX 4090" in out
     assert " of 10.60 GiB" in out  # with the context, which is made already
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.25)
     assert " of 6.60 GiB" in said("--model", "llama-7b", "--qlora", *SMALL)[0]

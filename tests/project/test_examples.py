@@ -10,7 +10,7 @@ import yaml
 
 from fastdpo import train
 from fastdpo.losses import LOSSES
-from fastdpo.planner import Training, Workload, architecture_named, gpu_spec, plan
+from fastdpo.planner import Training, Workload, architecture_named, gpu_spec, make_plan
 from tests.taught_llama import taught_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -155,7 +155,7 @@ def planned_line(path):
     """What the planner says of a file, in the words of its first line."""
     values = yaml.safe_load(path.read_text())
     length, batch = values["max_length"], values["per_device_train_batch_size"]
-    made = plan(
+    made = make_plan(
         architecture_named(values["model"]),
         Training(tuning="qlora", lora_r=values["lora_r"]),
         gpu_spec(path.stem),
