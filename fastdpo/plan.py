@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import check_choice, check_number, check_whole, option
+from fastdpo.options.passes import ATTENTION_BACKENDS
 from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class PlanningOptions:
         "auto",
         "Optimizer; auto is adamw_torch_fused, or adamw_8bit where nothing else fits.",
     )
+    attention: str = option(
+        "auto",
+        "What attends, as in training; auto is what training would choose on that GPU.",
+        choices=list(ATTENTION_BACKENDS),
+    )
     longest_pairs: bool = option(
         True, "Show the longest pair that fits each size of GPU; off spares a second."
     )
@@ -58,6 +64,7 @@ class PlanningOptions:
             check_number(
                 "host_memory_gib", self.host_memory_gib, at_least=0, remedy="0 pins nothing."
             )
+        check_choice("attention", self.attention, ATTENTION_BACKENDS)
         check_whole("max_length", self.max_length, 8, "1024 is usual")
         check_whole("pairs_per_update", self.pairs_per_update, 1, "32 is usual")
         if self.micro_batch_tokens is not None:
@@ -91,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )
-    training, host_bytes = _training(model, options), _host_bytes(options)
+    training, host_bytes = _training(model, options, gpu), _host_bytes(options)
     longest = 2 * options.max_length
     planned = make_plan(
         architecture,
@@ -107,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         _print(planned, architecture, training, gpu, options)
         if options.longest_pairs:
-            print_line(f"\n{longest_pairs(architecture, training, host_bytes, options)}")
+            print_line(f"\n{longest_pairs(architecture, model, host_bytes, options)}")
     if not planned.fits:
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
@@ -126,23 +133,25 @@ def _host_bytes(options: PlanningOptions) -> int:
     return int(options.host_memory_gib * 2**30)
 
 
-def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
-    """As `python -m fastdpo.train` would do it on that GPU: without a flag, LoRA."""
+def _training(model: ModelOptions, options: PlanningOptions, gpu: "GPUSpec") -> "Training":
+    """How `python -m fastdpo.train` would train on that GPU: without a flag, LoRA."""
     from fastdpo.planner import Training
+    from fastdpo.system.device import BF16_CAPABILITY
 
     if options.optim != "auto":
         from transformers.training_args import OptimizerNames
 
         check_choice("optim", options.optim, ["auto", *(known.value for known in OptimizerNames)])
     names = model.lora_target_modules
-    exact = model.dtype == "float32"
+    without_bf16 = model.dtype == "auto" and gpu.capability < BF16_CAPABILITY
+    exact = model.dtype == "float32" or without_bf16
     return Training(
         tuning="qlora" if model.qlora else "full" if model.full else "lora",
         entry_bytes=4 if exact and not model.full else 2,
         lora_r=model.lora_r,
         target_modules=None if names is None else tuple(names),
         optimizer="adamw_torch_fused" if options.optim == "auto" else options.optim,
-        attention="flex" if exact else "varlen",
+        attention=options.attention,
     )
 
 
@@ -185,7 +194,7 @@ def _count(parameters: int) -> str:
 
 def longest_pairs(
     architecture: "Architecture",
-    training: "Training",
+    model: ModelOptions,
     host_bytes: int,
     options: PlanningOptions,
 ) -> str:
@@ -197,6 +206,7 @@ def longest_pairs(
     rows = []
     for size in SIZES_GIB:
         gpu = gpu_spec(str(size))
+        training = _training(model, options, gpu)
         found = longest_pair(
             architecture, training, gpu, host_bytes=host_bytes, change_optimizer=False
         )

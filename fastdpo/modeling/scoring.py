@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fastdpo.batching import MicroBatch, PromptGroup, group_tokens, pack_in_order
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.system.console import progress_bar
 from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message
 

@@ -9,6 +9,7 @@ byte.
 
 from dataclasses import dataclass
 
+from fastdpo.modeling.attention_backends import BACKENDS
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.terms import Training, dequantized_bytes
 
@@ -185,11 +186,12 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
     queries, keys = architecture.query_width, architecture.key_width
     saved = 2 * d * queries * shape.tokens  # queries, and the output, which o_proj reads
     saved += 4 * architecture.query_heads * shape.tokens  # the softmax's sums
-    if training.attention == "varlen":
-        saved += 2 * d * keys * (shape.tokens + shape.repeated_tokens)
-    else:
-        saved += 2 * d * keys * shape.tokens + d * queries * shape.tokens  # o_proj reads a copy
-    if training.attention == "sdpa":
+    backend = BACKENDS[training.attention]
+    gathered = shape.repeated_tokens if backend.gathers_keys else 0
+    saved += 2 * d * keys * (shape.tokens + gathered)
+    if backend.copies_output:
+        saved += d * queries * shape.tokens
+    if backend.keeps_masks:
         saved += (
             2 * d * keys * (shape.repeated_tokens + shape.further_tokens) + d * shape.mask_entries
         )
@@ -207,7 +209,7 @@ def _attention_backward(
     d, queries, keys = training.entry_bytes, architecture.query_width, architecture.key_width
     gathered = shape.tokens + shape.repeated_tokens
     gradients = 2 * d * queries * shape.tokens + 2 * d * keys * gathered
-    if training.attention != "varlen":
+    if not BACKENDS[training.attention].flash_backward:
         return gradients
     shared = 2 * d * queries * gathered if queries != keys else 0
     return gradients + 4 * queries * shape.tokens + shared
@@ -248,7 +250,7 @@ def _head_buffers(architecture: Architecture, training: Training, shape: MicroBa
 def table_bytes(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
     """Rotary tables, token ids, positions, scored positions and targets; masks of "sdpa"."""
     rotary = 2 * training.entry_bytes * architecture.head_size * shape.tokens
-    masks = shape.mask_entries if training.attention == "sdpa" else 0
+    masks = shape.mask_entries if BACKENDS[training.attention].keeps_masks else 0
     return rotary + masks + 8 * (2 * shape.tokens + 4 * shape.scored_tokens)
 
 

@@ -41,7 +41,13 @@ from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.gpus import GPUSpec
 from fastdpo.planner.plan import Plan, offloaded_bytes, pinned_bytes
 from fastdpo.planner.speed import update_seconds
-from fastdpo.planner.terms import CONTEXT_BYTES, SLACK_SHARE, Training, resident_bytes, training_for
+from fastdpo.planner.terms import (
+    CONTEXT_BYTES,
+    SLACK_SHARE,
+    Training,
+    resident_bytes,
+    resolve_attention,
+)
 
 ROUNDING_TOKENS = 128
 """Micro-batch lengths are multiples of it."""
@@ -292,7 +298,7 @@ def make_plan(
             the last strategy.
         recompute: whether layers may be recomputed or offloaded; else all are kept.
     """
-    training = training_for(architecture, training)
+    training = resolve_attention(architecture, training, gpu.capability)
     lengths = workload.lengths()
     if micro_batch_tokens is not None:
         lengths = [_rounded(max(micro_batch_tokens, workload.longest_group_tokens))]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastdpo.batching import PromptGroup, group_tokens
-from fastdpo.modeling.families import PackingMode, choose_packing
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache import run_notes as requests

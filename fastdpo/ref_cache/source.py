@@ -9,8 +9,8 @@ import torch
 
 from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.losses import ld_logps
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.modeling.weight_hash import HASH_CACHE_FILE

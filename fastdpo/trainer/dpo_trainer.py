@@ -28,11 +28,11 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.config import DPOConfig
 from fastdpo.losses import LossFunction, needs_reference
-from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.head import get_lm_head, unwrap_model
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
+from fastdpo.modeling.packing import choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions, reference_folder
 from fastdpo.planner import compare

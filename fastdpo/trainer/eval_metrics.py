@@ -16,8 +16,8 @@ from fastdpo.losses import (
     wpo_alignment,
     wpo_weights,
 )
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
 from fastdpo.trainer.metrics import MetricSums

@@ -25,8 +25,8 @@ from fastdpo.modeling.activations import (
 )
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.embeddings import embeddings_to_host
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
 from fastdpo.planner import Plan, plan_for_run
 

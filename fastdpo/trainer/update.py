@@ -34,10 +34,10 @@ from fastdpo.losses import (
     wpo_weights,
 )
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
 from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message

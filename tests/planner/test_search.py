@@ -25,6 +25,7 @@ from fastdpo.planner import (
 from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
 from fastdpo.planner.terms import GIB
 from tests.planner.test_terms import SIZES, groups
+from tests.project.test_layering import ROOT, imports_of
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_the_kept_layers_are_the_last_and_another_one_would_not_fit(llama):
     assert 1 < kept < 32
     assert made.activation_plan == ("recompute",) * (32 - kept) + ("keep",) * kept
     layout = MemoryLayout(
-        llama, Training(), Workload(2048, 65536).shape(4096),
+        llama, Training(attention="varlen"), Workload(2048, 65536).shape(4096),
         MemoryStrategy(
             made.optimizer, made.embeddings_on_host, made.norm_tile_tokens, made.mlp_tile_tokens
         ),
@@ -153,7 +154,7 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     base = random_model(LlamaConfig(**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True)
     model = add_adapter(base, lora_config(4, 8, 0.0, ["q_proj", "v_proj"]))
     assert training_of(model, "adamw_torch") == Training(
-        "qlora", 2, 4, ("q_proj", "v_proj"), "adamw_torch", "varlen"
+        "qlora", 2, 4, ("q_proj", "v_proj"), "adamw_torch", "auto"
     )
     lengths = [group_tokens(group) for group in groups(6)]
     config = DPOConfig(str(tmp_path), use_cpu=True, optim="adamw_torch")
@@ -168,6 +169,46 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     made = plan_for_run(model, config, lengths, gpu=gpu_spec("1 GB"), host_bytes=GIB, **scored)
     assert made is not None
     assert made.micro_batch_tokens == 128
+
+
+def test_the_requested_attention_reaches_the_plan(tmp_path):
+    config = LlamaConfig(**SIZES | {"head_dim": 16})
+    base = random_model(config, dtype=torch.float32, device="cpu", load_in_4bit=False)
+    model = add_adapter(base, lora_config(4, 8, 0.0, None))
+
+    def allocated(**options):
+        run = {"pairs_per_update": 4, "scored_tokens": 300, "repeated_tokens": 500}
+        args = DPOConfig(str(tmp_path), use_cpu=True, **options)
+        made = plan_for_run(model, args, [900, 1000], gpu=gpu_spec("1 GB"), host_bytes=GIB, **run)
+        return made.allocated_bytes
+
+    auto = allocated()  # float32, which flash kernels do not take
+    assert auto == allocated(attention="flex") == allocated(packing="off")
+    assert allocated(attention="sdpa") > auto
+    with pytest.raises(ValueError, match="--attention varlen cannot be used here: dtype is"):
+        allocated(attention="varlen")
+    base.config.attention_dropout = 0.1
+    assert allocated() == auto
+    assert allocated(disable_dropout=False) == allocated(attention="sdpa")
+
+
+def test_the_planner_imports_no_model_code():
+    """So `python -m fastdpo.plan` answers quickly: what its modules import when they are loaded."""
+    seen, queue = set(), ["fastdpo.planner", "fastdpo.modeling.families"]
+    while queue:
+        module = queue.pop()
+        path = ROOT / module.replace(".", "/")
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if module in seen or not source.is_file():
+            continue
+        seen.add(module)
+        for each in imports_of(source.read_text(), module, path.is_dir()):
+            if not each.in_function:
+                top = each.target.split(".")[0]
+                assert top not in ("peft", "bitsandbytes", "fastdpo_kernels"), (module, each.target)
+                queue += [each.target, each.target.rpartition(".")[0]] if top == "fastdpo" else []
+    assert "fastdpo.modeling.attention_backends" in seen
+    assert not seen & {"fastdpo.modeling.attention", "fastdpo.modeling.adapters"}
 
 
 def test_pairs_that_do_not_fit_whole_are_planned_row_by_row(tmp_path):

@@ -162,7 +162,7 @@ def test_every_alias_is_counted_offline(alias):
     found = architecture_named(alias)
     assert found.parameters == PARAMETERS[alias]
     assert found.is_standard
-    assert found.attn_softcap == (alias == "gemma-2-9b")
+    assert found.attention.softcap == (alias == "gemma-2-9b")
     assert found.query_key_norms == (alias == "qwen3-8b")
 
 
