@@ -20,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastdpo.modeling.head import get_backbone
 
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
+"""What a layer leaves for its backward: everything, its input, or its input in host memory."""
+
 ACTIVATIONS = (KEEP, RECOMPUTE, OFFLOAD)
 PAGE_BYTES = 2**24
 """Pinned memory is taken in pages of this size: torch rounds each piece up to a power of two."""

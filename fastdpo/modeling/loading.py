@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fastdpo.modeling.weight_hash import record_load, weight_files
+from fastdpo.system.device import cuda_has_bf16
 
 HUB_HINT = (
     "Pass a local folder that holds config.json, *.safetensors and the tokenizer, or make the hub "
@@ -28,10 +29,9 @@ class ModelError(ValueError):
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA that has it and float32 elsewhere; else the named dtype."""
+    """The dtype of this name; `auto` is bfloat16 on a GPU with units for it, else float32."""
     if name == "auto":
-        on_cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if on_cuda else torch.float32
+        return torch.bfloat16 if cuda_has_bf16() else torch.float32
     return getattr(torch, name)
 
 

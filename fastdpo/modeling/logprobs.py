@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from fastdpo.batching import MicroBatch
 from fastdpo.modeling.attention import PackedSegments, attends_packed
-from fastdpo.modeling.families import rotary_limit
+from fastdpo.modeling.families import experts_per_token, rotary_limit
 from fastdpo.modeling.head import get_backbone, get_lm_head, unwrap_model
-from fastdpo.modeling.moe import experts_per_token, load_balancing_loss
+from fastdpo.modeling.moe import load_balancing_loss
 
 METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
 
@@ -87,7 +87,7 @@ def _last_states(
             "packed rows need packed_attention(model.config) around them; under the model's own "
             "attention they would leak into each other."
         )
-    limit = rotary_limit(causal_lm)
+    limit = rotary_limit(config.get_text_config())
     if limit is not None and micro_batch.max_seqlen > limit:
         raise ValueError(
             f"a row of {micro_batch.max_seqlen} tokens is beyond the {limit} up to which "

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastdpo.modeling.activations import decoder_layers
-from fastdpo.modeling.head import get_backbone
+from fastdpo.modeling.families import Family, family_of, is_gated_mlp, is_norm
+from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.system.rng import RNGState
 
 
@@ -159,9 +160,6 @@ class _TiledForward(torch.autograd.Function):
         return grad_outputs[0], None, None
 
 
-_PARTS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
-
-
 def tile_mlps(model: nn.Module, tile_tokens: int | None) -> int:
     """Run the MLPs of the decoder over tiles, in place; a later call changes the size.
 
@@ -175,17 +173,14 @@ def tile_mlps(model: nn.Module, tile_tokens: int | None) -> int:
     Returns:
         How many MLPs there are: gated ones; others stay as they are.
     """
+    family = _family(model)
     gated = (
         module
         for layer in decoder_layers(model)
         for module in list(layer.modules())
-        if any(_has(module, parts) for parts in _PARTS)
+        if is_gated_mlp(module, family)
     )
     return run_in_tiles(gated, tile_tokens)
-
-
-def _has(module: nn.Module, parts: tuple[str, ...]) -> bool:
-    return all(isinstance(getattr(module, part, None), nn.Module) for part in parts)
 
 
 def tile_norms(model: nn.Module, tile_tokens: int | None) -> int:
@@ -205,10 +200,9 @@ def tile_norms(model: nn.Module, tile_tokens: int | None) -> int:
     backbone = get_backbone(model)
     modules = [m for layer in decoder_layers(model) for m in layer.modules()]
     modules += backbone.children()  # the last norm
-    return run_in_tiles((m for m in modules if _is_norm(m)), tile_tokens)
+    family = _family(model)
+    return run_in_tiles((m for m in modules if is_norm(m, family)), tile_tokens)
 
 
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    named = type(module).__name__.endswith("Norm")
-    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1
+def _family(model: nn.Module) -> Family:
+    return family_of(unwrap_model(model).config.get_text_config())

@@ -8,7 +8,7 @@ from fastdpo.planner.architecture import Architecture, architecture_named, archi
 from fastdpo.planner.from_model import pinnable_host_bytes, plan_for_run, training_of
 from fastdpo.planner.gpus import GPUSpec, current_gpu, gpu_spec
 from fastdpo.planner.plan import Plan, compare
-from fastdpo.planner.search import Workload, longest_pair, plan
+from fastdpo.planner.search import Workload, longest_pair, make_plan
 from fastdpo.planner.terms import Training
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "compare",
     "longest_pair",
     "pinnable_host_bytes",
-    "plan",
+    "make_plan",
     "plan_for_run",
     "training_of",
     "current_gpu",

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fastdpo.batching import PromptGroup
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.layout import ExecutionLayout, group_length
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache.run_notes import explain_miss, record_request

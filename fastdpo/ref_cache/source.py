@@ -9,9 +9,9 @@ import torch
 
 from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.losses import TokenLogps, weighted_logps
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.options import LossOptions

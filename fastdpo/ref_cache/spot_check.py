@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fastdpo.batching import PromptGroup
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.layout import ExecutionLayout
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache.store import ReferenceStore

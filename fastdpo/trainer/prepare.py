@@ -21,10 +21,10 @@ from fastdpo.modeling.adapters import (
     load_adapter,
     replace_lora_forward,
 )
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import disable_dropout, load_model, resolve_dtype
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import (
     ReferenceModel,
     reference_from_adapter,
@@ -147,7 +147,8 @@ def prepare_reference(
                 "leave out ref_model and --reference, or sync_ref_model."
             )
         reference = replace(
-            reference_from_copy(policy), sentence="The reference is a copy that follows the policy."
+            reference_from_copy(policy),
+            description="The reference is a copy that follows the policy.",
         )
     elif requested in (None, "adapter"):
         reference = reference_from_start(policy)
@@ -162,7 +163,7 @@ def prepare_reference(
         reference = _named_reference(policy, str(requested), args)
     else:
         reference = reference_from_model(requested, policy)
-    logger.info("%s", reference.sentence)
+    logger.info("%s", reference.description)
     return reference
 
 

@@ -114,24 +114,24 @@ def attend_flex(
     key: Tensor,  # (1, Hkv, T, D)
     value: Tensor,  # (1, Hkv, T, D)
     packed: PackedSegments,
-    terms: AttentionParams,
+    params: AttentionParams,
 ) -> Tensor:
     """The whole row by one call, (1, Hq, T, D); on the CPU uncompiled and without gradient."""
     mask = packed.cached(
-        ("flex", terms.window), lambda: block_mask_of(packed.segments, terms.window, query.device)
+        ("flex", params.window), lambda: block_mask_of(packed.segments, params.window, query.device)
     )
-    options: dict[str, Any] = {} if terms.sinks is None else {"return_aux": AuxRequest(lse=True)}
+    options: dict[str, Any] = {} if params.sinks is None else {"return_aux": AuxRequest(lse=True)}
     found = _kernel(query.is_cuda)(
         query, key, value,
-        score_mod=None if terms.softcap is None else capped_by(terms.softcap),
+        score_mod=None if params.softcap is None else capped_by(params.softcap),
         block_mask=mask,
-        scale=terms.scale(query.shape[-1]),
+        scale=params.scale(query.shape[-1]),
         enable_gqa=query.shape[1] != key.shape[1],
         **options,
     )  # fmt: skip
-    if terms.sinks is None:
+    if params.sinks is None:
         return found
     out, further = found
     # One more key of score s and value 0: all weights shrink by exp(lse) / (exp(lse) + exp(s)).
-    share = torch.sigmoid(further.lse - terms.sinks.float()[None, :, None])
+    share = torch.sigmoid(further.lse - params.sinks.float()[None, :, None])
     return (out.float() * share[..., None]).to(out.dtype)
