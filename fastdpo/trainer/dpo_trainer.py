@@ -302,7 +302,7 @@ class DPOTrainer(ResumableTrainer):
         """TR-DPO: after every so many updates the reference takes a step towards the policy."""
         args, done = self.user_args, self.state.global_step
         if args.sync_ref_model and done and done % args.ref_model_sync_steps == 0:
-            self.reference.reference.follow(self.policy, args.ref_model_mixup_alpha)
+            self.reference.reference.update_ema(self.policy, args.ref_model_mixup_alpha)
 
     def _skip_update(self, wrong: str) -> None:
         for parameter in self.policy.parameters():
@@ -399,7 +399,7 @@ class DPOTrainer(ResumableTrainer):
                 name=name or Path(str(self.args.output_dir)).name,
                 base_model=str(unwrap_model(self.policy).name_or_path),
                 is_adapter=self.trains_adapter,
-                reference=self.reference.reference.sentence,
+                reference=self.reference.reference.description,
                 args=self.user_args,
                 pairs=0 if self.train_groups is None else len(self.train_groups),
                 updates=self.state.global_step,
@@ -424,7 +424,7 @@ class DPOTrainer(ResumableTrainer):
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
-            "reference": self.reference.reference.sentence,
+            "reference": self.reference.reference.description,
         }
 
     def layout_state(self) -> dict[str, Any]:

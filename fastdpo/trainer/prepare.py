@@ -113,7 +113,8 @@ def prepare_reference(
                 "leave out ref_model and --reference, or sync_ref_model."
             )
         reference = replace(
-            reference_from_copy(policy), sentence="The reference is a copy that follows the policy."
+            reference_from_copy(policy),
+            description="The reference is a copy that follows the policy.",
         )
     elif requested in (None, "adapter"):
         reference = reference_from_start(policy)
@@ -128,7 +129,7 @@ def prepare_reference(
         reference = _named_reference(policy, str(requested), args)
     else:
         reference = reference_from_model(requested, policy)
-    logger.info("%s", reference.sentence)
+    logger.info("%s", reference.description)
     return reference
 
 

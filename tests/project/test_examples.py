@@ -113,8 +113,8 @@ def test_sft_then_dpo(run):
     assert after_sft["eval_logps/chosen"] > base["eval_logps/chosen"]
     assert start["eval_logps/chosen"] == pytest.approx(after_sft["eval_logps/chosen"], abs=1e-4)
     assert start["eval_rewards/margins"] == 0.0 == dpo.first_update_margin
-    assert "frozen copy" in dpo.reference.reference.sentence
-    assert "adapter off" in sft.reference.reference.sentence
+    assert "frozen copy" in dpo.reference.reference.description
+    assert "adapter off" in sft.reference.reference.description
 
 
 def test_sweep(run):
