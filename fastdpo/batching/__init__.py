@@ -4,7 +4,7 @@ from fastdpo.batching.groups import (
     PairGroups,
     PromptGroup,
     group_tokens,
-    longest_row,
+    longest_sequence,
     shared_prefix_length,
 )
 from fastdpo.batching.micro_batch import MicroBatch, Segment
@@ -17,7 +17,7 @@ __all__ = [
     "Segment",
     "default_micro_batch_tokens",
     "group_tokens",
-    "longest_row",
+    "longest_sequence",
     "pack_in_order",
     "pack_update",
     "shared_prefix_length",

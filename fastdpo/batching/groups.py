@@ -67,8 +67,8 @@ def shared_prefix_length(group: PromptGroup) -> int:
     return len(group.prompt_ids) + common
 
 
-def longest_row(groups: Sequence[PromptGroup]) -> int:
-    """Tokens of the longest prompt + completion; 0 without groups."""
+def longest_sequence(groups: Sequence[PromptGroup]) -> int:
+    """Count the tokens of the longest prompt + completion; 0 without groups."""
     return max(
         (len(group.prompt_ids) + max(map(len, group.completions)) for group in groups), default=0
     )

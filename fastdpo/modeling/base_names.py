@@ -29,12 +29,12 @@ def require_base(name: str, adapter: str) -> None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name can be no hub id, which is one word, or two with a slash between."""
+    """Return True if a name can be no hub id, which is one word, or two with a slash between."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def is_same_base(first: str, second: str) -> bool:
-    """Whether two names are one base: one folder, or folders whose weight files have equal bytes."""
+    """Return True if two names are one base: one folder, or folders of the same weight files."""
     if first == second:
         return True
     folders = [Path(name).expanduser() for name in (first, second)]

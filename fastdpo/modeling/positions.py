@@ -1,4 +1,4 @@
-"""How long a row a model has positions for."""
+"""Find out how long a sequence a model has positions for, and refuse longer ones."""
 
 import logging
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PositionLimit:
-    """The longest row that a model was made for.
+    """The longest sequence that a model was made for.
 
     Attributes:
         tokens: of it.
@@ -28,7 +28,7 @@ def position_limit(model: nn.Module) -> PositionLimit | None:
     """The limit of a model's positions, or None where it has none (ALiBi, state spaces).
 
     A model without rotary frequencies in its config has a hard limit if its decoder holds a table
-    of positions, a module or a tensor with `pos` or `wpe` in its name and a row for each of them.
+    of positions: a module or a tensor with `pos` or `wpe` in its name and an entry for each.
     """
     causal_lm = unwrap_model(model)
     config = causal_lm.config.get_text_config()
@@ -45,31 +45,31 @@ def position_limit(model: nn.Module) -> PositionLimit | None:
 
 
 def require_positions(model: nn.Module, longest_tokens: int) -> None:
-    """Refuse rows for which the model has no positions.
+    """Refuse sequences for which the model has no positions.
 
     Args:
         model: a causal LM or a PeftModel on it.
-        longest_tokens: prompt and completion of the longest row; the last one is never an input.
+        longest_tokens: of the longest prompt + completion; the last one is never an input.
 
     Raises:
-        ValueError: there are none for such a row.
+        ValueError: there are none for such a sequence.
     """
     limit = position_limit(model)
     if limit is not None and limit.is_hard and longest_tokens - 1 > limit.tokens:
         raise ValueError(
-            f"the longest row has {longest_tokens:,} tokens, and {_family(model)} has positions "
-            f"for {limit.tokens:,}: pass --max_length {limit.tokens}."
+            f"the longest sequence has {longest_tokens:,} tokens, and {_family(model)} has "
+            f"positions for {limit.tokens:,}: pass --max_length {limit.tokens}."
         )
 
 
 def warn_of_positions(model: nn.Module, longest_tokens: int) -> None:
-    """As `require_positions`, and log a warning for positions that were never trained."""
+    """Do as `require_positions`, and log a warning for positions that were never trained."""
     require_positions(model, longest_tokens)
     limit = position_limit(model)
     if limit is not None and not limit.is_hard and longest_tokens - 1 > limit.tokens:
         logger.warning(
-            "The longest row has %s tokens, and %s was made for %s: positions beyond them were "
-            "never trained. Pass --max_length %s, or a model with scaled rotary positions.",
+            "The longest sequence has %s tokens, and %s was made for %s: positions beyond them "
+            "were never trained. Pass --max_length %s, or a model with scaled rotary positions.",
             f"{longest_tokens:,}",
             _family(model),
             f"{limit.tokens:,}",
@@ -82,7 +82,7 @@ def _family(model: nn.Module) -> str:
 
 
 def _has_table(backbone: nn.Module, limit: int) -> bool:
-    """Whether the decoder looks positions up in a table of about `limit` rows."""
+    """Return True if the decoder looks positions up in a table of about `limit` entries."""
     for name, module in backbone.named_modules():
         last = name.rpartition(".")[2]
         tensors = dict(module.named_buffers(recurse=False)) | {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, longest_row, pack_in_order
+from fastdpo.batching import MicroBatch, PromptGroup, longest_sequence, pack_in_order
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
@@ -93,9 +93,9 @@ def score_groups(
 
     Raises:
         DoesNotFitError: memory runs out with a single completion in a micro-batch.
-        ValueError: the model has no positions for the longest row.
+        ValueError: the model has no positions for the longest sequence.
     """
-    require_positions(model, longest_row(groups))
+    require_positions(model, longest_sequence(groups))
     layout = ExecutionLayout.default(model) if layout is None else layout
     mode = choose_packing(model) if mode is None else mode
     lengths = [group_length(group, mode) for group in groups]

@@ -1,4 +1,4 @@
-"""Whether a model that someone hands over can be trained here: its weights and its adapters."""
+"""Refuse models that cannot be trained here, by their weights and their adapters."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What axolotl, LLaMA-Factory, Unsloth and everyday speech call our options.
+"""Our options under the names of axolotl, LLaMA-Factory, Unsloth and everyday speech.
 
 Each name has the option that means the same, or one sentence of advice where none does.
 """

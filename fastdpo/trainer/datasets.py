@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.batching import PairGroups, longest_row
+from fastdpo.batching import PairGroups, longest_sequence
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
 from fastdpo.trainer.prepare import tokenize_dataset
@@ -48,7 +48,7 @@ class PreferenceDatasets:
             self.eval = self.tokenized(eval_dataset, "eval")
 
     def _require_an_update(self) -> None:
-        """Raise ValueError where no update would be left: drop_last drops those that are not full."""
+        """Raise ValueError where drop_last, which drops updates that are not full, leaves none."""
         if self.train is None or not self.args.dataloader_drop_last:
             return
         if len(self.train) < self.pairs_per_update:
@@ -60,9 +60,9 @@ class PreferenceDatasets:
 
     @property
     def longest_tokens(self) -> int:
-        """Prompt and completion of the longest row of all sets; 0 without any."""
+        """The tokens of the longest prompt + completion of all sets; 0 without any."""
         sets = [self.train, *self.eval_by_name.values()]
-        return max((longest_row(groups) for groups in sets if groups is not None), default=0)
+        return max((longest_sequence(groups) for groups in sets if groups is not None), default=0)
 
     @property
     def pairs_per_update(self) -> int:

@@ -40,9 +40,7 @@ NEVER_CALLED: dict[str, str] = {
     # transformers.Trainer
     **dict.fromkeys(("compute_loss", "compute_loss_context_manager"), _LOSS),
     "autocast_smart_context_manager": _PRECISION,
-    **dict.fromkeys(
-        ("prediction_step", "prediction_loop", "preprocess_logits_for_metrics"), _EVALUATION
-    ),
+    **dict.fromkeys(("prediction_step", "prediction_loop"), _EVALUATION),
     **dict.fromkeys(("_get_train_sampler", "_get_eval_sampler"), _SAMPLING),
     "_get_dataloader": _LOADING,
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""What a run needs besides its model and data: packages, a schedule, a folder for the reference.
+"""The needs of a run besides its model and data: packages, a schedule, a folder to store in.
 
 All of it can be known at once; found late it would cost the reference pass.
 """

@@ -1,4 +1,4 @@
-"""What DPOTrainer(...) and the dry run refuse before the reference pass: the table of docs/faults.md.
+"""What the options and DPOTrainer(...) refuse before the reference pass: a table in docs/faults.md.
 
 Each row of `TABLE` is a fault with the smallest run that has it; `as_markdown` renders it.
 """
@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, TrainingArguments
 
 from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.modeling import positions
-from fastdpo.trainer import overrides
-from fastdpo.trainer.from_options import make_trainer
-from tests.tiny_trainer import CONFIG, ROWS, TOKENIZER, tiny_base
+from tests.tiny_trainer import ROWS, TOKENIZER, tiny_base
 
 DOCS = Path(__file__).parents[2] / "docs" / "faults.md"
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -130,7 +127,7 @@ TABLE = (
     Fault("two active adapters", "constructor", "set_adapter", model=two_active),
     Fault("weights quantized otherwise than in 4 bits", "constructor", "8 bits by bitsandbytes",
           model=in_8_bits, arguments=PEFT),
-    Fault("rows beyond the model's learned positions", "constructor", "--max_length 32",
+    Fault("sequences beyond the model's learned positions", "constructor", "--max_length 32",
           model=with_learned_positions),
     Fault("fewer pairs than an update, and drop_last", "constructor", "leave no update",
           options={"dataloader_drop_last": True, "per_device_train_batch_size": 64}),
@@ -144,30 +141,27 @@ def as_markdown():
     return "\n".join(["| fault | found by |", "|---|---|", *rows]) + "\n"
 
 
-def build(fault, tmp_path):
+def config_of(fault, tmp_path):
     options = {"report_to": "none", "use_cpu": True, "bf16": False, **fault.options}
-    arguments = {"train_dataset": ROWS[:4], "processing_class": TOKENIZER, **fault.arguments}
-    if "args" not in arguments:
-        arguments["args"] = DPOConfig(str(tmp_path / "out"), **options)
-    return lambda: fault.cls(fault.model(), **arguments)
+    return DPOConfig(str(tmp_path / "out"), **options)
 
 
 @pytest.mark.parametrize("fault", TABLE, ids=lambda fault: fault.what)
 def test_a_fault_is_found_before_the_reference_pass(fault, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
+    if fault.where == "options":
+        with pytest.raises(fault.error, match=fault.words):
+            config_of(fault, tmp_path)
+        return
+    arguments = {
+        "args": config_of(fault, tmp_path),
+        "train_dataset": ROWS[:4],
+        "processing_class": TOKENIZER,
+    }
+    model = fault.model()
     with pytest.raises(fault.error, match=fault.words):
-        if fault.where == "options":
-            build(fault, tmp_path)
-        else:
-            build(fault, tmp_path)()
+        fault.cls(model, **arguments | fault.arguments)
     assert not (tmp_path / "cache").exists()
-
-
-def test_options_are_refused_by_the_config_alone(tmp_path):
-    for fault in TABLE:
-        if fault.where == "options":
-            with pytest.raises(fault.error, match=fault.words):
-                build(fault, tmp_path)
 
 
 def test_the_page_holds_the_table():
