@@ -310,6 +310,11 @@ class ResumableTrainer(Trainer):
         if isinstance(self.policy, PeftModel):  # not the frozen copy that is the reference
             options["selected_adapters"] = list(self.policy.active_adapters)
         files.call_writer(folder, lambda path: self.policy.save_pretrained(str(path), **options))
+        for name in options.get("selected_adapters", ()):
+            if (folder / name).is_dir():  # PEFT's place for one that is not called default
+                for path in sorted((folder / name).iterdir()):
+                    files.replace(path, folder / path.name)
+                files.remove(folder / name)
         files.call_writer(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
         values = json.loads(self.user_args.to_json_string())
         values[BASE_IN_4BIT] = bool(getattr(unwrap_model(self.policy), "is_loaded_in_4bit", False))
