@@ -155,7 +155,7 @@ def prepare_reference(
         reference = replace(
             reference_from_copy(policy), sentence="The reference is a copy that follows the policy."
         )
-    elif (name := _held_adapter(policy, requested)) is not None:
+    elif isinstance(policy, PeftModel) and (name := _held_adapter(policy, requested)):
         reference = reference_from_held(policy, name)
     elif requested in (None, "adapter"):
         reference = reference_from_start(policy)
@@ -258,12 +258,12 @@ def tokenize_dataset(
     return PairGroups(dataset)
 
 
-def _held_adapter(policy: Model, requested: Any) -> str | None:
+def _held_adapter(policy: PeftModel, requested: Any) -> str | None:
     """The adapter inside the policy that is meant as its reference, if there is one.
 
     By name; unasked, one that is called reference, as in TRL's recipe of two adapters.
     """
-    if not isinstance(policy, PeftModel) or requested in ("adapter", "base"):
+    if requested in ("adapter", "base"):
         return None
     name = FROZEN_ADAPTER if requested is None else requested
     held = isinstance(name, str) and name in policy.peft_config

@@ -69,6 +69,8 @@ def require_optimizer(args: DPOConfig) -> None:
 def require_scheduler(args: DPOConfig) -> None:
     """Raise ValueError for a schedule that cannot be made: its arguments do not fit it."""
     name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    given = args.lr_scheduler_kwargs
+    assert not isinstance(given, str), "TrainingArguments has read the JSON"
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         scheduler = get_scheduler(
@@ -76,7 +78,7 @@ def require_scheduler(args: DPOConfig) -> None:
             optimizer=optimizer,
             num_warmup_steps=1,
             num_training_steps=8,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=dict(given or {}),
         )
         if name != "reduce_lr_on_plateau":
             optimizer.step()
@@ -85,7 +87,7 @@ def require_scheduler(args: DPOConfig) -> None:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"--lr_scheduler_type {name} does not take --lr_scheduler_kwargs "
-            f"{args.lr_scheduler_kwargs or 'none'} ({_sentence(error)}): correct them, or use "
+            f"{given or 'none'} ({_sentence(error)}): correct them, or use "
             "another schedule, such as cosine."
         ) from error
 
@@ -95,14 +97,10 @@ def require_reference_folder(args: DPOConfig) -> None:
     folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
     if folder is None:
         return
-    try:
-        above: Path = folder.absolute()
-        while not above.exists():
-            above = above.parent
-        usable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-    except OSError:
-        usable = False
-    if not usable:
+    above: Path = folder.absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         raise ValueError(
             f"reference log-probs would be stored in {folder}, and {above} cannot be written to: "
             "pass --ref_cache FOLDER, set FASTDPO_CACHE, or pass --ref_cache off to compute them "

@@ -327,6 +327,14 @@ def test_reference_folder(monkeypatch):
     assert reference_folder("off") is None
 
 
+def test_a_user_without_a_home_is_told_where_to_store(monkeypatch):
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no")))
+    for value in (None, "~/here"):
+        with pytest.raises(ValueError, match="set FASTDPO_CACHE"):
+            reference_folder(value)
+    assert reference_folder("off") is None
+
+
 def test_presets_and_what_makes_one_give_way():
     values = presets({})
     assert values["learning_rate"] == 1e-5
