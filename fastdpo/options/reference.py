@@ -83,15 +83,23 @@ def reference_folder(ref_cache: str | None) -> Path | None:
     """
     if ref_cache == "off":
         return None
+    if ref_cache is None:
+        return cache_folder() / "reference"
+    return _in_home(ref_cache)
+
+
+def cache_folder() -> Path:
+    """The folder for what outlives a run: $FASTDPO_CACHE, or fastdpo in the user's cache."""
+    if cache := os.environ.get("FASTDPO_CACHE"):
+        return _in_home(cache)
+    return _in_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastdpo"
+
+
+def _in_home(folder: str) -> Path:
     try:
-        if ref_cache is not None:
-            return Path(ref_cache).expanduser()
-        if cache := os.environ.get("FASTDPO_CACHE"):
-            return Path(cache).expanduser() / "reference"
-        user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(user).expanduser() / "fastdpo" / "reference"
-    except RuntimeError as error:  # of expanduser
+        return Path(folder).expanduser()
+    except RuntimeError as error:
         raise ValueError(
-            "reference log-probs would be stored in the home folder, and this user has none (HOME "
-            "is not set): pass --ref_cache FOLDER, set FASTDPO_CACHE, or pass --ref_cache off."
+            f"{folder} lies in the home folder, and this user has none (HOME is not set): pass "
+            "--ref_cache FOLDER, or off, or set FASTDPO_CACHE."
         ) from error

@@ -1,15 +1,16 @@
 """GPUs by size and by name: what they hold, how fast they compute and copy."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fastdpo.modeling.attention_backends import Capability
 from fastdpo.planner.terms import CONTEXT_BYTES, GIB
 
 SIZES_GIB = (6, 8, 12, 16, 24, 32, 48, 80)
-"""The sizes of the table of longest pairs."""
+"""GPU sizes in the table of longest pairs, GiB."""
 
 HOST_GB_PER_S = 20.0
-"""Pinned memory over PCIe 4 x 16, one way."""
+"""Bandwidth between pinned memory and the GPU over PCIe 4 x 16, one way, 1e9 bytes a second."""
 
 EFFICIENCY = 0.6
 """Share of the dense rate that a whole update is taken to reach, kernels between the matrix
@@ -18,13 +19,15 @@ products included. With it every speed that a plan states is an estimate, not a 
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """A GPU: its memory as torch sees it, its rates as data sheets give them.
+    """A GPU as its data sheet describes it, with the memory that torch sees of it.
 
     Attributes:
-        name: of the GPU, or of the one that its size stands for.
-        memory_bytes: that a run may use, CUDA's own context included.
-        tflops: dense bfloat16 (float16 where there is none) products with fp32 sums.
-        gb_per_s: of its own memory.
+        name: the GPU's name, or that of the one that its size stands for.
+        memory_bytes: memory that a run may use, CUDA's own context included.
+        tflops: dense bfloat16 (float16 where there is none) products with fp32 sums, 1e12 FLOPs a
+            second.
+        gb_per_s: bandwidth of its own memory, 1e9 bytes a second.
+        capability: compute capability; a GPU given by its size alone is taken to have bfloat16.
         sold_gib: what is printed on the box; a driver, and error correction, keep some of it.
     """
 
@@ -32,52 +35,55 @@ class GPUSpec:
     memory_bytes: int
     tflops: float
     gb_per_s: float
+    capability: Capability = (8, 0)
     sold_gib: int = 0
 
 
-def _gpu(name: str, sold_gib: int, seen_gib: float, tflops: float, gb_per_s: float) -> GPUSpec:
-    return GPUSpec(name, int(seen_gib * GIB), tflops, gb_per_s, sold_gib)
+def _gpu(
+    name: str, sold: int, seen: float, tflops: float, gb_per_s: float, capability: Capability
+) -> GPUSpec:
+    return GPUSpec(name, int(seen * GIB), tflops, gb_per_s, capability, sold)
 
 
 KNOWN = (
     # As sold and as torch reports it in its out-of-memory messages, GiB; TFLOP/s; GB/s.
-    _gpu("RTX 2060", 6, 5.79, 26, 336),
-    _gpu("RTX 2080 Ti", 11, 10.75, 54, 616),
-    _gpu("RTX 3060", 12, 11.75, 25, 360),
-    _gpu("RTX 3070", 8, 7.78, 41, 448),
-    _gpu("RTX 3080", 10, 9.77, 60, 760),
-    _gpu("RTX 3080 Ti", 12, 11.75, 68, 912),
-    _gpu("RTX 3090", 24, 23.68, 71, 936),
-    _gpu("RTX 3090 Ti", 24, 23.68, 80, 1008),
-    _gpu("RTX 4060", 8, 7.75, 30, 272),
-    _gpu("RTX 4060 Ti", 16, 15.6, 44, 288),
-    _gpu("RTX 4070", 12, 11.7, 58, 504),
-    _gpu("RTX 4070 SUPER", 12, 11.7, 71, 504),
-    _gpu("RTX 4070 Ti", 12, 11.7, 80, 504),
-    _gpu("RTX 4070 Ti SUPER", 16, 15.7, 88, 672),
-    _gpu("RTX 4080", 16, 15.7, 97, 717),
-    _gpu("RTX 4080 SUPER", 16, 15.7, 104, 736),
-    _gpu("RTX 4090", 24, 23.64, 165, 1008),
-    _gpu("RTX 5070", 12, 11.6, 62, 672),
-    _gpu("RTX 5070 Ti", 16, 15.5, 88, 896),
-    _gpu("RTX 5080", 16, 15.5, 113, 960),
-    _gpu("RTX 5090", 32, 31.36, 209, 1792),
-    _gpu("T4", 16, 14.56, 65, 320),
-    _gpu("V100", 16, 15.77, 125, 900),
-    _gpu("L4", 24, 22.0, 121, 300),
-    _gpu("A10", 24, 22.0, 125, 600),
-    _gpu("A10G", 24, 22.0, 70, 600),
-    _gpu("A30", 24, 23.5, 165, 933),
-    _gpu("A4000", 16, 15.6, 77, 448),
-    _gpu("A5000", 24, 23.6, 111, 768),
-    _gpu("A6000", 48, 47.4, 155, 768),
-    _gpu("A40", 48, 44.4, 150, 696),
-    _gpu("6000 Ada", 48, 47.4, 364, 960),
-    _gpu("L40", 48, 44.4, 181, 864),
-    _gpu("L40S", 48, 44.4, 362, 864),
-    _gpu("A100", 80, 79.1, 312, 2039),
-    _gpu("H100", 80, 79.1, 989, 3350),
-    _gpu("H200", 141, 139.8, 989, 4800),
+    _gpu("RTX 2060", 6, 5.79, 26, 336, (7, 5)),
+    _gpu("RTX 2080 Ti", 11, 10.75, 54, 616, (7, 5)),
+    _gpu("RTX 3060", 12, 11.75, 25, 360, (8, 6)),
+    _gpu("RTX 3070", 8, 7.78, 41, 448, (8, 6)),
+    _gpu("RTX 3080", 10, 9.77, 60, 760, (8, 6)),
+    _gpu("RTX 3080 Ti", 12, 11.75, 68, 912, (8, 6)),
+    _gpu("RTX 3090", 24, 23.68, 71, 936, (8, 6)),
+    _gpu("RTX 3090 Ti", 24, 23.68, 80, 1008, (8, 6)),
+    _gpu("RTX 4060", 8, 7.75, 30, 272, (8, 9)),
+    _gpu("RTX 4060 Ti", 16, 15.6, 44, 288, (8, 9)),
+    _gpu("RTX 4070", 12, 11.7, 58, 504, (8, 9)),
+    _gpu("RTX 4070 SUPER", 12, 11.7, 71, 504, (8, 9)),
+    _gpu("RTX 4070 Ti", 12, 11.7, 80, 504, (8, 9)),
+    _gpu("RTX 4070 Ti SUPER", 16, 15.7, 88, 672, (8, 9)),
+    _gpu("RTX 4080", 16, 15.7, 97, 717, (8, 9)),
+    _gpu("RTX 4080 SUPER", 16, 15.7, 104, 736, (8, 9)),
+    _gpu("RTX 4090", 24, 23.64, 165, 1008, (8, 9)),
+    _gpu("RTX 5070", 12, 11.6, 62, 672, (12, 0)),
+    _gpu("RTX 5070 Ti", 16, 15.5, 88, 896, (12, 0)),
+    _gpu("RTX 5080", 16, 15.5, 113, 960, (12, 0)),
+    _gpu("RTX 5090", 32, 31.36, 209, 1792, (12, 0)),
+    _gpu("T4", 16, 14.56, 65, 320, (7, 5)),
+    _gpu("V100", 16, 15.77, 125, 900, (7, 0)),
+    _gpu("L4", 24, 22.0, 121, 300, (8, 9)),
+    _gpu("A10", 24, 22.0, 125, 600, (8, 6)),
+    _gpu("A10G", 24, 22.0, 70, 600, (8, 6)),
+    _gpu("A30", 24, 23.5, 165, 933, (8, 0)),
+    _gpu("A4000", 16, 15.6, 77, 448, (8, 6)),
+    _gpu("A5000", 24, 23.6, 111, 768, (8, 6)),
+    _gpu("A6000", 48, 47.4, 155, 768, (8, 6)),
+    _gpu("A40", 48, 44.4, 150, 696, (8, 6)),
+    _gpu("6000 Ada", 48, 47.4, 364, 960, (8, 9)),
+    _gpu("L40", 48, 44.4, 181, 864, (8, 9)),
+    _gpu("L40S", 48, 44.4, 362, 864, (8, 9)),
+    _gpu("A100", 80, 79.1, 312, 2039, (8, 0)),
+    _gpu("H100", 80, 79.1, 989, 3350, (9, 0)),
+    _gpu("H200", 141, 139.8, 989, 4800, (9, 0)),
 )
 
 _OF_SIZE = {
@@ -98,7 +104,7 @@ def gpu_spec(text: str) -> GPUSpec:
 
     A name is "RTX 4090", "NVIDIA GeForce RTX 4090", "3090 Ti", "4090" or "A100-40GB"; its memory
     is what torch sees of it. A size is taken as it is, and stands for the rates of a usual GPU of
-    that size, or of the next smaller one.
+    that size, or of the next smaller one, and for a GPU that has bfloat16.
 
     Raises:
         ValueError: it is neither; lists what is known.
@@ -128,21 +134,24 @@ def _named(text: str) -> GPUSpec | None:
         if not sizes or sizes[0] == gpu.sold_gib:
             return gpu
         seen = int(sizes[0] * gpu.memory_bytes / gpu.sold_gib)  # A100-40GB, RTX 4060 Ti 8GB
-        return GPUSpec(f"{gpu.name} {sizes[0]}GB", seen, gpu.tflops, gpu.gb_per_s, sizes[0])
+        name = f"{gpu.name} {sizes[0]}GB"
+        return replace(gpu, name=name, memory_bytes=seen, sold_gib=sizes[0])
     return None
 
 
-def gpu_spec_of_bytes(memory_bytes: int, name: str | None = None) -> GPUSpec:
+def gpu_spec_of_bytes(
+    memory_bytes: int, name: str | None = None, capability: Capability = GPUSpec.capability
+) -> GPUSpec:
     """A GPU of this size, with the rates of the one that CUDA names so or of a usual one."""
     longest_first = sorted(KNOWN, key=lambda gpu: -len(gpu.name))
     for gpu in longest_first:
         if name and _plain(gpu.name) in _plain(name):
-            return GPUSpec(name, memory_bytes, gpu.tflops, gpu.gb_per_s)
+            return replace(gpu, name=name, memory_bytes=memory_bytes, capability=capability)
     gib = memory_bytes / GIB
     usual = _OF_SIZE[max((size for size in _OF_SIZE if size <= gib), default=min(_OF_SIZE))]
     like = next(gpu for gpu in KNOWN if gpu.name == usual)
     stands = f"{gib:.4g} GiB, rates of an {usual}" if name is None else name
-    return GPUSpec(stands, memory_bytes, like.tflops, like.gb_per_s)
+    return GPUSpec(stands, memory_bytes, like.tflops, like.gb_per_s, capability)
 
 
 def current_gpu() -> GPUSpec:
@@ -162,7 +171,9 @@ def current_gpu() -> GPUSpec:
     free += torch.cuda.memory_reserved()  # what this process has already
     share = torch.cuda.get_per_process_memory_fraction()
     return gpu_spec_of_bytes(
-        min(free, int(share * total)) + CONTEXT_BYTES, torch.cuda.get_device_name()
+        min(free, int(share * total)) + CONTEXT_BYTES,
+        torch.cuda.get_device_name(),
+        torch.cuda.get_device_capability(),
     )
 
 

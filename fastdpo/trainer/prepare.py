@@ -22,10 +22,10 @@ from fastdpo.modeling.adapters import (
     replace_lora_forward,
 )
 from fastdpo.modeling.base_names import require_base
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
-from fastdpo.modeling.loading import ModelError, disable_dropout, resolve_dtype
+from fastdpo.modeling.loading import ModelError, disable_dropout, load_model, resolve_dtype
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import (
     FROZEN_ADAPTER,
     ReferenceModel,
@@ -42,7 +42,7 @@ from fastdpo.modeling.trainable import (
     check_quantization_config,
 )
 from fastdpo.options import reference_folder
-from fastdpo.ref_cache import RefLogpsProvider, load_identified
+from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +121,11 @@ def load_policy(name: str, **arguments: Any) -> Model:
     Takes the arguments of `load_model`.
     """
     if not is_adapter(name):
-        return load_identified(name, **arguments)
+        return load_model(name, **arguments)
     base = base_model_name(name)
     require_base(base, name)
     try:
-        loaded = load_identified(base, **arguments)
+        loaded = load_model(base, **arguments)
     except ModelError as error:
         raise ModelError(f"{error} The adapter in {name} names it as its base.") from error
     return load_adapter(loaded, name, trainable=True)
@@ -153,7 +153,8 @@ def prepare_reference(
                 "leave out ref_model and --reference, or sync_ref_model."
             )
         reference = replace(
-            reference_from_copy(policy), sentence="The reference is a copy that follows the policy."
+            reference_from_copy(policy),
+            description="The reference is a copy that follows the policy.",
         )
     elif isinstance(policy, PeftModel) and (name := _held_adapter(policy, requested)):
         reference = reference_from_held(policy, name)
@@ -171,7 +172,7 @@ def prepare_reference(
     else:
         check_quantization(requested)
         reference = reference_from_model(requested, policy)
-    logger.info("%s", reference.sentence)
+    logger.info("%s", reference.description)
     return reference
 
 
@@ -213,9 +214,7 @@ def reference_provider(
         layout=layout,
         mode=mode,
         loss=args,
-        keep_token_logps=args.ref_token_logps == "on",
-        strict_versions=args.ref_versions == "strict",
-        spot_check_pairs=args.ref_spot_check,
+        store_options=StoreOptions.of_run(args),
     )
 
 

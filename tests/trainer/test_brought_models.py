@@ -66,7 +66,7 @@ def test_any_name_of_an_adapter_will_do(workplace, names, options, held):
     trainer = bring(names, **options)
     reference = trainer.reference.reference
     assert reference.adapter == held or (held is None and reference.adapter not in names)
-    assert (f"called {held}" in reference.sentence) == (held is not None)
+    assert (f"called {held}" in reference.description) == (held is not None)
     trainer.train()
     assert trainer.first_update_margin == 0.0
     moved = {name for name, p in trainer.policy.named_parameters() if p.requires_grad}
@@ -156,4 +156,4 @@ def test_the_reference_may_name_the_same_base_otherwise(workplace):
     config = {"rows": ROWS[:4], "max_steps": 1, "reference": "adapter"}
     model = AutoModelForCausalLM.from_pretrained(str(workplace / "base"))
     trainer = tiny_trainer(model, "out", **config | {"reference": str(workplace / "adapter")})
-    assert "adapter in" in trainer.reference.reference.sentence
+    assert "adapter in" in trainer.reference.reference.description
