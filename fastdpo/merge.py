@@ -109,6 +109,7 @@ def run(
 
 def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Base"]:
     from fastdpo.merging import find_base, read_adapter
+    from fastdpo.modeling.base_names import require_base
 
     adapter = read_adapter(Path(options.adapter or ""))
     name = model.model_name_or_path or adapter.config.get("base_model_name_or_path")
@@ -116,6 +117,8 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
         raise ValueError(
             f"the adapter in {adapter.folder} does not name its base: pass it as --model."
         )
+    if model.model_name_or_path is None:
+        require_base(name, str(adapter.folder))
     name, sentence = resolve_model(name)
     if sentence:
         print_line(sentence)

@@ -14,6 +14,7 @@ from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
 from fastdpo.trainer.from_options import (
     make_trainer,
+    resume_of,
     run,
     without_output,
 )
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
     )
     if parsed.group(TrainOptions).dry_run:
         with without_output(parsed.training):
-            show(make_trainer(parsed.model, parsed.data, parsed.training), parsed)
+            trainer = make_trainer(parsed.model, parsed.data, parsed.training)
+            show(trainer, parsed)
+            trainer.check_start(resume_of(parsed.training.resume_from_checkpoint))
     else:
         run(parsed.model, parsed.data, parsed.training)
 
