@@ -7,16 +7,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.cli.outputs import require_new_folder
 from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
 from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
-from fastdpo.trainer.from_options import (
-    make_trainer,
-    run,
-    without_output,
-)
+from fastdpo.trainer.from_options import make_trainer, run, without_output
 
 if TYPE_CHECKING:
     from fastdpo.trainer import DPOTrainer
@@ -47,9 +44,10 @@ def main(argv: Sequence[str]) -> None:
         training=True,
         description="Align a model with preference pairs by Direct Preference Optimization.",
     )
+    require_new_folder(parsed, Path(str(parsed.training.output_dir)))
     if parsed.group(TrainOptions).dry_run:
-        with without_output(parsed.training):
-            show(make_trainer(parsed.model, parsed.data, parsed.training), parsed)
+        with without_output(parsed.training) as config:
+            show(make_trainer(parsed.model, parsed.data, config), parsed)
     else:
         run(parsed.model, parsed.data, parsed.training)
 
@@ -65,7 +63,8 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
     groups = trainer.train_groups
     assert groups is not None, "the command reads one"
     shown = parsed.explicit | set(presets(dict.fromkeys(parsed.explicit))) - {"dry_run"}
-    for options in (asdict(parsed.model), asdict(parsed.data), vars(trainer.user_args)):
+    training = vars(trainer.user_args) | {"output_dir": parsed.training.output_dir}
+    for options in (asdict(parsed.model), asdict(parsed.data), training):
         for name in sorted(shown & set(options)):
             if options[name] is not None:
                 print_line(f"--{name} {_written(options[name])}")

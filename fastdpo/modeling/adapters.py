@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
+
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -168,7 +170,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     """The adapter of a folder on its base, with the fused forward; `trainable` to train it on.
 
     Raises:
-        ValueError: there is no adapter there, or its weights do not fit this base.
+        ValueError: there is no adapter there, its weights do not fit this base, or they or their
+            scale are not finite.
     """
     base_model_name(folder)
     replace_lora_forward(model)
@@ -183,7 +186,7 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """The adapter of a folder under another name, beside the one that is there.
 
     Raises:
-        ValueError: its weights do not fit this base.
+        ValueError: its weights do not fit this base, or they or their scale are not finite.
     """
     with _strict_load(folder) as load:
         load(model, name)
@@ -195,9 +198,11 @@ def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
 
     PEFT leaves a matrix whose name it does not find as it was drawn, with a warning.
     """
+    require_finite_scale(PeftConfig.from_pretrained(folder).to_dict(), f"the adapter in {folder}")
 
     def load(model: PeftModel, name: str, **options: Any) -> None:
         found = model.load_adapter(folder, adapter_name=name, **options)
+        require_finite_adapter(model, name, folder)
         surplus = [key for key in found.unexpected_keys if ".lora_" in key]
         for problem, keys in (("lacks", found.missing_keys), ("has no place for", surplus)):
             if keys:
