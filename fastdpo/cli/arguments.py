@@ -39,7 +39,10 @@ class TrlParser(HfArgumentParser):
     Attributes:
         hints: the type of every option, by name.
         aliases: short spelling -> name, without dashes.
+        config_file: the YAML file of the last `read`, or None.
     """
+
+    config_file: str | None = None
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         if dataclass_types is None:
@@ -108,7 +111,7 @@ class TrlParser(HfArgumentParser):
         explicit, rest = self._explicit(argv)
         if rest:
             raise ValueError(self._advice(rest))
-        path = explicit.pop("config")
+        path = self.config_file = explicit.pop("config")
         return {**(self._read_file(Path(path)) if path else {}), **explicit}
 
     def _refuse_repeated(self, argv: Sequence[str]) -> None:

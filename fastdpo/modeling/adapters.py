@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
+
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -179,7 +181,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         trainable: whether the adapter will be trained further.
 
     Raises:
-        ValueError: there is no adapter there, or its weights do not fit this base.
+        ValueError: there is no adapter there, its weights do not fit this base, or they or their
+            scale are not finite.
     """
     base_model_name(folder)
     replace_lora_forward(model)
@@ -194,7 +197,7 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """Load the adapter of a folder under another name, beside the one that the model has.
 
     Raises:
-        ValueError: its weights do not fit this base.
+        ValueError: its weights do not fit this base, or they or their scale are not finite.
     """
     with _strict_load(folder) as load:
         load(model, name)
@@ -207,9 +210,11 @@ def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
     It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
     a matrix whose name it does not find as it was drawn, with a warning.
     """
+    require_finite_scale(PeftConfig.from_pretrained(folder).to_dict(), f"the adapter in {folder}")
 
     def load(model: PeftModel, name: str, **options: Any) -> None:
         result = model.load_adapter(folder, adapter_name=name, **options)
+        require_finite_adapter(model, name, folder)
         surplus = [key for key in result.unexpected_keys if ".lora_" in key]
         for problem, keys in (("lacks", result.missing_keys), ("has no place for", surplus)):
             if keys:
