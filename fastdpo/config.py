@@ -53,7 +53,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "train_sampling_strategy",
         ("random", "sequential"),
-        "rows are packed by tokens without padding, so sorting by length gains nothing and "
+        "pairs are packed by tokens without padding, so sorting by length gains nothing and "
         "biases the updates; use random",
     ),
     (

@@ -19,7 +19,7 @@ class PromptGroup:
         prompt_ids: (P,) int32, P >= 1.
         completions: k arrays of (C,) int32, C >= 1.
         ref_logps: (k,) float64, nats, or None.
-        row: the data set's row that it is from, counted from 0; -1 where there is none.
+        row: index of the data set's row that it is from, counted from 0; -1 for none.
     """
 
     prompt_ids: np.ndarray

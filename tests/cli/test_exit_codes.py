@@ -99,7 +99,9 @@ def test_messages_of_the_log_move_no_cursor(capsys):
 
 
 def test_the_process_ends_with_the_code():
-    source = "import sys; from fastdpo.cli.parser import command; sys.exit(command(lambda _: [][0]))"
+    source = (
+        "import sys; from fastdpo.cli.parser import command; sys.exit(command(lambda _: [][0]))"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", source], capture_output=True, text=True, env=os.environ
     )

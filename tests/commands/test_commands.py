@@ -127,7 +127,7 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
         raise ValueError("no download in a test")
 
     monkeypatch.setattr("fastdpo.modeling.loading.load_tokenizer", lambda *_, **__: TOKENIZER)
-    monkeypatch.setattr("fastdpo.modeling.loading.load_model", load)
+    monkeypatch.setattr("fastdpo.trainer.prepare.load_model", load)
     monkeypatch.setattr("fastdpo.data.read_rows", lambda *_, **__: [])
     with pytest.raises(ValueError, match="no download"):
         train.main(["--model", "llama-7b", "--qlora"])
