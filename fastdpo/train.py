@@ -87,7 +87,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.layout.micro_batch_tokens:,} tokens.\n"
     )
-    print_line(show_pairs(groups.pairs, trainer.tokenizer))
+    print_line(show_pairs(groups.pairs, trainer.tokenizer), colored=True)
 
 
 def _written(value: Any) -> str:
