@@ -112,6 +112,7 @@ def run(
 
 def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Base"]:
     from fastdpo.merging import find_base, read_adapter
+    from fastdpo.modeling.base_names import require_base
 
     adapter = read_adapter(Path(options.adapter or ""))
     name = model.model_name_or_path or adapter.config.get("base_model_name_or_path")
@@ -119,6 +120,8 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
         raise ValueError(
             f"the adapter in {adapter.folder} does not name its base: pass it as --model."
         )
+    if model.model_name_or_path is None:
+        require_base(name, str(adapter.folder))
     name, sentence = resolve_model(name)
     if sentence:
         print_line(sentence)
@@ -167,12 +170,13 @@ def _measure(
 ) -> "Fidelity":
     """Score with the adapter on its base, then with each merged model; one in memory at a time."""
     from fastdpo.evaluation.load_both import load_policy, load_weights
-    from fastdpo.merging.fidelity import compare, logps_of, put_in_place
+    from fastdpo.merging.fidelity import compare, put_in_place
+    from fastdpo.modeling.scoring import score_pairs
 
     in_4bit = _in_4bit(model, options)
     trained = replace(model, model_name_or_path=plan.base.name, qlora=in_4bit)
     policy = load_policy(trained, ComparisonOptions(adapter=options.adapter))
-    before = logps_of(policy, groups, "Scoring with the adapter")
+    before = score_pairs(policy, groups, description="Scoring with the adapter")
     del policy
     loaded = load_weights(replace(model, qlora=False), options.output_dir)
     after = {}
@@ -180,7 +184,7 @@ def _measure(
         if each is not plan:
             put_in_place(loaded, each, plan)
         description = f"Scoring merged onto {each.base_precision}"
-        after[each.base_precision] = logps_of(loaded, groups, description)
+        after[each.base_precision] = score_pairs(loaded, groups, description=description)
     return compare(before, after, in_4bit=in_4bit)
 
 

@@ -35,7 +35,7 @@ class PlanningOptions(Options):
     max_length: int = option(
         1024,
         "Most tokens of prompt + completion, as in training; the longest pair is taken to be two "
-        "such rows that share nothing.",
+        "such sequences that share nothing.",
         check=whole(8, "1024 is usual"),
     )
     pairs_per_update: int = option(
@@ -227,7 +227,8 @@ def longest_pairs(
         )
     limit = f"at most {binary_size(host_bytes)} of pinned host memory"
     header = ["GPU", "longest pair", "GPU used", "pinned host", "with"]
-    return f"The longest pair that fits, its rows sharing nothing; {limit}:\n{table(header, rows)}"
+    title = f"The longest pair that fits, its two sequences sharing nothing; {limit}:"
+    return f"{title}\n{table(header, rows)}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
 from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
-from fastdpo.trainer.from_options import make_trainer, run, without_output
+from fastdpo.trainer.from_options import make_trainer, resume_of, run, without_output
 
 if TYPE_CHECKING:
     from fastdpo.trainer import DPOTrainer
@@ -47,7 +47,10 @@ def main(argv: Sequence[str]) -> None:
     require_new_folder(parsed, Path(str(parsed.training.output_dir)))
     if parsed.group(TrainOptions).dry_run:
         with without_output(parsed.training) as config:
-            show(make_trainer(parsed.model, parsed.data, config), parsed)
+            trainer = make_trainer(parsed.model, parsed.data, config)
+            show(trainer, parsed)
+            start = resume_of(parsed.training.resume_from_checkpoint)
+            trainer.check_start(Path(str(parsed.training.output_dir)), start)
     else:
         run(parsed.model, parsed.data, parsed.training)
 

@@ -25,7 +25,7 @@ HUB_HINT = (
 
 
 class ModelError(ValueError):
-    """A model or tokenizer cannot be had, with what to pass instead."""
+    """A model or tokenizer cannot be loaded; the message says what to pass instead."""
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -115,7 +115,7 @@ def load_tokenizer(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the model's own dropout to 0, what attention reads too; adapters keep theirs."""
+    """Set the model's own dropout to 0, also that of its attention; adapters keep theirs."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
@@ -125,7 +125,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and each back in its own mode afterwards."""
+    """Put every module into eval mode, and each back into its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -136,9 +136,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Of a library's message what is a sentence by itself: a list that follows is left out."""
+    """The first sentence of a library's message, without the list that may follow."""
     text = str(error).strip().splitlines()
     first = text[0].rstrip() if text else type(error).__name__
-    if first.endswith("from one of:"):  # of transformers, where no tokenizer file lies there
+    if first.endswith("from one of:"):  # transformers, where there is no tokenizer file
         return "no tokenizer file lies there."
     return first

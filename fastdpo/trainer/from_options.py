@@ -30,7 +30,7 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
         trainer = make_trainer(model, data, config)
         trainer.dataset_name = data.dataset_name
         with signals.deferred():
-            trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
+            trainer.train(resume_from_checkpoint=resume_of(config.resume_from_checkpoint))
             trainer.save_model()
             _print_result(trainer, model, data)
     return trainer
@@ -46,9 +46,10 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
     from fastdpo.trainer import DPOTrainer
     from fastdpo.trainer.prepare import load_policy
+    from fastdpo.trainer.requirements import require_all
 
     name = _model_name(model)
-    _require_trackers(config)
+    require_all(config)
     source: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": model.trust_remote_code,
@@ -101,19 +102,6 @@ def without_output(config: "DPOConfig") -> Iterator["DPOConfig"]:
         yield scratch
 
 
-def _require_trackers(config: "DPOConfig") -> None:
-    """Raise ValueError for a tracker of `--report_to` that is not installed."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    installed = get_available_reporting_integrations()
-    for name in config.report_to or ():
-        if isinstance(name, str) and name not in (*installed, "none", "flyte", "kubeflow"):
-            raise ValueError(
-                f"--report_to is {name}, and no tracker of that name is installed here: install "
-                f"it (pip install {name}), or name one of {', '.join(['none', *installed])}."
-            )
-
-
 def _model_name(model: ModelOptions) -> str:
     """The folder or hub id of `--model`, its aliases resolved and explained."""
     if model.model_name_or_path is None:
@@ -157,7 +145,7 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
         return train_rows, None
 
 
-def _resume(value: str | None) -> str | bool | None:
+def resume_of(value: str | None) -> str | bool | None:
     """True for `true` and `auto`, which mean the newest checkpoint; anything else is a folder."""
     return True if value is not None and value.lower() in ("true", "auto") else value
 

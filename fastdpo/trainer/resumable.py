@@ -117,14 +117,11 @@ class ResumableTrainer(Trainer):
             KeyboardInterrupt: after Ctrl-C and a checkpoint.
         """
         output_dir = Path(str(self.args.output_dir))
-        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
+        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path or "")
         with checkpoints.claimed(output_dir), signals.graceful_shutdown() as self._stop:
             self._run = self._describe_run()
             folder = self.checkpoint_to_resume(resume_from_checkpoint)
-            if self.args.save_strategy != SaveStrategy.NO:
-                if folder is None:
-                    checkpoints.require_unused(output_dir)
-                checkpoints.require_room(output_dir, self._checkpoint_bytes())
+            self._require_place(output_dir, starts_anew=folder is None)
             self.on_before_train()
             self._stop.raise_if_requested()
             self._saved_update = None
@@ -146,6 +143,32 @@ class ResumableTrainer(Trainer):
                     )
             self._stop.raise_if_requested()
             return output
+
+    def check_start(
+        self, output_dir: Path, resume_from_checkpoint: str | bool | None = None
+    ) -> None:
+        """Refuse what `train` would refuse of its output folder and its checkpoint; for a dry run.
+
+        Args:
+            output_dir: the folder that `train` would write into; it is left as it is.
+            resume_from_checkpoint: as in `train`.
+
+        Raises:
+            CheckpointError: as `train`.
+        """
+        self.args.output_dir = str(output_dir)
+        with checkpoints.claimed(output_dir):
+            if resume_from_checkpoint:
+                self._run = self._describe_run()
+                self.checkpoint_to_resume(resume_from_checkpoint)
+            self._require_place(output_dir, starts_anew=not resume_from_checkpoint)
+
+    def _require_place(self, output_dir: Path, *, starts_anew: bool) -> None:
+        """Refuse a folder that holds another run's checkpoints, or has no room for one."""
+        if self.args.save_strategy != SaveStrategy.NO:
+            if starts_anew:
+                checkpoints.require_unused(output_dir)
+            checkpoints.require_room(output_dir, self._checkpoint_bytes())
 
     def checkpoint_to_resume(self, requested: str | bool | None) -> Path | None:
         """The checkpoint folder to resume from; for True, the newest one that verifies.
@@ -216,7 +239,7 @@ class ResumableTrainer(Trainer):
         """
         assert self._stop is not None, "inside train()"
         if self._stop.signal is not None and not self.args.load_best_model_at_end:
-            self._save_checkpoint(self.model, trial)
+            self._save_checkpoint(self.policy, trial)
 
     # Writing
 
@@ -294,7 +317,7 @@ class ResumableTrainer(Trainer):
         if self._saving_into is not None:
             self._write_model(folder, state_dict)
             return
-        checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path)
+        checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path or "")
         with signals.deferred(), checkpoints.claimed(folder):
             results.publish(folder, lambda staged: self._write_model(staged, state_dict))
 
@@ -304,6 +327,11 @@ class ResumableTrainer(Trainer):
         if isinstance(self.policy, PeftModel):  # not the frozen copy that is the reference
             options["selected_adapters"] = list(self.policy.active_adapters)
         files.call_writer(folder, lambda path: self.policy.save_pretrained(str(path), **options))
+        for name in options.get("selected_adapters", ()):
+            if (folder / name).is_dir():  # PEFT's place for one that is not called default
+                for path in sorted((folder / name).iterdir()):
+                    files.replace(path, folder / path.name)
+                files.remove(folder / name)
         files.call_writer(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
         values = json.loads(self.user_args.to_json_string())
         values[BASE_IN_4BIT] = bool(getattr(unwrap_model(self.policy), "is_loaded_in_4bit", False))

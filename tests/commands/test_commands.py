@@ -97,7 +97,8 @@ def test_a_stopped_run_goes_on(workplace, capsys):
         (["--model", "base", "--lora", "--lerning_rate", "1"], "the nearest is --learning_rate"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
         (["--config", "run.yaml", "--report_to", "abacus"], "no tracker of that name"),
-        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "--output_dir dev.jsonl cannot be"),
+        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "what --eval_dataset dev.jsonl"),
+        (["--config", "run.yaml", "--output_dir", "bad.jsonl"], "--output_dir bad.jsonl cannot be"),
         (
             ["--config", "run.yaml", "--resume_from_checkpoint", "nowhere"],
             "there is no folder nowhere",
@@ -127,7 +128,7 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
         raise ValueError("no download in a test")
 
     monkeypatch.setattr("fastdpo.modeling.loading.load_tokenizer", lambda *_, **__: TOKENIZER)
-    monkeypatch.setattr("fastdpo.modeling.loading.load_model", load)
+    monkeypatch.setattr("fastdpo.trainer.prepare.load_model", load)
     monkeypatch.setattr("fastdpo.data.read_rows", lambda *_, **__: [])
     with pytest.raises(ValueError, match="no download"):
         train.main(["--model", "llama-7b", "--qlora"])
