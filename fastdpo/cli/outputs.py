@@ -1,4 +1,4 @@
-"""What a command writes, held against what it reads, before any work: no input is overwritten."""
+"""A command's outputs are checked against its inputs before any work: none is overwritten."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -218,7 +218,7 @@ def meanwhile(monkeypatch, folder):
     """Another run makes the folder and trains into it while this command is at work."""
 
     def compute(self):
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / ADAPTER).write_text("another run's")
 
     monkeypatch.setattr(DPOTrainer, "compute_references", compute)
