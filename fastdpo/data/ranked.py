@@ -1,14 +1,44 @@
 """Making pairs of several completions to one prompt that are rated or ranked."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdpo.data.errors import DataError
+from fastdpo.data.values import as_objects, number_of
+
+RATED_ALIKE = "no two completions that are rated differently"
+RATED_ALONE = "no other rated row of its prompt beside it"
 
 _TEXTS = ("answer", "response", "completion", "text", "output", "generation")
-_RATINGS = ("overall_score", "score", "rating", "reward")
+_RATINGS = ("overall_score", "score", "rating", "reward", "helpfulness", "quality")
 _RANKS = ("rank", "ranking")
+
+
+class NoPreference(list[Any]):
+    """The preferences of a row that has none.
+
+    Attributes:
+        reason: why, for the count; None for a row that was joined to the one before it.
+    """
+
+    def __init__(self, reason: str | None):
+        super().__init__()
+        self.reason = reason
+
+
+def rated_columns(row: Mapping[str, Any], ratings: str | None = None) -> tuple[str, str] | None:
+    """Return the columns of a row's only completion and its rating, or None where it has none."""
+    texts = [name for name in _TEXTS if isinstance(row.get(name), str)]
+    rated = (
+        [ratings]
+        if ratings
+        else [
+            name
+            for name in _RATINGS
+            if isinstance(row.get(name), int | float) and not isinstance(row.get(name), bool)
+        ]
+    )
+    return (texts[0], rated[0]) if texts and rated else None
 
 
 def pairs_of_rated(
@@ -29,6 +59,7 @@ def pairs_of_rated(
     Raises:
         DataError: no list, no ratings, or ratings that are no numbers or of another count.
     """
+    completions = as_objects(completions)
     if not isinstance(completions, Sequence) or isinstance(completions, str):
         raise DataError(f"the completions are {completions!r:.60}, a list of them is needed")
     if rated_by_place:
@@ -70,13 +101,8 @@ def _scores(completions: Sequence[Any], ratings: Any, ranks: Any) -> list[float 
         )
     scores: list[float | None] = []
     for index, value in enumerate(values):
-        if value is None:
-            scores.append(None)
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or math.isnan(value):
-            raise DataError(f"rating {index} is {value!r:.60}; a number or null is needed")
-        scores.append(sign * value)
+        number = number_of(value, f"rating {index}")
+        scores.append(None if number is None else sign * number)
     return scores
 
 

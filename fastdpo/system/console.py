@@ -25,7 +25,16 @@ def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
 
 def print_line(text: str = "") -> None:
     """One line on standard output, at once."""
-    sys.stdout.write(text + "\n")
+    write(text + "\n")
+
+
+def write(text: str) -> None:
+    """Write text to standard output at once; what its encoding has no letter for becomes `?`."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 
