@@ -1,6 +1,6 @@
 # make demo | test | lint | soak: each makes .venv and installs what it needs; a second run is fast.
 # make gpu uses what PYTHON has (CUDA, torch, pytest) and installs nothing; DRY=1 lists its plan,
-# ONLY="step memory" gives the named steps all of its nine minutes.
+# ONLY="step memory" gives the named steps all of its nine minutes, RESUME=1 passes over what is done.
 # They work from a fresh clone on a bare machine with Python 3.11 or later, make and git.
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ soak: $(VENV)/.dev
 	$(RUN) -m pytest $(IN_PARALLEL) --soak --durations=20 --timeout=3600
 
 gpu:
-	PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH} HF_HUB_OFFLINE=1 $(PYTHON) -m bench.gpu $(if $(DRY),--dry) $(if $(ONLY),--only $(ONLY))
+	PYTHONPATH=kernels$${PYTHONPATH:+:$$PYTHONPATH} HF_HUB_OFFLINE=1 $(PYTHON) -m bench.gpu $(if $(DRY),--dry) $(if $(RESUME),--resume) $(if $(ONLY),--only $(ONLY))
 
 # torch alone first: its pinned CPU or CUDA wheel, before anything else can ask for another one.
 $(VENV)/.run: pyproject.toml constraints.txt

@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         for question, text in QUESTIONS.items():
             print(f"python -m bench.{question:10} {text}")
         print(f"python -m bench.{'report':10} RESULTS.md and plots from the rows")
+        print(f"python -m bench.{'static':10} the head's compiled code on every GPU, without one")
         print(f"python -m bench.{'compare':10} OLD NEW: what changed beyond noise")
         return 0
     failed = []

@@ -19,16 +19,19 @@ QUESTIONS = {
 """In order of value."""
 
 
-def run(question: str, arguments: list[str] | None = None) -> None:
-    """Parse, and ask one question."""
+def run(question: str, arguments: list[str] | None = None, *, parts: tuple[str, ...] = ()) -> None:
+    """Parse, and ask one question; `parts` names those of it that can be asked alone."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{question}")
     parser.description = QUESTIONS[question]
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of rows to append to")
+    if parts:
+        parser.add_argument("--part", choices=parts, default="all", help="of the contenders")
     chosen = parser.parse_args(arguments)
-    ask(question, chosen.results, quick=chosen.quick)
+    part = {"part": chosen.part} if parts else {}
+    ask(question, chosen.results, quick=chosen.quick, **part)
 
 
-def ask(question: str, results: Path, *, quick: bool) -> None:
+def ask(question: str, results: Path, *, quick: bool, **part: str) -> None:
     """Run one bench; its rows are appended to `results`."""
-    import_module(f"bench.{question}").main(Recorder(question, results), quick=quick)
+    import_module(f"bench.{question}").main(Recorder(question, results), quick=quick, **part)

@@ -14,6 +14,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from bench.harness import FAILED, MEASURED, MISSING, OUT_OF_MEMORY, RESULTS, ROO
 
 START_LIMIT_S = 300.0
 TURN_LIMIT_S = 300.0
+SHARE_OF_REST = 0.5
+"""A contender that does not answer may take so much of what BENCH_ENDS_AT leaves, not all of it."""
 
 
 class MissingPeer(Exception):
@@ -133,6 +136,7 @@ class Contender:
 
     def _answer(self, limit_s: float) -> dict[str, Any]:
         assert self.process.stdout is not None, "opened as a pipe"
+        limit_s = min(limit_s, SHARE_OF_REST * left_s())
         readable, _, _ = select.select([self.process.stdout], [], [], limit_s)
         if not readable:
             self.process.kill()
@@ -144,6 +148,12 @@ class Contender:
         if code == -9:
             return {"outcome": OUT_OF_MEMORY, "note": "killed by the system (signal 9)"}
         return {"outcome": FAILED, "note": f"ended without an answer, exit code {code}"}
+
+
+def left_s() -> float:
+    """Seconds until BENCH_ENDS_AT, a time of the epoch at which this bench is stopped."""
+    ends_at = os.environ.get("BENCH_ENDS_AT")
+    return max(1.0, float(ends_at) - time.time()) if ends_at else float("inf")
 
 
 def contest(

@@ -1,11 +1,14 @@
-"""`make gpu`: on a CUDA host, with what is installed: the gpu tests, then the benches.
+"""`make gpu`: on a CUDA host, with what is installed: compile, test the kernels, then measure.
 
-Most valuable first, each under its own limit, `LIMIT_S` in all, going on past failures; a short
-table comes last. BENCH_OUT names the folder of rows.jsonl, bench.log and RESULTS.md; plots are
-drawn from the rows later (`python -m bench.report --results FILE`).
+Most valuable first, each step under its own limit, `LIMIT_S` in all, going on past failures; one
+table comes last, also when it is cut off: what ran, what failed, what was never reached. BENCH_OUT
+names the folder of rows.jsonl, bench.log and RESULTS.md; plots are drawn from the rows later
+(`python -m bench.report --results FILE`). What has passed is noted in the ignored folder
+`gpu-done`; with --resume it is not run again, and cases that have rows are not measured again.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -13,15 +16,23 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from bench.harness import MEASURED, RESULTS, ROOT, Row, read
+from bench.harness import MEASURED, RESULTS, ROOT, Row, read, source
 
 LIMIT_S = 540.0
 GRACE_S = 5.0
-"""What a step has at its limit to say how far it came."""
+"""What a step has before its limit to say how far it came."""
+
+DONE = ROOT / "gpu-done" / "steps.json"
+KERNEL_TESTS = ("test_kernels.py", "test_layer_ops.py")
+MOST_WORKERS = 12
+"""Of pytest: each holds a CUDA context of its own, about half a GiB."""
+
+NEVER = "never reached"
 
 
 @dataclass(frozen=True)
@@ -35,72 +46,170 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: passed, "failed (exit code)", timed out or no time left."""
+    """How a step ended.
+
+    Attributes:
+        ended: passed, "failed (exit code)", timed out, cut off, done before, or never reached.
+        started_s: after the first step's start; None where it did not start.
+        rows: that it wrote.
+    """
 
     name: str
     ended: str
-    seconds: float
+    seconds: float = 0.0
+    started_s: float | None = None
+    rows: int = 0
 
 
 def plan(rows: Path) -> list[Step]:
     """What is run, in order."""
     python = sys.executable
 
-    def bench(question: str, limit_s: float) -> Step:
-        command = (python, "-m", f"bench.{question}", "--results", str(rows))
-        return Step(f"bench.{question}", command, limit_s)
+    def bench(name: str, limit_s: float, *options: str) -> Step:
+        question = name.partition(" ")[0]
+        command = (python, "-m", f"bench.{question}", "--results", str(rows), *options)
+        return Step(f"bench.{name}", command, limit_s)
 
+    def tests(name: str, limit_s: float, files: Sequence[str]) -> Step:
+        # Processes that compile side by side leave each other cores.
+        command = ("env", "TORCHINDUCTOR_COMPILE_THREADS=2", python, "-m", "pytest", "-m", "gpu")
+        return Step(name, (*command, *in_parallel(), *files), limit_s)
+
+    kernel_tests, other_tests = gpu_tests()
     return [
-        Step("gpu tests", (python, "-m", "pytest", "-m", "gpu", *gpu_tests()), 115),
-        bench("roofline", 25),
-        bench("step", 120),
-        bench("layers", 60),
-        bench("kernel", 75),
-        bench("memory", 75),
-        bench("reference", 25),
-        bench("quality", 30),
-        Step("report", (*bench("report", 0).command, "--no_plots"), 15),
+        Step("compile", (python, "-m", "bench.compile_ahead"), 30),
+        tests("kernel tests", 75, kernel_tests),
+        bench("kernel ours", 85, "--part", "ours"),
+        bench("kernel rest", 75, "--part", "rest"),
+        bench("step", 80),
+        bench("memory", 60),
+        tests("other tests", 60, other_tests),
+        bench("layers", 25),
+        bench("roofline", 10),
+        bench("reference", 15),
+        bench("quality", 15),
+        Step("report", (*bench("report", 0).command, "--no_plots"), 10),
     ]
 
 
-def gpu_tests() -> list[str]:
-    """Files with a test for CUDA: of others a host may lack what they import, which stops all."""
+def in_parallel() -> tuple[str, ...]:
+    """Options of pytest: several processes where pytest-xdist is installed, for compilations."""
+    if find_spec("xdist") is None:
+        return ()
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    return ("--numprocesses", str(workers), "--dist", "worksteal")
+
+
+def gpu_tests() -> tuple[list[str], list[str]]:
+    """Files with a test for CUDA, the kernels' and the others.
+
+    Of files without one a host may lack what they import, which would stop all.
+    """
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text()]
+    files = [path for path in files if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+    kernels = [path for path in files if path.name in KERNEL_TESTS]
+    others = [path for path in files if path not in kernels]
+    return [str(p.relative_to(ROOT)) for p in kernels], [str(p.relative_to(ROOT)) for p in others]
 
 
 def only(steps: Sequence[Step], names: Sequence[str]) -> list[Step]:
-    """The steps that are named, and the report, sharing the whole limit in the same proportion.
+    """The steps that are named, and the report; `carry_out` gives them the whole limit.
+
+    `kernel` names both of its parts.
 
     Raises:
         ValueError: a name that no step has.
     """
     known = {step.name.removeprefix("bench.").replace(" ", "_"): step for step in steps}
-    if unknown := sorted(set(names) - set(known)):
+    asked = set(names)
+    if "kernel" in asked:
+        asked = asked - {"kernel"} | {"kernel_ours", "kernel_rest"}
+    if unknown := sorted(asked - set(known)):
         raise ValueError(f"no step {', '.join(unknown)}: there are {', '.join(known)}.")
-    chosen = [step for name, step in known.items() if name in {*names, "report"}]
-    stretch = LIMIT_S / sum(step.limit_s for step in chosen)
-    return [replace(step, limit_s=step.limit_s * stretch) for step in chosen]
+    return [step for name, step in known.items() if name in {*asked, "report"}]
 
 
-def carry_out(steps: Sequence[Step], folder: Path, *, limit_s: float = LIMIT_S) -> list[Outcome]:
-    """Run every step, each within its own limit and all within `limit_s`."""
+class Progress:
+    """The steps that have passed, kept in a file outside of git from one run to the next.
+
+    Args:
+        path: of the file; None keeps nothing.
+        resumes: whether steps that it names are passed over.
+    """
+
+    def __init__(self, path: Path | None, *, resumes: bool = False) -> None:
+        self.path = path
+        self.done: dict[str, str] = {}
+        if path is not None and resumes and path.exists():
+            self.done = json.loads(path.read_text(encoding="utf-8"))
+
+    def passed_before(self, step: Step) -> str | None:
+        """When and with which code the step passed; None if it is to run."""
+        return None if step.name == "report" else self.done.get(step.name)
+
+    def note(self, step: Step) -> None:
+        """The step has passed."""
+        self.done[step.name] = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {source()['git_sha']}"
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
+
+
+def carry_out(
+    steps: Sequence[Step],
+    folder: Path,
+    *,
+    limit_s: float = LIMIT_S,
+    progress: Progress | None = None,
+    prints: bool = True,
+) -> list[Outcome]:
+    """Run every step, sharing `limit_s` in proportion to their own limits.
+
+    What a step leaves is shared by all that follow, so that the last one starts in time too.
+    Ctrl-C and SIGTERM end the step at hand; the outcomes tell it and those never reached.
+    """
+    progress = progress or Progress(None)
     folder.mkdir(parents=True, exist_ok=True)
-    log_path = folder / "bench.log"
-    ends = time.monotonic() + limit_s
-    outcomes = []
-    for step in steps:
-        began = time.monotonic()
-        left_s = min(step.limit_s, ends - began)
-        ended = _run(step, log_path, left_s) if left_s > 1.0 else "no time left"
-        outcomes.append(Outcome(step.name, ended, time.monotonic() - began))
-        print(f"{step.name}: {ended} after {outcomes[-1].seconds:.0f} s", flush=True)
+    log_path, rows_path = folder / "bench.log", folder / "rows.jsonl"
+    began = time.monotonic()
+    outcomes: list[Outcome] = []
+    cut_off = False
+    for number, step in enumerate(steps):
+        if (before := progress.passed_before(step)) is not None:
+            outcomes.append(Outcome(step.name, f"done before ({before})"))
+            continue
+        started_s, rows = time.monotonic() - began, _lines(rows_path)
+        waiting_s = sum(one.limit_s for one in steps[number:] if not progress.passed_before(one))
+        left_s = step.limit_s * (limit_s - started_s) / waiting_s
+        if cut_off or left_s <= 0.0:
+            outcomes.append(Outcome(step.name, NEVER))
+            continue
+        try:
+            ended = _run(step, log_path, left_s)
+        except KeyboardInterrupt:
+            ended, cut_off = "cut off", True
+        if ended == "passed":
+            progress.note(step)
+        taken_s = time.monotonic() - began - started_s
+        made = _lines(rows_path) - rows
+        outcomes.append(Outcome(step.name, ended, taken_s, started_s, made))
+        if prints:
+            print(f"{step.name}: {ended} after {taken_s:.0f} s, {made} rows", flush=True)
     return outcomes
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _run(step: Step, log_path: Path, limit_s: float) -> str:
     """Run one step in a process group of its own, so that its contenders end with it."""
-    environment = os.environ | {"BENCH_LOG": str(log_path), "PYTHONUNBUFFERED": "1"}
+    grace_s = min(GRACE_S, limit_s / 10)
+    environment = os.environ | {
+        "BENCH_LOG": str(log_path),
+        "BENCH_ENDS_AT": f"{time.time() + limit_s - grace_s:.1f}",
+        "PYTHONUNBUFFERED": "1",
+    }
     with log_path.open("a", encoding="utf-8") as log:
         log.write(f"\n== {step.name}: {' '.join(step.command)}\n")
         log.flush()
@@ -109,26 +218,33 @@ def _run(step: Step, log_path: Path, limit_s: float) -> str:
             start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(timeout=limit_s)
+            code = process.wait(timeout=limit_s - grace_s)
         except subprocess.TimeoutExpired:
-            _end(process)
+            _end(process, grace_s)
             return f"timed out at {limit_s:.0f} s"
+        except KeyboardInterrupt:
+            _end(process, grace_s)
+            raise
     return "passed" if code == 0 else f"failed ({code})"
 
 
-def _end(process: subprocess.Popen) -> None:
-    """As Ctrl-C does, on which pytest says what has failed so far; then for good."""
-    for number, grace_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
-        with suppress(ProcessLookupError):  # all of the group have ended
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=grace_s)
+def _end(process: subprocess.Popen, grace_s: float) -> None:
+    """As Ctrl-C does, on which pytest says what has failed so far; then all of the group."""
+    with suppress(ProcessLookupError):  # all of it have ended
+        os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def short_table(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> str:
-    """Steps, then the figures that matter most: updates, the head op, the longest pairs."""
-    lines = [f"{'step':16} {'outcome':22} seconds"]
-    lines += [f"{o.name:16} {o.ended:22} {o.seconds:7.0f}" for o in outcomes]
+    """What ran, failed and was never reached; then the figures that matter most."""
+    lines = [f"{'step':18} {'ended':34} starts  seconds  rows"]
+    for one in outcomes:
+        start = "" if one.started_s is None else f"{one.started_s:.0f}"
+        lines.append(f"{one.name:18} {one.ended:34} {start:>6} {one.seconds:8.0f} {one.rows:5}")
     shown = ("update_s", "step_s", "of_bound_relative", "peak_mib", "time_ms")
     shown += ("longest_pair_tokens", "gemm_flops_per_s")
     for row in rows:
@@ -139,50 +255,32 @@ def short_table(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def self_test() -> None:
-    """The machinery on the CPU: a real bench, a failing step, one that hangs, and the report."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = folder / "rows.jsonl"
-        python = sys.executable
-        quick = next(step for step in plan(rows) if step.name == "bench.roofline")
-        report = plan(rows)[-1]
-        steps = [
-            Step("fails", (python, "-c", "raise SystemExit(3)"), 60),
-            Step("hangs", (python, "-c", "import time; time.sleep(60)"), 1.5),
-            Step("bench.roofline", (*quick.command, "--quick"), 120),
-            Step("report", report.command, 60),
-        ]
-        outcomes = carry_out(steps, folder, limit_s=240.0)
-        print(short_table(outcomes, read(rows)))
-        ended = [outcome.ended for outcome in outcomes]
-        files = sorted(path.name for path in folder.iterdir())
-        assert ended[0] == "failed (3)", ended
-        assert ended[1].startswith("timed out"), ended
-        assert ended[2:] == ["passed", "passed"], (folder / "bench.log").read_text()
-        assert files == ["RESULTS.md", "bench.log", "rows.jsonl"], files
-    print("self-test passed")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the plan, or with --dry list it and test the machinery on the CPU."""
+    """Run the plan, or with --dry list it, rehearse it and test the machinery on the CPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--dry", action="store_true", help="list the plan, run the self-test")
-    parser.add_argument("--only", nargs="+", metavar="STEP", help="such as step memory gpu_tests")
+    parser.add_argument("--dry", action="store_true", help="list the plan, run it with stand-ins")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="such as step memory kernel")
+    parser.add_argument("--resume", action="store_true", help="pass over what has passed before")
     options = parser.parse_args(arguments)
     folder = Path(os.environ.get("BENCH_OUT") or RESULTS.parent).resolve()
     rows = folder / "rows.jsonl"
     steps = only(plan(rows), options.only) if options.only else plan(rows)
     if options.dry:
+        from bench.rehearsal import rehearse
+
         for step in steps:
-            print(f"{step.limit_s:4.0f} s  {step.name:16} {' '.join(step.command)}")
+            print(f"{step.limit_s:4.0f} s  {step.name:18} {' '.join(step.command)}")
         print(f"{LIMIT_S:4.0f} s  in all; rows, log and RESULTS.md in {folder}")
-        self_test()
+        rehearse(steps)
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.resume:
+        os.environ["BENCH_RESUME"] = "1"
     before = len(read(rows)) if rows.exists() else 0
-    outcomes = carry_out(steps, folder)
+    outcomes = carry_out(steps, folder, progress=Progress(DONE, resumes=options.resume))
     print(short_table(outcomes, read(rows)[before:] if rows.exists() else []))
-    return 0 if all(outcome.ended == "passed" for outcome in outcomes) else 1
+    good = all(one.ended.startswith(("passed", "done before")) for one in outcomes)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ OUTCOMES = (MEASURED, MISSING, OUT_OF_MEMORY, FAILED)
 SEED = 0
 """Of every model and every draw; written into the rows."""
 
-UNITS = ("_s", "_ms", "_mib", "_gib", "_per_s", "_tokens", "_nat", "_relative", "_bytes")
+UNITS = ("_s", "_ms", "_mib", "_gib", "_per_s", "_tokens", "_nat", "_relative", "_bytes", "_count")
 """How a metric's name ends: it says its unit."""
 
 PACKAGES = (
@@ -150,10 +150,11 @@ class Recorder:
     Args:
         question: the bench that asks.
         path: the file of rows.
+        prints: False where there are too many to read.
     """
 
-    def __init__(self, question: str, path: Path = RESULTS) -> None:
-        self.question, self.path = question, path
+    def __init__(self, question: str, path: Path = RESULTS, *, prints: bool = True) -> None:
+        self.question, self.path, self.prints = question, path, prints
         self.environment: dict[str, Any] = {
             "machine": machine(),
             "versions": versions(),
@@ -161,6 +162,20 @@ class Recorder:
             "run": f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}",
         }
         self.rows: list[Row] = []
+        self._before: set[tuple[str, ...]] | None = None
+
+    def has(self, case: Mapping[str, Any], contender: str, metric: str) -> bool:
+        """Whether BENCH_RESUME is set and the file has this machine's figure, or out of memory."""
+        if not os.environ.get("BENCH_RESUME"):
+            return False
+        if self._before is None:
+            rows = read(self.path) if self.path.exists() else []
+            self._before = {row.key for row in rows if row.outcome in (MEASURED, OUT_OF_MEMORY)}
+        wanted = Row(
+            question=self.question, case=case, contender=contender, metric=metric, outcome=FAILED,
+            machine=self.environment["machine"],
+        )  # fmt: skip
+        return wanted.key in self._before
 
     def add(
         self,
@@ -183,7 +198,8 @@ class Recorder:
         )
         append([row], self.path)
         self.rows.append(row)
-        print(described(row), flush=True)
+        if self.prints:
+            print(described(row), flush=True)
         return row
 
 

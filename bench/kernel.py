@@ -25,8 +25,9 @@ SIZES_CPU = {"quick": ((512, 256, 8192),), "full": ((1024, 512, 32000), (512, 10
 HEADS_CUDA = ((4096, 128256), (4096, 32000), (2560, 262144), (4096, 151936))
 """(H, V) of Llama-3.1-8B, Llama-2-7B, Gemma-3-4B and Qwen3-8B."""
 
-SIZES_CUDA = tuple((n, h, v) for n in (8192, 2048, 32768) for h, v in HEADS_CUDA)
-"""(N, H, V), the most telling first: a time limit cuts the tail."""
+TOKENS_CUDA = (8192, 2048, 32768)
+SIZES_CUDA = tuple((n, h, v) for n in TOKENS_CUDA for h, v in HEADS_CUDA)
+"""(N, H, V)."""
 
 
 def contend(case: Mapping[str, Any], turns: Turns) -> None:
@@ -87,7 +88,11 @@ def _worst_error(logps: torch.Tensor, inputs: HeadInputs) -> float:
 
 
 def cases(*, quick: bool) -> list[dict[str, Any]]:
-    """What is asked, quick or in full, on this machine."""
+    """What is asked, quick or in full, on this machine.
+
+    On CUDA the most telling first, since a time limit cuts the tail: every head at the first N and
+    every work before the next N, and inputs as a trained model's before random ones.
+    """
     if torch.cuda.is_available():
         sizes, common = SIZES_CUDA, {"device": "cuda", "dtype": "bfloat16"}
         works = ("frozen", "score", "trained")
@@ -95,24 +100,29 @@ def cases(*, quick: bool) -> list[dict[str, Any]]:
         sizes = SIZES_CPU["quick" if quick else "full"]
         common = {"device": "cpu", "dtype": "float32", "threads": 1}
         works = ("frozen",) if quick else ("frozen", "score", "trained")
-    return [
+    found = [
         {"work": work, "kind": kind, "tokens": n, "hidden": h, "vocabulary": v, **common}
         for work in works
         for n, h, v in sizes
         for kind in (("peaked",) if quick or work != "frozen" else ("peaked", "random"))
     ]
+    if common["device"] == "cuda":
+        found.sort(key=lambda case: (case["kind"] != "peaked", TOKENS_CUDA.index(case["tokens"])))
+    return found
 
 
 def measure(
     recorder: Recorder, case: Mapping[str, Any], contenders: Iterable[str], *, rounds: int
 ) -> None:
-    """The contenders of one case, in turns, and their rows."""
-    names = [BARE_GEMMS, *contenders]
+    """The contenders of one case, in turns, and their rows; with `BARE_GEMMS` also the roofline."""
+    names = [name for name in contenders if not recorder.has(case, name, "time_ms")]
+    if not names:
+        return
     missing = {name: reason for name in names if (reason := reason_missing(name))}
     for name, reason in missing.items():
         recorder.add(case, name, "time_ms", outcome=MISSING, note=reason)
         names.remove(name)
-    functions = {roofline.CONTENDER: roofline.FUNCTION}
+    functions = {roofline.CONTENDER: roofline.FUNCTION} if BARE_GEMMS in names else {}
     functions |= dict.fromkeys(names, "bench.kernel:contend")
     given = {name: {**case, "contender": name} for name in functions}
     flops = 2 * case["tokens"] * case["hidden"] * case["vocabulary"] * GEMMS[case["work"]]
@@ -148,14 +158,25 @@ def _record(
             recorder.add(case, contender, metric, [facts[metric]])
 
 
-def main(recorder: Recorder, *, quick: bool) -> None:
-    """Every case in turn."""
-    on_cuda = torch.cuda.is_available()
+PARTS: dict[str, tuple[str, ...]] = {
+    "ours": ("fastdpo", "trl"),
+    "rest": (BARE_GEMMS, "fastdpo", *(name for name in HEADS if name not in ("fastdpo", "trl"))),
+    "all": (BARE_GEMMS, *HEADS),
+}
+"""Contenders of a part of the question. Ours is among the rest again: ratios are of one run."""
+
+
+def main(recorder: Recorder, *, quick: bool, part: str = "all") -> None:
+    """Every case in turn; `part` is one of `PARTS`, for a host whose time is short."""
+    rounds = 50 if torch.cuda.is_available() else 9
     for case in cases(quick=quick):
-        measure(recorder, case, QUICK_HEADS if quick else HEADS, rounds=50 if on_cuda else 9)
+        chosen = PARTS[part]
+        if quick:
+            chosen = tuple(name for name in chosen if name in (BARE_GEMMS, *QUICK_HEADS))
+        measure(recorder, case, chosen, rounds=rounds)
 
 
 if __name__ == "__main__":
     from bench.command import run
 
-    run("kernel")
+    run("kernel", parts=tuple(PARTS))

@@ -103,6 +103,7 @@ def aims(recorder: Recorder, chosen: Sequence[tuple[str, int, int]] = AIMS) -> N
 
 def peak(recorder: Recorder, case: Mapping[str, Any], contenders: tuple[str, ...]) -> None:
     """Peak memory at one length, each contender in a fresh process."""
+    contenders = tuple(name for name in contenders if not recorder.has(case, name, "peak_mib"))
     run = {"updates": UPDATES + 1, "rows": (UPDATES + 1) * case["pairs"]}
     results = contest(
         dict.fromkeys(contenders, TRAINER),
@@ -134,6 +135,8 @@ def longest(
         ladder.append(int(ladder[-1] * step) // 4 * 4)
     run = {"pairs": 1, "rows": len(ladder), "updates": len(ladder), "ladder_tokens": ladder}
     for name in contenders:
+        if recorder.has(case, name, "longest_pair_tokens"):
+            continue
         settings = CONTENDERS[name] | {"accumulation": 1}
         result = solo(TRAINER, {**case, **run, **settings}, turns=len(ladder))
         survived = len(result.turns)

@@ -27,8 +27,8 @@ from fastdpo.planner import (
     Workload,
     architecture_of,
     gpu_spec,
+    make_plan,
     pinnable_host_bytes,
-    plan,
     training_of,
 )
 from fastdpo.planner.terms import CONTEXT_BYTES, GIB
@@ -71,7 +71,7 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
 def planned(model: torch.nn.Module, case: Mapping[str, Any]) -> Plan:
     """The plan of one pair of two rows on a card of the case's size."""
     tokens = 2 * case["row_tokens"]
-    return plan(
+    return make_plan(
         architecture_of(model, case["model"]),
         training_of(model, "adamw_torch_fused"),
         gpu_spec(str(case["card_gib"])),

@@ -38,7 +38,7 @@ def fill_fastdpo(case: Mapping[str, Any], turns: Turns) -> None:
             )
             trainer.train_groups.ref_logps = None
             watch = Stopwatch(trainer.args.device)
-            turns.answer(watch.measure(lambda s=source: s.fill(trainer.train_groups, "train")))
+            turns.answer(watch.measure(lambda s=source: s.attach(trainer.train_groups, "train")))
 
 
 def fill_trl(case: Mapping[str, Any], turns: Turns) -> None:

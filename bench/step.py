@@ -62,6 +62,9 @@ def measure(
     recorder: Recorder, case: Mapping[str, Any], contenders: tuple[str, ...], *, rounds: int
 ) -> None:
     """All contenders of one case, in turns, and their rows."""
+    contenders = tuple(name for name in contenders if not recorder.has(case, name, "update_s"))
+    if not contenders:
+        return
     updates = WARM_UP + rounds + 1
     run = {"updates": updates, "rows": updates * case["pairs"]}
     # The roofline first, then ours: what they say is needed for everyone's rows.

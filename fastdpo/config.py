@@ -5,12 +5,12 @@ import os
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
-import torch
 from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
 from fastdpo.options.checks import check_printable, option
 from fastdpo.options.removed import suggest_option
+from fastdpo.system.device import cuda_has_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "train_sampling_strategy",
         ("random", "sequential"),
-        "rows are packed by tokens without padding, so sorting by length gains nothing and "
+        "pairs are packed by tokens without padding, so sorting by length gains nothing and "
         "biases the updates; use random",
     ),
     (
@@ -285,8 +285,3 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
         self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
-
-
-def cuda_has_bf16() -> bool:
-    """True where there is a CUDA GPU with bfloat16 units (compute capability 8.0 or later)."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

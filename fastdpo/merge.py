@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         [ModelOptions, MergingOptions, DataOptions, TokenizationOptions],
         argv,
         training=False,
-        description="Merge an adapter into its base, tensor by tensor in bounded memory. With "
+        description="Merge an adapter into its base, file by file in bounded memory. With "
         "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
         refused=TRAINING_OPTIONS,
     )
@@ -133,7 +133,7 @@ def _plans(
     kinds = sorted(ONTO_MODES, key=lambda kind: kind != options.onto)
     kinds = kinds if _in_4bit(model, options) else kinds[:1]
     dtype = resolve_dtype(model.dtype)
-    return [plan_merge(base, adapter, onto=kind, dtype=dtype) for kind in kinds]
+    return [plan_merge(base, adapter, base_precision=kind, dtype=dtype) for kind in kinds]
 
 
 def _groups(
@@ -164,18 +164,21 @@ def _measure(
 ) -> "Fidelity":
     """Score with the adapter on its base, then with each merged model; one in memory at a time."""
     from fastdpo.evaluation.load_both import load_policy, load_weights
-    from fastdpo.merging.fidelity import compare, logps_of, put_in_place
+    from fastdpo.merging.fidelity import compare, put_in_place
+    from fastdpo.modeling.scoring import score_pairs
 
     in_4bit = _in_4bit(model, options)
     trained = replace(model, model_name_or_path=plan.base.name, qlora=in_4bit)
     policy = load_policy(trained, ComparisonOptions(adapter=options.adapter))
-    before = logps_of(policy, groups, "Scoring with the adapter")
+    before = score_pairs(policy, groups, description="Scoring with the adapter")
     del policy
     loaded = load_weights(replace(model, qlora=False), options.output_dir)
-    after = {plan.onto: logps_of(loaded, groups, f"Scoring merged onto {plan.onto}")}
-    for other in others:
-        put_in_place(loaded, other, plan)
-        after[other.onto] = logps_of(loaded, groups, f"Scoring merged onto {other.onto}")
+    after = {}
+    for each in (plan, *others):
+        if each is not plan:
+            put_in_place(loaded, each, plan)
+        description = f"Scoring merged onto {each.base_precision}"
+        after[each.base_precision] = score_pairs(loaded, groups, description=description)
     return compare(before, after, in_4bit=in_4bit)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import Options, check_choice, number, option, whole
+from fastdpo.options.passes import ATTENTION_BACKENDS
 from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class PlanningOptions(Options):
     max_length: int = option(
         1024,
         "Most tokens of prompt + completion, as in training; the longest pair is taken to be two "
-        "such rows that share nothing.",
+        "such sequences that share nothing.",
         check=whole(8, "1024 is usual"),
     )
     pairs_per_update: int = option(
@@ -50,6 +51,11 @@ class PlanningOptions(Options):
     optim: str = option(
         "auto",
         "Optimizer; auto is adamw_torch_fused, or adamw_8bit where nothing else fits.",
+    )
+    attention: str = option(
+        "auto",
+        "What attends, as in training; auto is what training would choose on that GPU.",
+        choices=list(ATTENTION_BACKENDS),
     )
     longest_pairs: bool = option(
         True, "Show the longest pair that fits each size of GPU; off spares a second."
@@ -77,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         description="Predict the memory of a training run from the model's config alone.",
     )
     model, options = parsed.model, parsed.group(PlanningOptions)
-    from fastdpo.planner import Workload, architecture_named, plan
+    from fastdpo.planner import Workload, architecture_named, make_plan
 
     if model.model_name_or_path is None:
         raise ValueError("--model is missing: pass an alias, a folder or a hub id.")
@@ -87,9 +93,9 @@ def main(argv: Sequence[str]) -> None:
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )
-    training, host_bytes = _training(model, options), _host_bytes(options)
+    training, host_bytes = _training(model, options, gpu), _host_bytes(options)
     longest = 2 * options.max_length
-    planned = plan(
+    planned = make_plan(
         architecture,
         training,
         gpu,
@@ -103,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         _print(planned, architecture, training, gpu, options)
         if options.longest_pairs:
-            print_line(f"\n{longest_pairs(architecture, training, host_bytes, options)}")
+            print_line(f"\n{longest_pairs(architecture, model, host_bytes, options)}")
     if not planned.fits:
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
@@ -122,23 +128,25 @@ def _host_bytes(options: PlanningOptions) -> int:
     return int(options.host_memory_gib * 2**30)
 
 
-def _training(model: ModelOptions, options: PlanningOptions) -> "Training":
+def _training(model: ModelOptions, options: PlanningOptions, gpu: "GPUSpec") -> "Training":
     """Return the training that `python -m fastdpo.train` would run; without a flag, LoRA."""
     from fastdpo.planner import Training
+    from fastdpo.system.device import BF16_CAPABILITY
 
     if options.optim != "auto":
         from transformers.training_args import OptimizerNames
 
         check_choice("optim", options.optim, ["auto", *(known.value for known in OptimizerNames)])
     names = model.lora_target_modules
-    exact = model.dtype == "float32"
+    without_bf16 = model.dtype == "auto" and gpu.capability < BF16_CAPABILITY
+    exact = model.dtype == "float32" or without_bf16
     return Training(
         tuning="qlora" if model.qlora else "full" if model.full else "lora",
         entry_bytes=4 if exact and not model.full else 2,
         lora_r=model.lora_r,
         target_modules=None if names is None else tuple(names),
         optimizer="adamw_torch_fused" if options.optim == "auto" else options.optim,
-        attention="flex" if exact else "varlen",
+        attention=options.attention,
     )
 
 
@@ -161,16 +169,10 @@ def _print(
         f"pairs up to 2 x {options.max_length:,} tokens; GPU: {gpu.name}.\n"
     )
     rows = [[name, binary_size(size)] for name, size in planned.terms.items() if size]
-    print_line(
-        table(
-            ["highest moment, by term", "bytes"], [*rows, ["all", binary_size(planned.peak_bytes)]]
-        )
-    )
+    print_line(table(["peak, by term", "bytes"], [*rows, ["all", binary_size(planned.peak_bytes)]]))
     print_line()
-    moments = sorted(planned.moments.items(), key=lambda moment: -moment[1])
-    print_line(
-        table(["moment", "allocated"], [[name, binary_size(size)] for name, size in moments])
-    )
+    phases = sorted(planned.phases.items(), key=lambda phase: -phase[1])
+    print_line(table(["phase", "allocated"], [[name, binary_size(size)] for name, size in phases]))
     print_line(f"\n{planned.describe()}")
     if planned.tokens_per_second is not None:
         rate = float(f"{planned.tokens_per_second:.2g}")
@@ -187,7 +189,7 @@ def _count(parameters: int) -> str:
 
 def longest_pairs(
     architecture: "Architecture",
-    training: "Training",
+    model: ModelOptions,
     host_bytes: int,
     options: PlanningOptions,
 ) -> str:
@@ -199,6 +201,7 @@ def longest_pairs(
     rows = []
     for size in SIZES_GIB:
         gpu = gpu_spec(str(size))
+        training = _training(model, options, gpu)
         best = longest_pair(
             architecture, training, gpu, host_bytes=host_bytes, change_optimizer=False
         )
@@ -208,7 +211,7 @@ def longest_pairs(
         if best is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue
-        strategy = [f"{count} {what}" for what, count in best.policy_counts.items()]
+        strategy = [f"{count} {what}" for what, count in best.activation_counts.items()]
         strategy += ["embeddings on host"] if best.embeddings_on_host else []
         strategy += ["tiled norms"] if best.norm_tile_tokens is not None else []
         strategy += ["tiled MLPs"] if best.mlp_tile_tokens is not None else []
@@ -224,7 +227,8 @@ def longest_pairs(
         )
     limit = f"at most {binary_size(host_bytes)} of pinned host memory"
     header = ["GPU", "longest pair", "GPU used", "pinned host", "with"]
-    return f"The longest pair that fits, its rows sharing nothing; {limit}:\n{table(header, rows)}"
+    title = f"The longest pair that fits, its two sequences sharing nothing; {limit}:"
+    return f"{title}\n{table(header, rows)}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Let the N-th operation on the disk fail, or the process die there, for tests of what is left.
 
-`fastdpo.files.OPERATIONS` are the operations; what transformers writes by itself counts too.
+`fastdpo.system.files.OPERATIONS` are the operations; what transformers writes by itself counts too.
 """
 
 import errno

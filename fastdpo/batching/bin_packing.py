@@ -1,30 +1,30 @@
-"""Which groups share a row, and how long rows are: bin packing, numbers only."""
+"""Which groups share a packed sequence, and how long those are: bin packing, numbers only."""
 
 from collections.abc import Sequence
 
 LEAST_STEP_TOKENS, STEPS_PER_OCTAVE = 32, 32
-"""Row lengths are whole steps, so that few shapes occur in a run: see `rounded_length`."""
+"""Lengths are whole steps, so that few shapes occur in a run: see `rounded_length`."""
 
 
 def rounded_length(tokens: int) -> int:
-    """The row length that holds so many tokens: 32 lengths from one power of two to the next.
+    """Round up to a length of packed sequences: 32 lengths from one power of two to the next.
 
-    So a row is at most 1/32 filler (more below 1,024 tokens, where lengths are multiples of 32),
-    and a run sees few shapes whatever its T.
+    So a packed sequence is at most 1/32 filler (more below 1,024 tokens, where lengths are
+    multiples of 32), and a run sees few shapes whatever its T.
     """
     step = max(LEAST_STEP_TOKENS, (1 << max(0, tokens.bit_length() - 1)) // STEPS_PER_OCTAVE)
     return -(-tokens // step) * step
 
 
 def fill_evenly(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Fewest bins by best-fit decreasing, at the least capacity at which they are as few.
+    """Fill the fewest bins by best-fit decreasing, at the least capacity at which they are as few.
 
     Args:
-        sizes: of the groups, tokens.
-        limit: T; what is larger has a bin of its own.
+        sizes: tokens of each group.
+        limit: T; a group of more tokens has a bin of its own.
 
     Returns:
-        Bins, each the indices of its groups.
+        For each bin the indices of its groups.
     """
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     alone = [[i] for i in order if sizes[i] > limit]

@@ -1,4 +1,4 @@
-"""Groups: one prompt and its completions, with the prefix that their rows share."""
+"""Groups: one prompt and its completions, and the prefix that their sequences share."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,19 +13,26 @@ from fastdpo.data.pairs import PairDataset
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptGroup:
-    """One prompt and its completions, with their reference log-probs when they are known."""
+    """One prompt and its k completions, with their reference log-probs when they are known.
 
-    prompt_ids: np.ndarray  # (P,) int32, P >= 1
-    completions: tuple[np.ndarray, ...]  # k arrays of (C,) int32, C >= 1
-    ref_logps: np.ndarray | None = None  # (k,) float64, nats
-    row: int = -1  # of the source, counted from 0; -1 where there is none
+    Attributes:
+        prompt_ids: (P,) int32, P >= 1.
+        completions: k arrays of (C,) int32, C >= 1.
+        ref_logps: (k,) float64, nats, or None.
+        row: index of the data set's row that it is from, counted from 0; -1 for none.
+    """
+
+    prompt_ids: np.ndarray
+    completions: tuple[np.ndarray, ...]
+    ref_logps: np.ndarray | None = None
+    row: int = -1
 
 
 class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
     """The pairs of a data set as groups, with their reference log-probs once they are known.
 
     Args:
-        pairs: tokenised pairs.
+        pairs: tokenized pairs.
 
     Attributes:
         ref_logps: (n, 2) float64 of chosen and rejected, nats, or None.
@@ -54,10 +61,10 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
 
 
 def shared_prefix_length(group: PromptGroup) -> int:
-    """Input tokens that all rows of the group share.
+    """How many input tokens all sequences of the group share.
 
-    A row's last token is never an input (nothing is predicted from it), so the prefix ends before
-    the end of the shortest row; it always holds the whole prompt.
+    A sequence's last token is never an input (nothing is predicted from it), so the prefix ends
+    before the end of the shortest one; it always holds the whole prompt.
     """
     first = group.completions[0]
     common = min(len(completion) for completion in group.completions) - 1
@@ -68,8 +75,9 @@ def shared_prefix_length(group: PromptGroup) -> int:
 
 
 def group_tokens(group: PromptGroup, *, shared_prefix: bool = True, packing: bool = True) -> int:
-    """Tokens that the group takes in a micro-batch."""
-    rows = [len(group.prompt_ids) + len(completion) - 1 for completion in group.completions]
+    """How many tokens the group takes in a micro-batch."""
+    lengths = [len(group.prompt_ids) + len(completion) - 1 for completion in group.completions]
     if not packing:
-        return len(rows) * max(rows)
-    return sum(rows) - ((len(rows) - 1) * shared_prefix_length(group) if shared_prefix else 0)
+        return len(lengths) * max(lengths)
+    repeated = (len(lengths) - 1) * shared_prefix_length(group) if shared_prefix else 0
+    return sum(lengths) - repeated

@@ -1,4 +1,4 @@
-"""Micro-batches: what one pass of the backbone is given."""
+"""Micro-batches: the input of one pass of the backbone."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -8,7 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one group lies in the row: its prefix from `start`, then its suffixes, one by one."""
+    """Where one group lies in a packed sequence: its prefix, then its suffixes, one by one.
+
+    Attributes:
+        start: place of its first token.
+        prefix_tokens: tokens of the prefix.
+        suffix_tokens: tokens of each suffix; none for filler.
+    """
 
     start: int
     prefix_tokens: int
@@ -22,26 +28,38 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """One packed row, R = 1, or R padded ones, of L tokens.
+    """One packed sequence, R = 1, or R padded ones, of L tokens each.
 
-    C completions in all, N scored states, M >= N scored (token, completion)s. Completions follow
-    each other as in `group_indices`, each group's in its own order, wherever they lie.
+    It holds C completions with N scored states. Completions that begin alike share states, so there
+    are M >= N (completion, token) combinations. Completions follow each other as in
+    `group_indices`, those of a group in its own order, wherever they lie.
+
+    Attributes:
+        input_ids: (R, L) int64.
+        position_ids: (R, L) int64.
+        segments: of a packed sequence, the filler last, without a suffix; empty for padded ones.
+        scored_positions: (N,) int64, places in the flat R * L of the states that predict a token of
+            a completion.
+        target_ids: (N,) int64, the tokens that they predict.
+        token_index: (M,) int64, indices into the N: completion by completion, tokens in order.
+        completion_tokens: (C,) int64, scored tokens of each completion.
+        group_indices: which of the packed groups lie here, in order.
+        seq_lens: R numbers, the tokens before the filler in each sequence.
     """
 
-    input_ids: Tensor  # (R, L) int64
-    position_ids: Tensor  # (R, L) int64
-    segments: tuple[Segment, ...]  # of a packed row, the filler last, without a suffix; or none
-    scored_positions: Tensor  # (N,) int64 into the R * L: the states that predict a completion
-    target_ids: Tensor  # (N,) int64
-    token_index: Tensor  # (M,) int64 into the N: completion by completion, tokens in order
-    completion_tokens: Tensor  # (C,) int64: scored tokens of each completion
-    ref_logps: Tensor | None  # (C,) float64
-    group_indices: tuple[int, ...]  # which of the groups lie here, in order
-    seq_lens: tuple[int, ...]  # R: tokens computed for a group; what follows them is filler
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: tuple[Segment, ...]
+    scored_positions: Tensor
+    target_ids: Tensor
+    token_index: Tensor
+    completion_tokens: Tensor
+    group_indices: tuple[int, ...]
+    seq_lens: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed for a group: R * L less the filler."""
+        """Tokens that are not filler."""
         return sum(self.seq_lens)
 
     @property
@@ -53,13 +71,13 @@ class MicroBatch:
 
     @property
     def token_mask(self) -> Tensor:
-        """(R, L) bool: what is not filler."""
+        """(R, L) bool, False for filler."""
         lengths = torch.tensor(self.seq_lens, device=self.input_ids.device)
         columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return columns < lengths[:, None]
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same micro-batch with its tensors on `device`."""
+        """This micro-batch with its tensors on `device`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors = {
             name: value.to(device, non_blocking=True)

@@ -1,16 +1,16 @@
 """Pairs to packed micro-batches: every prompt token once, no padding between sequences.
 
-A group is one prompt with k completions. Its rows prompt + completion share their longest common
-token prefix, the prefix, which is computed once; what remains of each row is a suffix that attends
-to the prefix and to itself. A micro-batch is one row of at most T tokens: groups one after another,
-each as [prefix | suffix 1 | ... | suffix k], and a filler segment that nothing reads.
+A group is one prompt with k completions. Its sequences prompt + completion share their longest
+common token prefix, which is computed once; what remains of each is a suffix that attends to the
+prefix and to itself. A micro-batch is one packed sequence of at most T tokens: groups one after
+another, each as [prefix | suffix 1 | ... | suffix k], and a filler segment that nothing reads.
 
     tokens       the  cat  sat  .   | ran  off  .   | the  dog ...
                  `--- prefix ---'`- suffix 1 -'`- suffix 2 -'`- next group ...
     positions     0    1    2   3     4   5    3   4  5      0    1
 
-Unpacked, for models in which neighbours in a row would mix, a micro-batch is a batch of rows, one
-a completion, filled up on the right: what comes after a token changes nothing before it.
+Without packing, for models in which neighbours would mix, a micro-batch is a batch of sequences,
+one for each completion, padded on the right: what comes after a token changes nothing before it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,11 +24,11 @@ from fastdpo.batching.groups import PromptGroup, group_tokens, shared_prefix_len
 from fastdpo.batching.micro_batch import MicroBatch, Segment
 
 PADDED_STEP_TOKENS = 8
-"""Padded rows are multiples of this: what matrix units want, and hardly more padding."""
+"""Lengths of padded sequences are multiples of this, which matrix units like and costs little."""
 
 
 def default_micro_batch_tokens(device: torch.device) -> int:
-    """T where nobody names one and no plan chooses it: 4,096 on CUDA, 2,048 on the CPU."""
+    """T where neither options nor a plan give it: 4,096 on CUDA, 2,048 on the CPU."""
     return 4096 if device.type == "cuda" else 2048
 
 
@@ -46,19 +46,20 @@ def pack_update(
         groups: the update's groups, at least one.
         micro_batch_tokens: T, the most tokens of a micro-batch; only a group that is longer by
             itself makes a longer one, which holds nothing else.
-        shared_prefix: compute the tokens that a group's rows share once; off, once per completion.
-        packing: lay groups one after another in one row; off, every completion into a padded row
-            of its own, where nothing is shared.
+        shared_prefix: compute the prefix of a group once; off, once per completion.
+        packing: lay groups one after another in one sequence; off, every completion into a padded
+            sequence of its own, where nothing is shared.
         merge_prompts: compute a prompt that several of the groups share once for all of them.
 
     Returns:
         Micro-batches, each as long as it is full, rounded up; every group is in one of them.
     """
-    alone: list[_Entry] = [((index,), group) for index, group in enumerate(groups)]
+    entries: list[_Entry] = [((index,), group) for index, group in enumerate(groups)]
     if not packing:
-        order = sorted(alone, key=lambda entry: -_max_seqlen(entry[1]))
+        order = sorted(entries, key=lambda entry: -_max_seqlen(entry[1]))
         return list(_in_order(order, micro_batch_tokens, shared_prefix, packing))
-    entries = _merged_entries(alone, micro_batch_tokens) if merge_prompts else alone
+    if merge_prompts:
+        entries = _merged_entries(entries, micro_batch_tokens)
     sizes = [group_tokens(group, shared_prefix=shared_prefix) for _, group in entries]
     return [
         _collate([entries[i] for i in sorted(indices)], micro_batch_tokens, shared_prefix)
@@ -73,69 +74,63 @@ def pack_in_order(
     shared_prefix: bool = True,
     packing: bool = True,
 ) -> Iterator[MicroBatch]:
-    """Pack a stream next-fit, each micro-batch as long as it is full: for length-sorted passes."""
-    alone = (((index,), group) for index, group in enumerate(groups))
-    return _in_order(alone, micro_batch_tokens, shared_prefix, packing)
+    """Pack a stream of groups next-fit, without looking ahead: for length-sorted passes.
+
+    Takes the arguments of `pack_update`, and yields micro-batches each as long as it is full.
+    """
+    entries = (((index,), group) for index, group in enumerate(groups))
+    return _in_order(entries, micro_batch_tokens, shared_prefix, packing)
 
 
 _Entry = tuple[tuple[int, ...], PromptGroup]
-"""What is laid as one: groups of one prompt, by their indices, and the group they make."""
+"""Indices of groups with one prompt, and the group that is packed for them."""
 
 
 def _in_order(
     entries: Iterable[_Entry], limit: int, shared_prefix: bool, packing: bool
 ) -> Iterator[MicroBatch]:
     waiting: list[_Entry] = []
-    filled = rows = longest = 0
+    filled = sequences = longest = 0
     for entry in entries:
         size = group_tokens(entry[1], shared_prefix=shared_prefix)
-        count, own = len(entry[1].completions), _max_seqlen(entry[1])
-        needed = filled + size if packing else (rows + count) * _padded(max(longest, own))
-        if waiting and needed > limit:
+        count, length = len(entry[1].completions), _max_seqlen(entry[1])
+        padded = (sequences + count) * _padded(max(longest, length))
+        if waiting and (filled + size if packing else padded) > limit:
             yield _collate(waiting, limit, shared_prefix, packing)
-            waiting, filled, rows, longest = [], 0, 0, 0
+            waiting, filled, sequences, longest = [], 0, 0, 0
         waiting.append(entry)
-        filled, rows, longest = filled + size, rows + count, max(longest, own)
+        filled, sequences, longest = filled + size, sequences + count, max(longest, length)
     if waiting:
         yield _collate(waiting, limit, shared_prefix, packing)
 
 
 def _merged_entries(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
     """Join groups of one prompt, as long as they fit into T and tokens are saved."""
-    open_at: dict[bytes, int] = {}
+    newest: dict[bytes, int] = {}  # of each prompt, the entry that may still grow
     merged: list[_Entry] = []
     for indices, group in entries:
-        at = open_at.get(group.prompt_ids.tobytes())
-        if at is not None:
-            joined = _merge_groups(merged[at][1], group)
+        position = newest.get(group.prompt_ids.tobytes())
+        if position is not None:
+            merged_indices, before = merged[position]
+            joined = PromptGroup(before.prompt_ids, before.completions + group.completions)
             size = group_tokens(joined)
-            if size <= limit and size < group_tokens(merged[at][1]) + group_tokens(group):
-                merged[at] = (merged[at][0] + indices, joined)
+            if size <= limit and size < group_tokens(before) + group_tokens(group):
+                merged[position] = (merged_indices + indices, joined)
                 continue
-        open_at[group.prompt_ids.tobytes()] = len(merged)
+        newest[group.prompt_ids.tobytes()] = len(merged)
         merged.append((indices, group))
     return merged
-
-
-def _merge_groups(first: PromptGroup, second: PromptGroup) -> PromptGroup:
-    """One group of the completions of two."""
-    known = [group.ref_logps for group in (first, second) if group.ref_logps is not None]
-    assert len(known) in (0, 2), "reference log-probs are known for some groups only"
-    ref_logps = np.concatenate(known) if known else None
-    return PromptGroup(first.prompt_ids, first.completions + second.completions, ref_logps)
 
 
 def _collate(
     entries: Sequence[_Entry], limit: int, shared_prefix: bool, packing: bool = True
 ) -> MicroBatch:
     """One micro-batch of all the entries."""
-    lay = _packed_row if packing else _padded_rows
-    laid = lay([group for _, group in entries], limit, shared_prefix)
+    lay_out = _pack if packing else _pad
+    laid = lay_out([group for _, group in entries], limit, shared_prefix)
     # A state and target that several completions share is scored once and counts in each of them.
     scored, token_index = np.unique(np.concatenate(laid.scored), return_inverse=True)
     completions = [completion for _, group in entries for completion in group.completions]
-    known = [group.ref_logps for _, group in entries if group.ref_logps is not None]
-    assert len(known) in (0, len(entries)), "reference log-probs are known for some groups only"
     return MicroBatch(
         input_ids=torch.from_numpy(laid.input_ids),
         position_ids=torch.from_numpy(laid.position_ids),
@@ -144,7 +139,6 @@ def _collate(
         target_ids=torch.from_numpy(scored & 0xFFFFFFFF),
         token_index=torch.from_numpy(token_index),
         completion_tokens=torch.tensor([len(completion) for completion in completions]),
-        ref_logps=torch.from_numpy(np.concatenate(known)) if known else None,
         group_indices=tuple(index for indices, _ in entries for index in indices),
         seq_lens=laid.seq_lens,
     )
@@ -158,91 +152,94 @@ def _max_seqlen(group: PromptGroup) -> int:
     return len(group.prompt_ids) + max(map(len, group.completions)) - 1
 
 
-def _rows(group: PromptGroup) -> list[np.ndarray]:
-    """What is computed for each completion: all of its row but the last token."""
+def _inputs(group: PromptGroup) -> list[np.ndarray]:
+    """The input tokens of each completion: prompt and completion, less the last token."""
     return [np.concatenate([group.prompt_ids, c[:-1]]) for c in group.completions]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PackedArrays:
-    """Where tokens lie, before there are tensors."""
+    """A micro-batch before there are tensors; R, L and C as in `MicroBatch`."""
 
     input_ids: np.ndarray  # (R, L) int64
     position_ids: np.ndarray  # (R, L) int64
     segments: list[Segment]
-    scored: list[np.ndarray]  # (C,) int64 each: place in the R * L << 32 | target id
+    scored: list[np.ndarray]  # for each completion, int64: place in the R * L << 32 | target id
     seq_lens: tuple[int, ...]
 
 
-def _packed_row(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _PackedArrays:
-    """Groups one after another, and a filler segment."""
+def _pack(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _PackedArrays:
+    """Lay groups one after another into one sequence, and a filler segment."""
     size = sum(group_tokens(group, shared_prefix=shared_prefix) for group in groups)
     length = rounded_length(size)
-    row = _Row(min(length, limit) if size <= limit else length)
+    packed = _PackedSequence(min(length, limit) if size <= limit else length)
     for group in groups:
         if shared_prefix:
-            row.append(group)
+            packed.append(group)
         else:
             for completion in group.completions:
-                row.append(PromptGroup(group.prompt_ids, (completion,)))
-    row.fill_up()
+                packed.append(PromptGroup(group.prompt_ids, (completion,)))
+    packed.fill_up()
     return _PackedArrays(
-        row.input_ids[None], row.position_ids[None], row.segments, row.scored, (size,)
+        packed.input_ids[None], packed.position_ids[None], packed.segments, packed.scored, (size,)
     )
 
 
-def _padded_rows(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _PackedArrays:
-    """Every completion in a row of its own; what is shared is computed for each."""
-    rows = [row for group in groups for row in _rows(group)]
-    lengths = tuple(map(len, rows))
+def _pad(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _PackedArrays:
+    """Lay every completion into a sequence of its own; its prompt is computed for each."""
+    sequences = [tokens for group in groups for tokens in _inputs(group)]
+    lengths = tuple(map(len, sequences))
     length = _padded(max(lengths))
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
+    input_ids = np.zeros((len(sequences), length), dtype=np.int64)
     scored: list[np.ndarray] = []
     completions = (
         (len(group.prompt_ids), completion) for group in groups for completion in group.completions
     )
-    for at, (row, (prompt, completion)) in enumerate(zip(rows, completions, strict=True)):
-        input_ids[at, : len(row)] = row
-        where = at * length + np.arange(prompt - 1, len(row))
-        scored.append(where << 32 | completion.astype(np.int64))
-    position_ids = np.tile(np.arange(length), (len(rows), 1))
+    for index, (tokens, (prompt, completion)) in enumerate(
+        zip(sequences, completions, strict=True)
+    ):
+        input_ids[index, : len(tokens)] = tokens
+        positions = index * length + np.arange(prompt - 1, len(tokens))
+        scored.append(positions << 32 | completion.astype(np.int64))
+    position_ids = np.tile(np.arange(length), (len(sequences), 1))
     return _PackedArrays(input_ids, position_ids, [], scored, lengths)
 
 
-class _Row:
-    """A row under construction."""
+class _PackedSequence:
+    """A packed sequence under construction."""
 
     def __init__(self, length: int) -> None:
         self.input_ids = np.zeros(length, dtype=np.int64)
         self.position_ids = np.zeros(length, dtype=np.int64)
         self.segments: list[Segment] = []
-        self.scored: list[np.ndarray] = []  # (C,) int64 each: state position << 32 | target id
+        self.scored: list[np.ndarray] = []  # for each completion: state place << 32 | target id
         self.filled = 0
 
     def append(self, group: PromptGroup) -> None:
         """Lay one group: its prefix, then its suffixes."""
         prefix, prompt = shared_prefix_length(group), len(group.prompt_ids)
-        rows = _rows(group)
+        inputs = _inputs(group)
         start = self.filled
-        self._write(rows[0][:prefix], 0)
-        for row, completion in zip(rows, group.completions, strict=True):
+        self._write(inputs[0][:prefix], 0)
+        for tokens, completion in zip(inputs, group.completions, strict=True):
             suffix = self.filled
-            self._write(row[prefix:], prefix)
-            where = np.concatenate(
+            self._write(tokens[prefix:], prefix)
+            positions = np.concatenate(
                 [np.arange(start, start + prefix), np.arange(suffix, self.filled)]
             )
-            self.scored.append(where[prompt - 1 :] << 32 | completion.astype(np.int64))
-        self.segments.append(Segment(start, prefix, tuple(len(row) - prefix for row in rows)))
+            self.scored.append(positions[prompt - 1 :] << 32 | completion.astype(np.int64))
+        suffixes = tuple(len(tokens) - prefix for tokens in inputs)
+        self.segments.append(Segment(start, prefix, suffixes))
 
     def fill_up(self) -> None:
-        """Give the rest of the row to a segment of its own that nothing reads."""
+        """Give the rest to a segment of its own that nothing reads."""
         rest = len(self.input_ids) - self.filled
         if rest:
             self.segments.append(Segment(self.filled, rest, ()))
             self._write(np.zeros(rest, dtype=np.int64), 0)
 
     def _write(self, token_ids: np.ndarray, first_position: int) -> None:
-        where = slice(self.filled, self.filled + len(token_ids))
-        self.input_ids[where] = token_ids
-        self.position_ids[where] = np.arange(first_position, first_position + len(token_ids))
+        places = slice(self.filled, self.filled + len(token_ids))
+        self.input_ids[places] = token_ids
+        self.position_ids[places] = np.arange(first_position, first_position + len(token_ids))
         self.filled += len(token_ids)

@@ -1,4 +1,4 @@
-"""An adapter into its base: tensor by tensor from the base's files, never the whole model."""
+"""An adapter into its base: file by file of the base's weights, never the whole model."""
 
 from fastdpo.merging.adapter import Adapter, read_adapter
 from fastdpo.merging.base import Base, find_base

@@ -1,4 +1,4 @@
-"""What an adapter's folder changes of its base: low-rank updates, and tensors trained whole."""
+"""An adapter's folder, read: low-rank updates of modules, and tensors that were trained whole."""
 
 import dataclasses
 import json
@@ -12,47 +12,25 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from fastdpo.merging.tensor_files import DTYPES, StoredTensor, tensors_of
+from fastdpo.merging.model_files import model_file
+from fastdpo.merging.tensor_files import StoredTensor, check_mergeable, tensors_of
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[AB]|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)"
     r"(?:\.weight)?"
 )
-_KNOWN = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_dora",
-        "use_rslora",
-    }
-)
+_KNOWN = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout",
+    "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+))  # fmt: skip
 """Keys of adapter_config.json that change nothing here, or that are taken into account."""
 
 _STARTS = (True, False, "gaussian", "eva")
-"""Initialisations that leave the base as it was; the others move a part of it into the adapter."""
+"""Initializations that leave the base as it was; the others move a part of it into the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +56,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's folder holds.
+    """An adapter's folder: its config and its tensors, which stay on disk.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         config: its adapter_config.json.
-        low_rank: module -> its update.
-        whole: tensor of the base -> the one that takes its place.
+        low_rank: the update of each module that has one, by the module's name.
+        whole: the tensors that take the place of one of the base, by that one's name.
     """
 
     folder: Path
@@ -99,14 +77,14 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         ValueError: there is no adapter, or one of a kind that can't be merged rightly, by name.
     """
-    config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_file.is_file() or not weights.is_file():
-        missing = weights.name if config_file.is_file() else config_file.name
+    try:
+        config_file = model_file(folder, "adapter_config.json")
+        weights = model_file(folder, "adapter_model.safetensors")
+    except FileNotFoundError as error:
         raise ValueError(
-            f"{folder} holds no adapter ({missing} is missing): need a folder with "
-            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
-            "with --lora or --qlora."
-        )
+            f"{folder} holds no adapter ({error}): need a folder with adapter_config.json and "
+            "adapter_model.safetensors, such as the --output_dir of a run with --lora or --qlora."
+        ) from None
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -116,12 +94,9 @@ def read_adapter(folder: Path) -> Adapter:
     whole = {}
     for key, tensor in tensors_of(weights).items():
         name = key.removeprefix(_PREFIX)
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"{weights}: {name} is of dtype {tensor.dtype}; {', '.join(DTYPES)} can be merged."
-            )
-        if found := _LOW_RANK.fullmatch(name):
-            parts.setdefault(found["module"], {})[found["part"]] = tensor
+        check_mergeable(tensor)
+        if match := _LOW_RANK.fullmatch(name):
+            parts.setdefault(match["module"], {})[match["part"]] = tensor
         elif "lora_" in name or "token_adapter" in name:
             raise ValueError(
                 f"{weights}: how {name} is merged is not known here. Merge it with PEFT's "
@@ -134,6 +109,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse what is not plain LoRA on an unchanged base; names the key of the config."""
     if config.get("peft_type") != "LORA":
         raise ValueError(
             f"{file}: the adapter is of the type {config.get('peft_type')}; only LORA is merged. "

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from fastdpo.merging.model_files import are_plain_names, model_file
 from fastdpo.merging.tensor_files import StoredTensor, tensors_of
 from fastdpo.modeling.loading import HUB_HINT, ModelError
 
@@ -25,13 +27,14 @@ class Base:
     """A model's folder.
 
     Attributes:
-        name: as the user named it.
-        folder: where its files lie.
-        config: its config.json.
-        shards: file name -> its tensors, in their order.
-        kinds: module -> "linear", "transposed" (weight is (in, out)), "embedding" or the class.
-        in_4bit: modules that `--qlora` holds in 4 bits.
-        tied: tensor -> the one it is tied to, by the names in memory.
+        name: the model, as the user named it.
+        folder: the folder that holds its files.
+        config: the content of its config.json.
+        shards: the tensors of each weight file, by file name and tensor name.
+        kinds: "linear", "transposed" (weight is (in, out)), "embedding" or the class's name, by
+            module name.
+        in_4bit: names of the modules that `--qlora` holds in 4 bits.
+        tied: for each tied tensor the one it is tied to, by their names in the loaded model.
     """
 
     name: str
@@ -42,17 +45,19 @@ class Base:
     in_4bit: frozenset[str]
     tied: Mapping[str, str]
 
-    def stored_name(self, name: str) -> str | None:
-        """What the files call a tensor; some leave the first part of its name out."""
-        stored = {each for tensors in self.shards.values() for each in tensors}
-        parts = name.split(".")
-        return next(
-            (end for i in range(len(parts)) if (end := ".".join(parts[i:])) in stored), None
-        )
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """The file that holds each stored tensor, by the tensor's name in the files."""
+        return {name: file for file, tensors in self.shards.items() for name in tensors}
 
-    def shard_of(self, stored_name: str) -> str:
-        """The file that holds the tensor."""
-        return next(shard for shard, tensors in self.shards.items() if stored_name in tensors)
+    def stored_name(self, name: str) -> str | None:
+        """The name that the files give to a tensor of the loaded model; None if they lack it.
+
+        Some files leave the first parts of the name out.
+        """
+        parts = name.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))
+        return next((end for end in ends if end in self.file_of), None)
 
 
 def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Base:
@@ -63,7 +68,10 @@ def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
     """
     folder = Path(name) if Path(name).is_dir() else _from_hub(name, revision)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config_file = model_file(folder, "config.json")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"a {type(config).__name__} in place of an object")
     except (OSError, ValueError) as error:
         raise ModelError(f"{name!r} is no model: its config.json: {error}. {HUB_HINT}") from error
     if method := (config.get("quantization_config") or {}).get("quant_method"):
@@ -86,6 +94,7 @@ def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
 
 
 def _from_hub(name: str, revision: str) -> Path:
+    """The folder of a hub model in the local cache, downloaded where it is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -101,25 +110,47 @@ def _from_hub(name: str, revision: str) -> Path:
 
 
 def _shards(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
-    files = [SINGLE]
-    if (folder / INDEX).is_file():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    if missing := [file for file in files if not (folder / file).is_file()]:
+    """The tensors of each weight file, by file name; `name` is the model's, for errors."""
+    try:
+        paths = {file: model_file(folder, file) for file in _weight_files(folder)}
+    except FileNotFoundError as error:
         raise ModelError(
-            f"{name!r} has no {missing[0]}: its weights have to be in safetensors, as "
-            "save_pretrained writes them."
+            f"{name!r}: {error}; its weights have to be in safetensors, as save_pretrained writes "
+            "them."
+        ) from None
+    return {file: tensors_of(path) for file, path in paths.items()}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of the weight files, from the index where there is one.
+
+    Raises:
+        ModelError: the index is damaged, or names files elsewhere.
+    """
+    if not (folder / INDEX).exists():
+        return [SINGLE]
+    index = model_file(folder, INDEX)
+    try:
+        names = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / INDEX} holds no weight_map: {error!r}") from error
+    if not are_plain_names(names) or not all(each.endswith(".safetensors") for each in names):
+        raise ModelError(
+            f"{folder / INDEX}: its weight_map must hold plain names of .safetensors files that "
+            "lie beside it."
         )
-    return {file: tensors_of(folder / file) for file in files}
+    return sorted(set(names))
 
 
 def _kind(module: nn.Module) -> str:
+    """The kind of a module, as `Base.kinds` says."""
     kinds = {nn.Linear: "linear", Conv1D: "transposed", nn.Embedding: "embedding"}
-    found = (kind for cls, kind in kinds.items() if isinstance(module, cls))
-    return next(found, type(module).__name__)
+    matches = (kind for cls, kind in kinds.items() if isinstance(module, cls))
+    return next(matches, type(module).__name__)
 
 
 def _modules_in_4bit(model: PreTrainedModel) -> frozenset[str]:
-    """What transformers makes 4-bit layers of; replaces the layers of `model`."""
+    """The names of the modules that transformers loads in 4 bits; replaces them in `model`."""
     import bitsandbytes as bnb
 
     replace_with_bnb_linear(

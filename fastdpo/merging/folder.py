@@ -1,4 +1,4 @@
-"""The merged model's folder: written file by file, complete only when its config.json is there."""
+"""The merged model's folder: written file by file, complete only once it has a config.json."""
 
 import json
 import shutil
@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastdpo.merging.adapter import Adapter
 from fastdpo.merging.base import INDEX, Base
+from fastdpo.merging.model_files import are_plain_names, model_file
 from fastdpo.merging.plan import MergePlan
-from fastdpo.merging.tensor_files import DTYPES, bytes_of, write_tensors
+from fastdpo.merging.tensor_files import MERGEABLE_DTYPES, write_tensors
 from fastdpo.system import files
 from fastdpo.system.console import progress_bar
 
@@ -23,15 +26,17 @@ TOKENIZER_FILES = (
     "spiece.model", "sentencepiece*", "chat_template*",
 )  # fmt: skip
 OTHER_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WRITTEN = (*TOKENIZER_FILES, *OTHER_FILES, "*.safetensors", INDEX, "config.json")
+"""Patterns of everything that a merge writes beside its account."""
 
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A folder that was written.
+    """A merged model that was written.
 
     Attributes:
-        folder: where it lies.
-        bytes: of its tensors.
+        folder: the folder that holds it.
+        bytes: the size of its tensors.
         account: the content of its merge.json, without the report.
     """
 
@@ -44,8 +49,10 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
     """Make sure that nothing but our own earlier result is lost in `folder`, and remove that.
 
     Raises:
-        ValueError: something else lies there, or an earlier result and `overwrite` is off.
+        ValueError: something else lies there, or an earlier result and `overwrite` is off; or a
+            file that would be copied is a link out of its model's folder.
     """
+    _copies(base.folder, adapter.folder)  # refused before anything is removed
     for other, what in ((base.folder, "the base"), (adapter.folder, "the adapter")):
         if folder.resolve() == other.resolve():
             raise ValueError(f"--output_dir {folder} is the folder of {what}: name a new one.")
@@ -64,20 +71,33 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
             f"--output_dir {folder} holds an earlier merge (of {earlier['adapter']}): name another "
             "folder, or replace it with --overwrite."
         )
-    for name in (*earlier["files"], MARKER):
-        files.remove(folder / Path(name).name)
+    paths = [folder / name for name in (*earlier["files"], MARKER)]
+    if folders := [path for path in paths if path.is_dir() and not path.is_symlink()]:
+        raise ValueError(
+            f"--output_dir {folder}: {folders[0].name} is a folder, which no merge makes: move it "
+            "away, or name a new folder."
+        )
+    for path in paths:
+        files.remove(path)
     for path in folder.iterdir():
         if files.is_temporary(path):  # of a merge that was killed
             files.remove(path)
 
 
 def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
-    """Write weights, tokenizer and, last, config.json; each file is whole or not there."""
-    sizes = {file: sum(map(bytes_of, tensors.values())) for file, tensors in plan.files.items()}
+    """Write weights, tokenizer and, last, config.json; each file is whole or not there.
+
+    Only one weight file's new tensors are in memory at a time.
+
+    Raises:
+        ValueError: the disk has too little room.
+        OSError: the disk is full or failing.
+    """
+    size = sum(each.nbytes for tensors in plan.files.values() for each in tensors.values())
     files.mkdir(folder)
-    if (free := files.free_bytes(folder)) < sum(sizes.values()):
+    if (free := files.free_bytes(folder)) < size:
         raise ValueError(
-            f"the merged model takes {sum(sizes.values()) / 2**20:,.1f} MiB and {folder} has "
+            f"the merged model takes {size / 2**20:,.1f} MiB and {folder} has "
             f"{free / 2**20:,.1f} MiB left: name a folder on another disk."
         )
     copies = _copies(plan.base.folder, plan.adapter.folder)
@@ -88,24 +108,24 @@ def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
         "complete": False,
         "base": plan.base.name,
         "adapter": str(plan.adapter.folder),
-        "onto": plan.onto,
+        "onto": plan.base_precision,
         "files": names,
     }
     files.write_json(folder / MARKER, account)
     with progress_bar(len(plan.files), "Merging", "file") as bar:
         for file, tensors in plan.files.items():
-            files.write_atomically(folder / file, partial(write_tensors, tensors=tensors.items()))
+            files.write_atomically(folder / file, partial(write_tensors, tensors=tensors))
             bar.update()
     if indexed:
-        where = {name: file for file, tensors in plan.files.items() for name in tensors}
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        weight_map = {name: file for file, tensors in plan.files.items() for name in tensors}
+        content = {"metadata": {"total_size": size}, "weight_map": weight_map}
         files.write_json(folder / INDEX, content)
     for name, source in copies.items():
         files.write_atomically(folder / name, partial(shutil.copyfile, source))
     files.write_json(folder / "config.json", _config(plan))
     account["complete"] = True
     files.write_json(folder / MARKER, account)
-    return MergedModel(folder, sum(sizes.values()), account)
+    return MergedModel(folder, size, account)
 
 
 def finish_folder(merged: MergedModel, report: dict[str, Any]) -> None:
@@ -114,25 +134,40 @@ def finish_folder(merged: MergedModel, report: dict[str, Any]) -> None:
 
 
 def _earlier(folder: Path) -> dict[str, Any] | None:
+    """The merge.json of an earlier merge into the folder.
+
+    Returns None where there was none, or where it names files that no merge writes: it may be
+    another's, and what it names is removed.
+    """
     try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return found if found["made_by"] == MADE_BY and found["files"] is not None else None
+        account = json.loads(model_file(folder, MARKER).read_text(encoding="utf-8"))
+        is_ours = account["made_by"] == MADE_BY and isinstance(account["complete"], bool)
+        written, _ = account["files"], account["adapter"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if not is_ours or not are_plain_names(written):
+        return None
+    known = all(any(fnmatch(name, pattern) for pattern in WRITTEN) for name in written)
+    return account if known else None
 
 
 def _copies(base: Path, adapter: Path) -> dict[str, Path]:
-    """File name -> the file to copy: the base's, and the adapter's tokenizer over them."""
-    own = _matching(adapter, TOKENIZER_FILES)
-    found = _matching(base, (*OTHER_FILES, *TOKENIZER_FILES))
-    if "tokenizer_config.json" in own:  # its chat template is the one in force, or there is none
-        found = {name: file for name, file in found.items() if not name.startswith("chat_template")}
-    return found | own
+    """The files to copy by their names: the base's, and the adapter's tokenizer over them."""
+    from_adapter = _matching(adapter, TOKENIZER_FILES)
+    from_base = _matching(base, (*OTHER_FILES, *TOKENIZER_FILES))
+    if "tokenizer_config.json" in from_adapter:  # its chat template is in force, or there is none
+        from_base = {n: path for n, path in from_base.items() if not n.startswith("chat_template")}
+    return from_base | from_adapter
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """The files of a folder whose names match one of the patterns, by name.
+
+    Raises:
+        ValueError: one is a link out of the folder.
+    """
     return {
-        path.name: path
+        path.name: model_file(folder, path.name)
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns)
     }
@@ -140,13 +175,14 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The base's config.json with the dtype of the weights as they are written."""
-    stored: Counter[str] = Counter()
+    bytes_of: Counter[torch.dtype] = Counter()
     for tensors in plan.files.values():
         for tensor in tensors.values():
-            stored[tensor.dtype] += bytes_of(tensor)
+            bytes_of[tensor.dtype] += tensor.nbytes
+    ((most, _),) = bytes_of.most_common(1)
     config = dict(plan.base.config)
-    dtype = str(DTYPES.get(stored.most_common(1)[0][0], "")).removeprefix("torch.")
-    if dtype:
+    if most in MERGEABLE_DTYPES:
+        dtype = str(most).removeprefix("torch.")
         config |= {"dtype": dtype, "torch_dtype": dtype}  # new readers take one, old ones the other
     if plan.unties:
         config["tie_word_embeddings"] = False

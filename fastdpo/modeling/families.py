@@ -1,132 +1,230 @@
-"""What a family of models can do: packed rows, shared prompts, or neither, and why.
+"""The peculiarities of model families: one table, read by every room.
 
-Packing several sequences into a row is exact where tokens meet in attention alone. A layer that
-carries a state along the row (state space, linear attention, convolution) would carry it from one
-sequence into the next, so such models run every completion in a padded row of its own.
+`Family`'s defaults are the names and shapes that transformers' families share. A family that
+differs has an entry in `FAMILIES` under its config's `model_type`, and a new quirk is one edit
+there. Everything is read from configs and module names: no model code is imported, so the planner
+reads the same table as the passes and stays quick.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from fastdpo.modeling.attention import ATTENTIONS, MODEL_ATTENTION
-from fastdpo.modeling.head import get_backbone, unwrap_model
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family names what the trainer must know, and what it does differently.
+
+    Attributes:
+        packing_obstacle: why sequences in one packed sequence would change each other although the
+            layers are of kinds that do not; completes a sentence that begins with the family's
+            name.
+        logit_multipliers: config fields, each a factor on the logits.
+        logit_divisors: config fields that the logits are divided by.
+        logit_softcaps: config fields of a cap c, logits being c * tanh(logits / c).
+        attention_softcap: config field of the same cap on attention scores.
+        attention_sinks: whether each head has one more key, of value 0, that takes weight.
+        experts_per_token: config fields of how many experts a router chooses for a token; the
+            first that is set counts.
+        gated_mlps: names of the linear layers inside an MLP, as attributes of its module, the
+            layer back to H last; several where the two layers up may be one matrix.
+        attention_linears: names of the linear layers of an attention module.
+        norm_suffix: how the class names of norms end.
+    """
+
+    packing_obstacle: str = ""
+    logit_multipliers: tuple[str, ...] = (
+        "logit_scale",  # Cohere
+        "lm_head_multiplier",  # Falcon-H1
+        "output_multiplier",  # Muse
+    )
+    logit_divisors: tuple[str, ...] = ("logits_scaling",)  # Granite
+    logit_softcaps: tuple[str, ...] = (
+        "final_logit_softcapping",  # Gemma
+        "logits_soft_cap",  # RecurrentGemma
+    )
+    attention_softcap: str = "attn_logit_softcapping"
+    attention_sinks: bool = False
+    experts_per_token: tuple[str, ...] = (
+        "num_experts_per_tok",
+        "top_k_experts",
+        "moe_topk",
+        "moe_top_k",
+        "num_experts_per_token",
+    )
+    gated_mlps: tuple[tuple[str, ...], ...] = (
+        ("gate_proj", "up_proj", "down_proj"),
+        ("gate_up_proj", "down_proj"),
+    )
+    attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    norm_suffix: str = "Norm"
+
+
+USUAL = Family()
+
+FAMILIES = {
+    "doge": Family(packing_obstacle="attends with a mask that it computes from its values"),
+    "gpt_oss": Family(attention_sinks=True),
+    "granite_swa": Family(attention_sinks=True),
+    "granitemoe_swa": Family(attention_sinks=True),
+    # It multiplies by the field that Granite divides by.
+    "hyperclovax": Family(
+        logit_multipliers=(*USUAL.logit_multipliers, *USUAL.logit_divisors), logit_divisors=()
+    ),
+    "nemotron": Family(packing_obstacle="does not hand arguments on to its attention"),
+    "phimoe": Family(packing_obstacle="has a window that it does not hand on to its attention"),
+}
+"""The families that differ from `Family`'s defaults, by `model_type`."""
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention")
-"""Of transformers' layer types, those that our attention computes."""
+"""The layer types, in transformers' words, in which tokens meet in our attention alone."""
 
-LAYERS = {
+LAYER_OBSTACLES = {
     "linear_attention": "linear attention or a state space",
     "conv": "convolutions",
     "hybrid": "a state space beside the attention",
     "hybrid_sliding": "a state space beside the attention",
     "chunked_attention": "attention in fixed chunks of positions",
 }
-"""What other layer types are, in words."""
+"""Other layer types in words, for the log; an unknown one is named as transformers names it."""
 
-OWN_ATTENTION = {
-    "doge": "attends with a mask that it computes from its values",
-    "nemotron": "does not hand arguments on to its attention",
-    "phimoe": "has a window that it does not hand on to its attention",
+UNRELATED_CONFIG_KEYS = {
+    "attn_logit_softcapping",  # inside the attention, which applies it
+    "rope_scaling",
+    "scale_attention_softmax_in_fp32",
+    "scale_attn_by_inverse_layer_idx",
+    "scale_attn_weights",
+    "scale_embedding",
+    "scale_fmt",
+    "query_pre_attn_scalar",
+    "w_init_variance_scale",
+    "final_w_init_variance_scale",
+    "residual_multiplier",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "output_router_logits",
+    "router_logits",
+    "routed_scaling_factor",  # of the experts' sum, inside the layer
+    "router_scaling_factor",
+    "attention_value_scale",
 }
-"""Families that have transformers' attention interface and yet cannot use ours, by model_type."""
+"""Config fields that look as if they scaled the logits and do not, in any family."""
 
 
-@dataclass(frozen=True)
-class PackingMode:
-    """How the pairs of a run go through its model."""
-
-    packing: bool = True  # completions one after another in a row; else a padded row each
-    shared_prefix: bool = True  # what a group's rows share is computed once
-    attention: str = "auto"  # what `packed_attention` is to be given
-    why: str = ""  # what is off, and why; empty where nothing is
-
-    def describe(self) -> str:
-        """One sentence for the log."""
-        rows = "packed rows" if self.packing else "padded rows of one completion each"
-        shared = "each prompt computed once" if self.shared_prefix else "no prompt shared"
-        return f"Pairs run in {rows}, {shared}{f': {self.why}' if self.why else ''}."
+def family_of(config: "PreTrainedConfig") -> Family:
+    """The family of a model's text config: its entry in `FAMILIES`, or the defaults."""
+    return FAMILIES.get(config.model_type, USUAL)
 
 
-def choose_packing(
-    model: nn.Module, *, packing: str = "auto", shared_prefix: str = "auto", attention: str = "auto"
-) -> PackingMode:
-    """Choose how pairs run through a model.
+def packing_obstacle(config: "PreTrainedConfig") -> str:
+    """Why sequences packed into one would change each other, by the text config; or nothing."""
+    name = config.model_type
+    strange = [kind for kind in getattr(config, "layer_types", None) or () if not _packs(kind)]
+    if strange:
+        words = dict.fromkeys(LAYER_OBSTACLES.get(kind, kind) for kind in strange)
+        return (
+            f"{name} has layers of {' and '.join(words)}, which run on from one sequence into the "
+            "next"
+        )
+    obstacle = family_of(config).packing_obstacle
+    return f"{name} {obstacle}" if obstacle else ""
 
-    Args:
-        model: a causal LM or a PeftModel on it.
-        packing: auto, where it is exact; off, padded rows under the model's own attention.
-        shared_prefix: auto, where rows are packed; off, every completion with its own prompt.
-        attention: one of `ATTENTIONS`.
+
+def _packs(layer_type: str) -> bool:
+    return layer_type in PACKABLE_LAYERS
+
+
+def logit_scale(config: "PreTrainedConfig") -> float:
+    """The factor between a model's head and its logits.
 
     Raises:
-        ValueError: the model is no causal decoder, or is asked for what it cannot do.
+        ValueError: the text config has a field that may scale the logits and is not in the table.
     """
-    causal_lm = unwrap_model(model)
-    _refuse_not_causal(causal_lm)
-    obstacle = why_not_packable(causal_lm)
-    if obstacle and attention != "auto":
-        raise ValueError(
-            f"--attention {attention} is for packed rows, and {obstacle}. Leave --attention out."
-        )
-    if obstacle:
-        return PackingMode(False, False, MODEL_ATTENTION, obstacle)
-    if packing == "off":
-        # transformers' sdpa drops the cap on the scores; ours has it.
-        capped = getattr(causal_lm.config.get_text_config(), "attn_logit_softcapping", None)
-        theirs = attention == "auto" and not capped
-        return PackingMode(
-            False, False, MODEL_ATTENTION if theirs else attention, "--packing is off"
-        )
-    if shared_prefix == "off":
-        return PackingMode(True, False, attention, "--shared_prefix is off")
-    assert attention in ATTENTIONS, "checked by the options"
-    return PackingMode(attention=attention)
+    family = family_of(config)
+    known = {*family.logit_multipliers, *family.logit_divisors, *family.logit_softcaps}
+    for name, value in config.to_dict().items():
+        looks_like_it = "logit" in name or "scal" in name or name.endswith("multiplier")
+        listed = name in known or name in UNRELATED_CONFIG_KEYS
+        if looks_like_it and not listed and value not in (None, False, 1, 1.0):
+            raise ValueError(
+                f"{config.model_type}'s config has {name}={value}, which may change the logits in "
+                "a way that fastdpo does not know: the log-probs could be wrong. Choose another "
+                "model, or file an issue."
+            )
+    scale = 1.0
+    for name in family.logit_multipliers:
+        scale *= getattr(config, name, None) or 1.0
+    for name in family.logit_divisors:
+        scale /= getattr(config, name, None) or 1.0
+    return scale
 
 
-def why_not_packable(causal_lm: PreTrainedModel) -> str:
-    """Why sequences in one row would change each other in this model, or nothing."""
-    config = causal_lm.config.get_text_config()
-    family = config.model_type
-    types = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    strange = [kind for kind in types if kind not in PACKABLE_LAYERS]
-    if strange:
-        named = " and ".join(dict.fromkeys(LAYERS.get(kind, kind) for kind in strange))
-        return f"{family} has layers of {named}, which run on from one sequence into the next"
-    if causal_lm._is_stateful:
-        return f"{family} keeps a state that runs on from one sequence into the next"
-    if family in OWN_ATTENTION:
-        return f"{family} {OWN_ATTENTION[family]}"
-    if not causal_lm._supports_attention_backend:
-        return f"{family} does not attend through transformers' attention interface"
-    return ""
+def logit_softcap(config: "PreTrainedConfig") -> float | None:
+    """The cap on a model's logits, or None."""
+    return _first_set(config, family_of(config).logit_softcaps)
 
 
-def rotary_limit(causal_lm: PreTrainedModel) -> int | None:
-    """The longest row for which rotary frequencies do not depend on the longest row of the pass.
+def attention_softcap(config: "PreTrainedConfig") -> float | None:
+    """The cap on a model's attention scores, or None."""
+    return getattr(config, family_of(config).attention_softcap, None)
 
-    Dynamic and long RoPE switch all rows of a pass at once when one is longer than what the model
-    was first trained on, so a log-prob would depend on neighbours.
+
+def experts_per_token(config: "PreTrainedConfig") -> int | None:
+    """How many experts a router chooses for a token, None for a model without routers."""
+    return _first_set(config, family_of(config).experts_per_token)
+
+
+def _first_set(config: "PreTrainedConfig", names: tuple[str, ...]) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def head_dims(config: "PreTrainedConfig") -> tuple[int, int]:
+    """Entries of one head's queries and keys, and of its values."""
+    value_dim = getattr(config, "v_head_dim", None)
+    rotary_dim = getattr(config, "qk_rope_head_dim", None)
+    if value_dim and rotary_dim:  # latent attention: a rotary part beside one without positions
+        return config.qk_nope_head_dim + rotary_dim, value_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size, value_dim or size
+
+
+def masked_window(config: "PreTrainedConfig | None") -> int | None:
+    """The window that a model applies by its masks alone, or None; without a config None."""
+    types = getattr(config, "layer_types", None)
+    sliding = types is None or "sliding_attention" in types
+    return getattr(config, "sliding_window", None) if sliding else None
+
+
+def rotary_limit(config: "PreTrainedConfig") -> int | None:
+    """The longest sequence whose rotary frequencies do not depend on the longest of the pass.
+
+    Dynamic and long RoPE switch all sequences of a pass at once when one is longer than what the
+    model was first trained on, so a log-prob would depend on neighbours.
     """
-    config = causal_lm.config.get_text_config()
-    found = getattr(config, "rope_parameters", None) or {}
-    sets = [found] if "rope_type" in found else [v for v in found.values() if isinstance(v, dict)]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
     limits = [
         each.get("original_max_position_embeddings") or config.max_position_embeddings
-        for each in sets
+        for each in ([parameters] if "rope_type" in parameters else by_layer_type)
         if each.get("rope_type") in ("dynamic", "longrope")
     ]
     return min(limits, default=None)
 
 
-def _refuse_not_causal(causal_lm: PreTrainedModel) -> None:
-    config = causal_lm.config.get_text_config()
-    backbone = get_backbone(causal_lm)
-    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
-    modules = (m for m in backbone.modules() if getattr(m, "is_causal", True) is False)
-    if causal_lm.config.is_encoder_decoder or both_ways or next(modules, None) is not None:
-        raise ValueError(
-            f"{type(causal_lm).__name__} attends in both directions or has an encoder, so a "
-            "token's log-prob is not that of the text before it: choose a decoder-only causal LM."
-        )
+def is_gated_mlp(module: nn.Module, family: Family) -> bool:
+    """Tell whether a module is a gated MLP of this family, by its linear layers."""
+    return any(
+        all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+        for names in family.gated_mlps
+    )
+
+
+def is_norm(module: nn.Module, family: Family) -> bool:
+    """Tell whether a module is a norm with one weight for each entry of the last axis."""
+    weight = getattr(module, "weight", None)
+    named = type(module).__name__.endswith(family.norm_suffix)
+    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1

@@ -1,45 +1,20 @@
 """The head: how a model's own forward forms its logits from the last hidden states."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Config names of a factor on the logits (Cohere, Falcon-H1, Muse)."""
-
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Config names of a cap on the logits (Gemma, RecurrentGemma)."""
-
-UNRELATED_CONFIG_KEYS = {
-    "attn_logit_softcapping",  # inside the attention, which applies it
-    "rope_scaling",
-    "scale_attention_softmax_in_fp32",
-    "scale_attn_by_inverse_layer_idx",
-    "scale_attn_weights",
-    "scale_embedding",
-    "scale_fmt",
-    "query_pre_attn_scalar",
-    "w_init_variance_scale",
-    "final_w_init_variance_scale",
-    "residual_multiplier",
-    "attention_multiplier",
-    "embedding_multiplier",
-    "output_router_logits",
-    "router_logits",
-    "routed_scaling_factor",  # of the experts' sum, inside the layer
-    "router_scaling_factor",
-    "attention_value_scale",
-}
-"""Config names that look as if they touched the logits and do not."""
+from fastdpo.modeling.families import logit_scale, logit_softcap
 
 
 @dataclass(frozen=True)
 class Head:
-    """What stands between the last hidden state and the logits."""
+    """How a model forms its logits from the last hidden states.
+
+    They are logit_scale * (states @ weight.T + bias), capped where there is a softcap.
+    """
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -49,7 +24,8 @@ class Head:
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # pyrefly: ignore
+    inside: Any = getattr(model, "get_base_model", None)  # without peft, which imports for seconds
+    return model if inside is None else inside()  # pyrefly: ignore
 
 
 def get_lm_head(model: nn.Module) -> Head:
@@ -59,6 +35,9 @@ def get_lm_head(model: nn.Module) -> Head:
         ValueError: the head is something this trainer would compute wrongly: an adapter on it, a
             quantized one, or a config field that scales logits in a way it does not know.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     causal_lm = unwrap_model(model)
     lm_head = causal_lm.get_output_embeddings()
     if lm_head is None:
@@ -77,8 +56,7 @@ def get_lm_head(model: nn.Module) -> Head:
             "linear layer in floating point. Load the model with lm_head left out of quantization."
         )
     config = causal_lm.config.get_text_config()
-    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
-    return Head(lm_head.weight, lm_head.bias, softcap, _logit_scale(config))
+    return Head(lm_head.weight, lm_head.bias, logit_softcap(config), logit_scale(config))
 
 
 def get_backbone(model: nn.Module) -> nn.Module:
@@ -91,21 +69,3 @@ def get_backbone(model: nn.Module) -> nn.Module:
             "need the hidden states below the head. Choose a decoder-only causal LM."
         )
     return backbone
-
-
-def _logit_scale(config: PreTrainedConfig) -> float:
-    known = {*MULTIPLIERS, "logits_scaling", *SOFTCAPS, *UNRELATED_CONFIG_KEYS}
-    for name, value in config.to_dict().items():
-        looks_like_it = "logit" in name or "scal" in name or name.endswith("multiplier")
-        if looks_like_it and name not in known and value not in (None, False, 1, 1.0):
-            raise ValueError(
-                f"{config.model_type}'s config has {name}={value}, which may change the logits in "
-                "a way that fastdpo does not know: the log-probs could be wrong. Choose another "
-                "model, or file an issue."
-            )
-    scale = 1.0
-    for name in MULTIPLIERS:
-        scale *= getattr(config, name, None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    # HyperCLOVA X multiplies by the field that Granite divides by.
-    return scale * divisor if config.model_type == "hyperclovax" else scale / divisor

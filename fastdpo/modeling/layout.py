@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens
 from fastdpo.modeling.activations import apply_activation_plan, supports_checkpointing
 from fastdpo.modeling.embeddings import embeddings_to_host
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
 from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.modeling.weight_hash import record_load, weight_files
+from fastdpo.system.device import cuda_has_bf16
+
 HUB_HINT = (
     "Pass a local folder that holds config.json, *.safetensors and the tokenizer, or make the hub "
     "reachable (gated models need `hf auth login` and their licence accepted)."
@@ -21,14 +25,13 @@ HUB_HINT = (
 
 
 class ModelError(ValueError):
-    """A model or tokenizer cannot be had, with what to pass instead."""
+    """A model or tokenizer cannot be loaded; the message says what to pass instead."""
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA that has it and float32 elsewhere; else the named dtype."""
+    """The dtype of this name; `auto` is bfloat16 on a GPU with units for it, else float32."""
     if name == "auto":
-        on_cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if on_cuda else torch.float32
+        return torch.bfloat16 if cuda_has_bf16() else torch.float32
     return getattr(torch, name)
 
 
@@ -41,7 +44,7 @@ def load_model(
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM onto the GPU if there is one.
+    """Load a causal LM onto the GPU if there is one, and note the files that its tensors are from.
 
     Args:
         name: folder or hub id.
@@ -70,8 +73,10 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    arguments |= options or {}
+    files = weight_files(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments | (options or {}))
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load the model {name!r}: {_first_line(error)} {HUB_HINT}"
@@ -84,6 +89,7 @@ def load_model(
             "by bitsandbytes: choose the repository that it was made from, or leave 4-bit loading "
             "out (--lora in place of --qlora)."
         )
+    record_load(model, name, files, arguments)
     return model
 
 
@@ -109,7 +115,7 @@ def load_tokenizer(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the model's own dropout to 0, what attention reads too; adapters keep theirs."""
+    """Set the model's own dropout to 0, also that of its attention; adapters keep theirs."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
             module.p = 0.0
@@ -119,7 +125,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and each back in its own mode afterwards."""
+    """Put every module into eval mode, and each back into its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -130,9 +136,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """Of a library's message what is a sentence by itself: a list that follows is left out."""
+    """The first sentence of a library's message, without the list that may follow."""
     text = str(error).strip().splitlines()
     first = text[0].rstrip() if text else type(error).__name__
-    if first.endswith("from one of:"):  # of transformers, where no tokenizer file lies there
+    if first.endswith("from one of:"):  # transformers, where there is no tokenizer file
         return "no tokenizer file lies there."
     return first

@@ -5,18 +5,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
-def experts_per_token(config: PreTrainedConfig) -> int | None:
-    """How many experts a router chooses for a token, None for a model without routers."""
-    names = (
-        "num_experts_per_tok",
-        "top_k_experts",
-        "moe_topk",
-        "moe_top_k",
-        "num_experts_per_token",
-    )
-    return next((value for name in names if (value := getattr(config, name, None))), None)
-
-
 def load_balancing_loss(
     router_logits: tuple[Tensor, ...], real: Tensor, experts_per_token: int
 ) -> Tensor:
@@ -28,7 +16,7 @@ def load_balancing_loss(
 
     Args:
         router_logits: per layer (T, experts), before the softmax.
-        real: (T,) bool: what is not filler.
+        real: (T,) bool, False for filler.
         experts_per_token: how many experts a token chooses.
 
     Returns:
@@ -37,30 +25,31 @@ def load_balancing_loss(
     Source: arXiv:2101.03961, equations 4 to 6, as transformers computes them.
     """
     # (layers * T', experts): all layers are one population, as in transformers.
-    kept = torch.cat([logits[real] for logits in router_logits])
-    probabilities = kept.softmax(dim=-1)
+    logits = torch.cat([layer[real] for layer in router_logits])
+    experts = logits.shape[-1]
+    probabilities = logits.softmax(dim=-1)
     chosen = probabilities.detach().topk(experts_per_token, dim=-1).indices
-    choices = nn.functional.one_hot(chosen, kept.shape[-1]).sum(dim=(0, 1)).float() / len(kept)
-    return kept.shape[-1] * (choices * probabilities.float().mean(dim=0)).sum()
+    shares = nn.functional.one_hot(chosen, experts).sum(dim=(0, 1)).float() / len(logits)
+    return experts * (shares * probabilities.float().mean(dim=0)).sum()
 
 
 def aux_loss_coef(config: PreTrainedConfig, requested: float | None) -> float:
-    """The weight of the load-balancing loss: what is asked for, else the model's own.
+    """The weight of the load-balancing loss: the requested one, else the model's own.
 
     Args:
-        config: of the model.
+        config: config of the model.
         requested: `router_aux_loss_coef` of the options, or None.
 
     Returns:
         0 for a model without routers.
 
     Raises:
-        ValueError: a weight is asked for and there are no routers.
+        ValueError: a weight is requested and there are no routers.
     """
     text_config = config.get_text_config()
     if hasattr(text_config, "output_router_logits"):
-        own = getattr(text_config, "router_aux_loss_coef", 0.0)
-        return own if requested is None else requested
+        default = getattr(text_config, "router_aux_loss_coef", 0.0)
+        return default if requested is None else requested
     if requested:
         raise ValueError(
             f"--router_aux_loss_coef is {requested}, and {config.model_type} is no mixture of "

@@ -30,73 +30,76 @@ FROZEN_ADAPTER = "reference"
 
 @dataclass(frozen=True, eq=False)
 class ReferenceModel:
-    """What gives the reference log-probs.
+    """The model that gives the reference log-probs.
 
     Attributes:
-        model: that runs; the policy itself, or another model.
-        active: a context inside which `model` is the reference; all as before afterwards.
-        sentence: what it is, for people.
-        adapter: name of the adapter of `model` that is on, if any.
-        is_frozen: whether it is still there after the first update.
+        model: the model that runs: the policy itself, or another one.
+        active: makes a context inside which `model` is the reference; afterwards it is as before.
+        description: one sentence on what the reference is, for logs and model cards.
+        adapter: name of the adapter that is on inside the context, or None.
+        is_frozen: whether the reference is still there after the first update.
     """
 
     model: nn.Module
     active: Callable[[], AbstractContextManager[None]]
-    sentence: str
+    description: str
     adapter: str | None = None
     is_frozen: bool = True
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter that is on, by name; the log-probs depend on it as on the weights."""
+        """Tensors of the adapter that is on, by name: log-probs depend on them as on weights."""
         if self.adapter is None:
             return {}
         return get_peft_model_state_dict(self.model, adapter_name=self.adapter)
 
     def adapter_scale(self) -> dict[str, Any]:
-        """What its config makes of those tensors."""
+        """The adapter's config fields that decide what its tensors add to the weights."""
         assert self.adapter is not None, "there is one"
         config = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
-        named = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-        return {name: getattr(config, name, None) for name in named}
+        names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+        return {name: getattr(config, name, None) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a reference that follows the policy consists of, by name."""
+        """The tensors that a reference which follows the policy consists of, by name."""
         return self.adapter_tensors() or dict(self.model.named_parameters())
 
-    def follow(self, policy: nn.Module, mixup_alpha: float) -> None:
-        """TR-DPO: become alpha x policy + (1 - alpha) x this reference, arXiv:2404.09656.
+    def update_ema(self, policy: nn.Module, mixup_alpha: float) -> None:
+        """Become alpha x policy + (1 - alpha) x this reference: TR-DPO, arXiv:2404.09656.
 
         Args:
-            policy: the one that this is a copy of.
+            policy: the model that this reference is a copy of.
             mixup_alpha: 1 is the policy as it is now, 0 changes nothing.
         """
-        theirs = dict(policy.named_parameters())
+        trained = dict(policy.named_parameters())
         if isinstance(policy, PeftModel):
             (active,) = policy.active_adapters
-            theirs = get_peft_model_state_dict(policy, adapter_name=active)
+            trained = get_peft_model_state_dict(policy, adapter_name=active)
         with torch.no_grad():
             for name, tensor in self.tensors().items():
-                tensor.lerp_(theirs[name].to(tensor.dtype), mixup_alpha)
+                tensor.lerp_(trained[name].to(tensor.dtype), mixup_alpha)
 
 
 def reference_from_base(policy: nn.Module) -> ReferenceModel:
-    """The policy with its adapters off, or a policy without any before its first update."""
+    """Take as reference the policy, with its adapters off or before its first update."""
     if isinstance(policy, PeftModel):
-        sentence = "The reference is the same model with its adapter off."
-        return ReferenceModel(policy, lambda: adapters_disabled(policy), sentence)
-    sentence = "The reference is the model as it is now, before the first update."
-    return ReferenceModel(policy, nullcontext, sentence, is_frozen=False)
+        description = "The reference is the same model with its adapter off."
+        return ReferenceModel(policy, lambda: adapters_disabled(policy), description)
+    description = "The reference is the model as it is now, before the first update."
+    return ReferenceModel(policy, nullcontext, description, is_frozen=False)
 
 
 def reference_from_start(policy: nn.Module) -> ReferenceModel:
-    """A frozen copy of the adapter that training starts from; the base if that adds nothing."""
+    """Take as reference what training starts from.
+
+    It is a frozen copy of the adapter, or the base where the adapter adds nothing yet.
+    """
     if not isinstance(policy, PeftModel) or is_identity_adapter(policy):
         return reference_from_base(policy)
     return reference_from_copy(policy)
 
 
 def reference_from_copy(policy: nn.Module) -> ReferenceModel:
-    """A frozen copy of what is trained: of the adapter if there is one, else of all weights."""
+    """Take as reference a frozen copy of the adapter if there is one, else of all weights."""
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).requires_grad_(False)
         return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
@@ -112,22 +115,22 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
         adapter=FROZEN_ADAPTER,
     )
     _restore(policy, active, trainable)
-    reference.follow(policy, 1.0)
+    reference.update_ema(policy, 1.0)
     return reference
 
 
 def reference_from_adapter(policy: PeftModel, folder: str) -> ReferenceModel:
-    """The adapter of a folder, on the weights that the policy's adapter lies on too.
+    """Take as reference the adapter of a folder, on the policy's base.
 
     Raises:
-        ValueError: it was trained on another base, or its weights do not fit.
+        ValueError: the adapter was trained on another base, or its weights do not fit.
     """
     (active,), trainable = policy.active_adapters, _trainable(policy)
-    own, theirs = unwrap_model(policy).name_or_path, base_model_name(folder)
-    if own and theirs != own:
+    base, adapter_base = unwrap_model(policy).name_or_path, base_model_name(folder)
+    if base and adapter_base != base:
         raise ValueError(
-            f"the adapter in {folder} was trained on {theirs} and the policy lies on {own}: pass "
-            "an adapter of the same base, or a whole model."
+            f"the adapter in {folder} was trained on {adapter_base} and the policy lies on {base}: "
+            "pass an adapter of the same base, or a whole model."
         )
     load_second_adapter(policy, folder, FROZEN_ADAPTER)
     disable_dropout(policy)
@@ -142,7 +145,7 @@ def reference_from_adapter(policy: PeftModel, folder: str) -> ReferenceModel:
 
 
 def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
-    """Another model as it is, its adapters on if it has any.
+    """Take as reference another model as it is, its adapters on if it has any.
 
     Raises:
         ValueError: its vocabulary is another one, or it is the policy itself.
@@ -169,7 +172,7 @@ def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
 
 
 def is_identity_adapter(policy: PeftModel) -> bool:
-    """Whether the adapter is new: every one of its up-projections is 0."""
+    """Tell whether the adapter is new: every one of its up-projections is 0."""
     (active,) = policy.active_adapters
     tensors = get_peft_model_state_dict(policy, adapter_name=active)
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
@@ -178,7 +181,7 @@ def is_identity_adapter(policy: PeftModel) -> bool:
 
 @contextmanager
 def _adapter_on(policy: PeftModel, name: str) -> Iterator[None]:
-    """One adapter on in place of the active one; which is on and what is trained stay as before.
+    """Turn on one adapter in place of the active one; on exit all is as before.
 
     PEFT's `set_adapter` turns `requires_grad` on for what it activates and off for the rest.
     """

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fastdpo.batching import MicroBatch, PromptGroup, pack_in_order
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, WorkItem, group_length, run_within_memory
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.system.console import progress_bar
 
 

@@ -47,8 +47,8 @@ class BatchingOptions(Options):
     )
     packing: str = option(
         "auto",
-        "auto lays completions one after another in rows without padding where the model can do "
-        "that exactly; off gives every completion a padded row and shares nothing.",
+        "auto lays completions one after another without padding where the model can do that "
+        "exactly; off gives every completion a padded sequence and shares nothing.",
         choices=["auto", "off"],
     )
     merge_prompts: bool = option(
@@ -57,8 +57,9 @@ class BatchingOptions(Options):
     )
     attention: str = option(
         "auto",
-        "What attends over packed rows. auto: varlen (flash attention in torch) where it can, flex "
-        "for capped scores and sinks, sdpa elsewhere; flash_attention_2 and 3 need their packages.",
+        "What attends over packed pairs. auto: varlen (flash attention in torch) where it can, "
+        "flex for capped scores and sinks, sdpa elsewhere; flash_attention_2 and 3 need their "
+        "packages.",
         choices=list(ATTENTION_BACKENDS),
     )
     disable_dropout: bool = option(

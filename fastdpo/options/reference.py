@@ -80,7 +80,12 @@ def reference_folder(ref_cache: str | None) -> Path | None:
         return None
     if ref_cache is not None:
         return Path(ref_cache).expanduser()
+    return cache_folder() / "reference"
+
+
+def cache_folder() -> Path:
+    """The folder for what outlives a run: $FASTDPO_CACHE, or fastdpo in the user's cache."""
     if cache := os.environ.get("FASTDPO_CACHE"):
-        return Path(cache).expanduser() / "reference"
+        return Path(cache).expanduser()
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user).expanduser() / "fastdpo" / "reference"
+    return Path(user).expanduser() / "fastdpo"

@@ -60,7 +60,7 @@ REMOVED_OPTIONS = {
     # transformers, former releases
     "warmup_ratio": "use warmup_steps with a value below 1.",
     "evaluation_strategy": "use eval_strategy.",
-    "group_by_length": "rows are packed by tokens and nothing is padded; leave it out.",
+    "group_by_length": "pairs are packed by tokens and nothing is padded; leave it out.",
     "include_tokens_per_second": "perf/tokens_per_second is always logged; leave it out.",
     "overwrite_output_dir": "use another output_dir, or resume_from_checkpoint.",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR.",

@@ -1,14 +1,14 @@
 """The planner: predicts the memory of a run and chooses how it fills the GPU; allocates nothing.
 
 `architecture` counts a model from its config, `terms` and `activations` are the formulas,
-`choosing` makes a `Plan` of them, `GPUs` and `speed` say what a GPU has and how fast it is.
+`search` makes a `Plan` of them, `gpus` and `speed` tell what a GPU has and how fast it is.
 """
 
 from fastdpo.planner.architecture import Architecture, architecture_named, architecture_of
 from fastdpo.planner.from_model import pinnable_host_bytes, plan_for_run, training_of
 from fastdpo.planner.gpus import GPUSpec, current_gpu, gpu_spec
 from fastdpo.planner.plan import Plan, compare
-from fastdpo.planner.search import Workload, longest_pair, plan
+from fastdpo.planner.search import Workload, longest_pair, make_plan
 from fastdpo.planner.terms import Training
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "compare",
     "longest_pair",
     "pinnable_host_bytes",
-    "plan",
+    "make_plan",
     "plan_for_run",
     "training_of",
     "current_gpu",

@@ -1,7 +1,7 @@
 """Bytes that the tokens of a micro-batch take: what a layer saves, and what its backward adds.
 
 Counted along the autograd graph as transformers and `lora_linear` build it: a norm saves its input
-in fp32 and one number a row, `lora_linear` its input (which layers that read the same tensor
+in fp32 and one number a token, `lora_linear` its input (which layers that read the same tensor
 share), attention its queries, keys, values, output and one number a head, SiLU and product the
 three tensors that they read. `tests/planner/test_terms.py` counts the same on real models, to the
 byte.
@@ -9,13 +9,11 @@ byte.
 
 from dataclasses import dataclass
 
+from fastdpo.modeling.attention_backends import BACKENDS
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.terms import Training, dequantized_bytes
 
-KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
-"""What a layer leaves for its backward: everything, its input, or its input in host memory."""
-
-OFFLOADED_ON_CARD = 2
+OFFLOADED_ON_GPU = 2
 """Inputs of offloaded layers that lie on the GPU at a time: one in use, one on its way."""
 
 NORM_TEMPORARIES = 5
@@ -23,8 +21,8 @@ NORM_TEMPORARIES = 5
 
 
 @dataclass(frozen=True)
-class Row:
-    """The tokens of one micro-batch.
+class MicroBatchShape:
+    """How many tokens of which kind one micro-batch has.
 
     Attributes:
         tokens: T.
@@ -32,7 +30,8 @@ class Row:
         repeated_tokens: prefix tokens that lie among the keys once more, for the completions after
             the first.
         further_tokens: tokens of the completions after the first.
-        mask_entries: queries times keys of those completions, of masks that "sdpa" saves.
+        mask_entries: queries times keys of those completions: entries of the masks that attention
+            segment by segment ("sdpa") saves.
     """
 
     tokens: int
@@ -44,14 +43,14 @@ class Row:
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one decoder layer takes for a row.
+    """Bytes that one decoder layer takes for a micro-batch.
 
     Attributes:
         input: its input, which is all that a recomputed one saves.
         attention: saved from its input to the residual sum in the middle.
         middle_norm: saved by the norm before the MLP, less its output.
         mlp: saved by the MLP, the output of that norm included.
-        backward: what its backward adds to all that at the moment when it needs most.
+        backward: what its backward adds to all that in the phase in which it needs most.
         dequantized: the dense copy of a weight within `backward`.
         first_spared: what the very first layer saves less, where its input needs no gradient.
         holds_input: whether `attention` counts the input itself.
@@ -68,28 +67,28 @@ class LayerBytes:
 
     @property
     def kept(self) -> int:
-        """What a kept layer saves."""
+        """Bytes that a kept layer saves."""
         return self.attention + self.middle_norm + self.mlp
 
 
 def layer_bytes(
     architecture: Architecture,
     training: Training,
-    row: Row,
+    shape: MicroBatchShape,
     *,
     mlp_tile_tokens: int | None = None,
     norm_tile_tokens: int | None = None,
 ) -> LayerBytes:
-    """What one decoder layer takes for a row.
+    """Bytes that one decoder layer takes for a micro-batch.
 
     Args:
         architecture: of the model.
         training: what is trained.
-        row: the tokens.
-        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
+        shape: tokens of the micro-batch.
+        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over all tokens at once.
         norm_tile_tokens: likewise of the norms.
     """
-    d, tokens = training.entry_bytes, row.tokens
+    d, tokens = training.entry_bytes, shape.tokens
     stream = d if training.trains_adapter else 4
     hidden = architecture.hidden * tokens
     # Under autocast every linear layer casts and saves its own copy of what it reads.
@@ -97,7 +96,7 @@ def layer_bytes(
     norms = _Norms(training, tokens, norm_tile_tokens)
     norm = norms.saved(architecture.hidden)
     outer = architecture.norms - 2  # those after attention and MLP, which no linear layer reads
-    attention = norm + readers * d * hidden + _attention(architecture, training, row)
+    attention = norm + readers * d * hidden + _attention(architecture, training, shape)
     attention += (outer - outer // 2) * norm
     if architecture.query_key_norms:
         queries, keys = architecture.query_width, architecture.key_width
@@ -119,21 +118,21 @@ def layer_bytes(
     if tile < tokens:  # the tile is run forward again, and the input's gradient is there for all
         inside += 4 * per_token * tile + d * hidden
     gradient = stream * hidden
-    moments = {
+    phases = {
         "mlp": saved + gradient + inside,
         "middle norm": attention + norm + gradient + norms.backward(architecture.hidden),
-        "attention": attention + gradient + _attention_backward(architecture, training, row),
+        "attention": attention + gradient + _attention_backward(architecture, training, shape),
     }
     if outer:
-        moments["last norm"] = saved + gradient + norms.backward(architecture.hidden)
+        phases["last norm"] = saved + gradient + norms.backward(architecture.hidden)
     if architecture.query_key_norms:
-        moments["query norm"] = attention + gradient + norms.backward(architecture.query_width)
+        phases["query norm"] = attention + gradient + norms.backward(architecture.query_width)
     return LayerBytes(
         input=stream * hidden,
         attention=attention,
         middle_norm=norm,
         mlp=mlp,
-        backward=max(moments.values()) - saved,
+        backward=max(phases.values()) - saved,
         dequantized=scratch,
         first_spared=norm if training.trains_adapter else 0,
         holds_input=norms.keep_input,
@@ -142,7 +141,7 @@ def layer_bytes(
 
 @dataclass(frozen=True)
 class _Norms:
-    """How norms run: over the whole row in fp32, or tile by tile."""
+    """How norms run: over all tokens at once in fp32, or tile by tile."""
 
     training: Training
     tokens: int
@@ -158,13 +157,13 @@ class _Norms:
 
     @property
     def keep_input(self) -> bool:
-        """Whether what is saved is the input itself, no copy of it."""
+        """Tells whether norms save the input itself, not a copy of it."""
         return self.tiled or self.stream_bytes == 4
 
     def saved(self, width: int, size: int | None = None) -> int:
-        """The input in fp32 and a number for each vector of `size`; tiled, the input as it is.
+        """Bytes saved: the input in fp32 and a number for each vector of `size`.
 
-        A trained weight wants what it multiplies too.
+        Tiled it is the input as it is. A trained weight needs what it multiplies too.
         """
         entries = width * self.tokens
         if self.tiled:
@@ -173,7 +172,10 @@ class _Norms:
         return 4 * entries + 4 * (entries // (size or width)) + normed
 
     def backward(self, width: int) -> int:
-        """Besides what was saved: fp32 tensors, of the row or of a tile and the row's gradient."""
+        """Bytes that the backward adds: fp32 tensors of all tokens, or of a tile.
+
+        Tiled, the gradient of all tokens comes on top.
+        """
         if not self.tiled:
             return NORM_TEMPORARIES * 4 * width * self.tokens
         assert self.tile_tokens is not None, "tiled"
@@ -181,49 +183,57 @@ class _Norms:
         return self.stream_bytes * width * self.tokens + of_tile
 
 
-def _attention(architecture: Architecture, training: Training, row: Row) -> int:
-    """Saved between the first norm and the residual sum, what the linear layers read left out."""
+def _attention(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
+    """Bytes saved between the first norm and the residual sum, inputs of linear layers left out."""
     d = training.entry_bytes
     queries, keys = architecture.query_width, architecture.key_width
-    saved = 2 * d * queries * row.tokens  # queries, and the output, which o_proj reads
-    saved += 4 * architecture.query_heads * row.tokens  # the softmax's sums
-    if training.attention == "varlen":
-        saved += 2 * d * keys * (row.tokens + row.repeated_tokens)
-    else:
-        saved += 2 * d * keys * row.tokens + d * queries * row.tokens  # o_proj reads a copy
-    if training.attention == "sdpa":
-        saved += 2 * d * keys * (row.repeated_tokens + row.further_tokens) + d * row.mask_entries
+    saved = 2 * d * queries * shape.tokens  # queries, and the output, which o_proj reads
+    saved += 4 * architecture.query_heads * shape.tokens  # the softmax's sums
+    backend = BACKENDS[training.attention]
+    gathered = shape.repeated_tokens if backend.gathers_keys else 0
+    saved += 2 * d * keys * (shape.tokens + gathered)
+    if backend.copies_output:
+        saved += d * queries * shape.tokens
+    if backend.keeps_masks:
+        saved += (
+            2 * d * keys * (shape.repeated_tokens + shape.further_tokens) + d * shape.mask_entries
+        )
     return saved
 
 
-def _attention_backward(architecture: Architecture, training: Training, row: Row) -> int:
-    """Gradients of output, queries, keys and values, and what the flash kernel holds meanwhile.
+def _attention_backward(
+    architecture: Architecture, training: Training, shape: MicroBatchShape
+) -> int:
+    """Bytes of the gradients of output, queries, keys and values, and of a flash kernel's backward.
 
-    That is the sum of the queries' gradient in fp32 and, where heads share keys and values, their
-    gradients for every query head.
+    The latter is the sum of the queries' gradient in fp32 and, where heads share keys and values,
+    their gradients for every query head.
     """
     d, queries, keys = training.entry_bytes, architecture.query_width, architecture.key_width
-    gathered = row.tokens + row.repeated_tokens
-    gradients = 2 * d * queries * row.tokens + 2 * d * keys * gathered
-    if training.attention != "varlen":
+    gathered = shape.tokens + shape.repeated_tokens
+    gradients = 2 * d * queries * shape.tokens + 2 * d * keys * gathered
+    if not BACKENDS[training.attention].flash_backward:
         return gradients
     shared = 2 * d * queries * gathered if queries != keys else 0
-    return gradients + 4 * queries * row.tokens + shared
+    return gradients + 4 * queries * shape.tokens + shared
 
 
 def head_bytes(
-    architecture: Architecture, training: Training, row: Row, norm_tile_tokens: int | None = None
+    architecture: Architecture,
+    training: Training,
+    shape: MicroBatchShape,
+    norm_tile_tokens: int | None = None,
 ) -> int:
-    """What last norm and head take, forward or backward, whichever is more.
+    """Bytes of the last norm and the head, in forward or backward, whichever takes more.
 
     Forward: the norm's input and output, the scored states, U in their place, and the kernel's
     buffers. A trained head sums its gradient in fp32 and casts it twice, (V, H) each.
     """
     d, hidden = training.entry_bytes, architecture.hidden
-    norms = _Norms(training, row.tokens, norm_tile_tokens)
-    norm, scored = norms.saved(hidden), hidden * row.scored_tokens
-    forward = norm + d * hidden * row.tokens + 2 * d * scored
-    forward += _head_buffers(architecture, training, row)
+    norms = _Norms(training, shape.tokens, norm_tile_tokens)
+    norm, scored = norms.saved(hidden), hidden * shape.scored_tokens
+    forward = norm + d * hidden * shape.tokens + 2 * d * scored
+    forward += _head_buffers(architecture, training, shape)
     backward = norm + (d + 8) * scored
     last_norm = norm + norms.backward(hidden)
     if not training.trains_adapter:
@@ -231,27 +241,29 @@ def head_bytes(
     return max(forward, backward, last_norm)
 
 
-def _head_buffers(architecture: Architecture, training: Training, row: Row) -> int:
-    """What `linear_logprobs` may take, or the less that all rows want.
+def _head_buffers(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
+    """Bytes of the buffers of `linear_logprobs`: their bound, or less where all states need less.
 
-    That is the exponentials in d, and two fp32 numbers a tile of some 128 columns.
+    They need the exponentials in d, and two fp32 numbers a tile of 128 columns, whose place the
+    fp32 product takes.
     """
-    wanted = row.scored_tokens * architecture.vocabulary * (training.entry_bytes + 1 / 16)
+    scratch = max(architecture.vocabulary / 16, 4 * architecture.hidden)
+    wanted = shape.scored_tokens * (architecture.vocabulary * training.entry_bytes + scratch)
     return min(training.head_buffer_bytes, int(wanted))
 
 
-def table_bytes(architecture: Architecture, training: Training, row: Row) -> int:
-    """Rotary tables, token ids, positions, scored positions and targets; masks of "sdpa"."""
-    rotary = 2 * training.entry_bytes * architecture.head_size * row.tokens
-    masks = row.mask_entries if training.attention == "sdpa" else 0
-    return rotary + masks + 8 * (2 * row.tokens + 4 * row.scored_tokens)
+def table_bytes(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
+    """Bytes of rotary tables, token ids, positions, scored positions, targets and masks."""
+    rotary = 2 * training.entry_bytes * architecture.head_size * shape.tokens
+    masks = shape.mask_entries if BACKENDS[training.attention].keeps_masks else 0
+    return rotary + masks + 8 * (2 * shape.tokens + 4 * shape.scored_tokens)
 
 
-def scoring_bytes(architecture: Architecture, training: Training, row: Row) -> int:
-    """A pass without gradients, the reference's: the widest moment is inside an MLP."""
+def scoring_bytes(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
+    """Bytes of a pass without gradients, the reference's, which needs most inside an MLP."""
     d = training.entry_bytes
-    widest = (2 * architecture.hidden + 3 * architecture.intermediate) * row.tokens * d
+    widest = (2 * architecture.hidden + 3 * architecture.intermediate) * shape.tokens * d
     scratch = max(
         (dequantized_bytes(linear, training) for linear in architecture.linears), default=0
     )
-    return widest + scratch + _head_buffers(architecture, training, row)
+    return widest + scratch + _head_buffers(architecture, training, shape)

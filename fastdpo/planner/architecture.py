@@ -1,4 +1,4 @@
-"""What a model's config says about its size: layers, linear layers, heads, vocabulary, no weights.
+"""The sizes of a model, from its config alone: layers, linear layers, heads, vocabulary.
 
 The model is built on the meta device, where tensors have shapes and no bytes, and counted; so any
 family that transformers knows is counted right, and a loaded model is read in the same way.
@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from fastdpo.modeling.attention_backends import AttentionNeeds, attention_needs
+from fastdpo.modeling.families import Family, experts_per_token, family_of, head_dims, is_norm
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import MODEL_ALIASES, resolve_model
 
 CONFIGS = "model_configs"
@@ -39,28 +42,29 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What memory depends on.
+    """The sizes of a model that its memory depends on.
 
     Attributes:
-        name: as the user gave it.
+        name: the model's name as the user gave it.
         model_type: the family, as transformers names it.
         layers: decoder layers.
         hidden: H.
         intermediate: width of the gated MLP (of the experts that see one token, if there are any).
         query_width: query heads times their size.
         key_width: key heads times their size; values likewise.
-        query_heads: for the softmax statistics of attention.
-        head_size: of one head, and of the rotary tables.
+        query_heads: heads of queries, each with its softmax statistics.
+        head_size: entries of one head, and of the rotary tables.
         vocabulary: V.
         tied: whether embeddings and head are one matrix.
         linears: linear layers below the head, by kind.
-        embedding_parameters: of the token embeddings.
-        other_parameters: all that is neither: norms, biases, experts held as one tensor.
+        embedding_parameters: entries of the token embeddings.
+        other_parameters: entries of everything else: norms, biases, experts held as one tensor.
         norms: norms over H in one layer, of which two feed linear layers.
         query_key_norms: whether queries and keys pass a norm of their own.
-        attn_softcap: whether attention caps its scores, which flash kernels do not.
+        attention: what its attention layers ask of a backend.
         plain_embeddings: whether the embeddings are a look-up and nothing more.
-        is_standard: attention and one gated MLP, for which the activation formulas are written.
+        is_standard: whether a layer is attention and one gated MLP, for which the activation
+            formulas are written.
     """
 
     name: str
@@ -79,7 +83,7 @@ class Architecture:
     other_parameters: int
     norms: int
     query_key_norms: bool
-    attn_softcap: bool
+    attention: AttentionNeeds
     plain_embeddings: bool
     is_standard: bool
 
@@ -90,7 +94,7 @@ class Architecture:
 
     @property
     def mlp_parameters(self) -> int:
-        """Entries of those of the MLPs."""
+        """Entries of all weight matrices of MLPs."""
         return sum(
             linear.weights * linear.count
             for linear in self.linears
@@ -104,7 +108,7 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, a tied matrix once."""
+        """Entries of the whole model, a tied matrix counted once."""
         return (
             self.linear_parameters
             + self.embedding_parameters
@@ -136,7 +140,7 @@ def architecture_named(
     """The architecture of a folder, an alias or a hub id, from its config alone.
 
     Args:
-        name: as `--model` takes it; the aliases need no network.
+        name: an alias, folder or hub id; the aliases need no network.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that the repository brings.
 
@@ -186,7 +190,7 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     Raises:
         ValueError: it has no stack of decoder layers.
     """
-    causal_lm = unwrap_model(model)
+    causal_lm: Any = unwrap_model(model)
     decoder, config = causal_lm.get_decoder(), causal_lm.config.get_text_config()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -205,11 +209,11 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     )
     layer = max(layers, key=lambda each: sum(linear.weights for linear in _linears(each)))
     shapes = {linear.name: linear for linear in _linears(layer)}
-    head_size = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    norms = [_width(module) for module in layer.modules() if _is_norm(module)]
-    plain = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    family = family_of(config)
+    head_size, _ = head_dims(config)
+    norms = [_width(module) for module in layer.modules() if is_norm(module, family)]
+    weights = sum(linear.weights for linear in shapes.values())
+    standard = {*family.attention_linears, *family.gated_mlps[0]}
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     return Architecture(
@@ -217,7 +221,7 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
         model_type=config.model_type,
         layers=len(layers),
         hidden=config.hidden_size,
-        intermediate=_intermediate(config, shapes),
+        intermediate=_intermediate(config, family, shapes),
         query_width=heads * head_size,
         key_width=key_heads * head_size,
         query_heads=heads,
@@ -229,46 +233,36 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
         other_parameters=other,
         norms=sum(width == config.hidden_size for width in norms),
         query_key_norms=any(width != config.hidden_size for width in norms),
-        attn_softcap=getattr(config, "attn_logit_softcapping", None) is not None,
+        attention=attention_needs(config),
         plain_embeddings=type(embeddings).__name__ in ("Embedding", "HostEmbedding"),
-        is_standard=set(shapes) == plain and other < sum(each.weights for each in shapes.values()),
+        is_standard=set(shapes) == standard and other < weights,
     )
-
-
-def unwrap_model(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel, or the model itself."""
-    inside: Any = getattr(model, "get_base_model", None)
-    return model if inside is None else inside()
 
 
 def _linears(module: nn.Module) -> tuple[LinearShape, ...]:
-    found: Counter[tuple[str, int, int, bool]] = Counter()
+    counts: Counter[tuple[str, int, int, bool]] = Counter()
     for path, part in module.named_modules():
         if isinstance(part, nn.Linear) and "lora_" not in path:  # a 4-bit one is a Linear too
             name = path.removesuffix(".base_layer").rpartition(".")[2]
-            found[name, part.in_features, part.out_features, part.bias is not None] += 1
-    return tuple(LinearShape(*kind, count) for kind, count in found.items())
+            counts[name, part.in_features, part.out_features, part.bias is not None] += 1
+    return tuple(LinearShape(*kind, count) for kind, count in counts.items())
 
 
 def _is_linear(model: nn.Module, path: str) -> bool:
-    """Whether a parameter is the weight matrix of a linear layer (its bias is not)."""
+    """Tell whether a parameter is the weight matrix of a linear layer (its bias is not)."""
     owner, _, name = path.rpartition(".")
     return name == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Norm") and isinstance(
-        getattr(module, "weight", None), nn.Parameter
-    )
 
 
 def _width(norm: Any) -> int:
     return norm.weight.numel()
 
 
-def _intermediate(config: Any, shapes: dict[str, LinearShape]) -> int:
+def _intermediate(config: Any, family: Family, shapes: dict[str, LinearShape]) -> int:
     """Values of the MLP's widest inner tensor per token."""
-    if "down_proj" in shapes and not getattr(config, "num_experts_per_tok", None):
-        return shapes["down_proj"].inputs
+    experts = experts_per_token(config)
+    down = next((names[-1] for names in family.gated_mlps if names[-1] in shapes), None)
+    if down is not None and not experts:
+        return shapes[down].inputs
     width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return width * (getattr(config, "num_experts_per_tok", None) or 1)
+    return width * (experts or 1)

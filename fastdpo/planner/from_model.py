@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastdpo.planner.architecture import architecture_of, unwrap_model
+from fastdpo.modeling.attention_backends import attention_needs
+from fastdpo.modeling.head import unwrap_model
+from fastdpo.planner.architecture import architecture_of
 from fastdpo.planner.gpus import GPUSpec, current_gpu
 from fastdpo.planner.plan import Plan
-from fastdpo.planner.search import Workload, plan
+from fastdpo.planner.search import Workload, make_plan
 from fastdpo.planner.terms import GIB, Training
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
 
 HOST_SHARE = 0.6
-"""Of the host memory that is free, how much may be pinned: it cannot be paged out."""
+"""Share of the free host memory that may be pinned: pinned memory cannot be paged out."""
 
 
 def plan_for_run(
@@ -29,8 +31,7 @@ def plan_for_run(
     pairs_per_update: int,
     scored_tokens: int,
     repeated_tokens: int = 0,
-    longest_row_tokens: int | None = None,
-    attention: str | None = None,
+    max_seqlen: int | None = None,
     gpu: GPUSpec | None = None,
     host_bytes: int | None = None,
 ) -> Plan | None:
@@ -38,15 +39,15 @@ def plan_for_run(
 
     Args:
         model: a causal LM or a PeftModel, loaded, with the adapter that it will train.
-        config: of the run; `micro_batch_tokens`, `optim` and activation checkpointing are read.
-        group_tokens: of every training pair, what its rows share counted once.
+        config: of the run; `micro_batch_tokens`, `optim`, `attention`, `disable_dropout` and
+            activation checkpointing are read.
+        group_tokens: tokens of every training pair, its shared prefix counted once.
         pairs_per_update: B.
-        scored_tokens: of all pairs.
+        scored_tokens: scored tokens of all pairs.
         repeated_tokens: prefix tokens of all pairs that lie among the keys a second time.
-        longest_row_tokens: of the longest single row, prompt and completion. Where the longest
-            pair does not fit, the plan is for rows of at most this, and its T says which pairs are
-            to be split into their completions.
-        attention: what attends, as in `Training`; None: flash kernels where they run.
+        max_seqlen: tokens of the longest sequence, a prompt with one completion. Where the longest
+            pair does not fit, the plan is for micro-batches of at most this, and its T says which
+            pairs are to be split into their completions.
         gpu: to plan for; None: the CUDA device, with what is free on it now and what the model
             holds already; of what else this process holds (a reference model), nothing.
         host_bytes: most pinned memory; None: a share of what the host has free.
@@ -55,7 +56,8 @@ def plan_for_run(
         The plan, which may not fit, or None on a CPU: there is no GPU to fill.
 
     Raises:
-        ValueError: the model has no stack of decoder layers.
+        ValueError: the model has no stack of decoder layers, or `--attention` names a backend that
+            cannot attend in it on this GPU.
     """
     if gpu is None:
         if next(model.parameters()).device.type != "cuda":
@@ -63,7 +65,12 @@ def plan_for_run(
         gpu = current_gpu()
         gpu = replace(gpu, memory_bytes=gpu.memory_bytes - other_allocations(model))
     architecture = architecture_of(model, _name_of(model))
+    # Padded sequences run under the model's own attention, whose flash kernels keep as much.
+    attention = "auto" if config.packing == "off" else config.attention
     training = training_of(model, config.optim, attention)
+    if not config.disable_dropout:
+        needs = attention_needs(unwrap_model(model).config.get_text_config(), dropout=True)
+        architecture = replace(architecture, attention=needs)
     total = sum(group_tokens)
     workload = Workload.of(
         group_tokens,
@@ -73,7 +80,7 @@ def plan_for_run(
     )
 
     def planned(longest_tokens: int) -> Plan:
-        return plan(
+        return make_plan(
             architecture,
             training,
             gpu,
@@ -84,9 +91,9 @@ def plan_for_run(
         )
 
     made = planned(workload.longest_group_tokens)
-    if made.fits or longest_row_tokens is None:
+    if made.fits or max_seqlen is None:
         return made
-    split = planned(longest_row_tokens)
+    split = planned(max_seqlen)
     if not split.fits:
         return made
     note = (
@@ -96,8 +103,14 @@ def plan_for_run(
     return replace(split, notes=(note, *split.notes))
 
 
-def training_of(model: nn.Module, optimizer: str, attention: str | None = None) -> Training:
-    """What is trained in a loaded model."""
+def training_of(model: nn.Module, optimizer: str, attention: str = "auto") -> Training:
+    """How a loaded model is trained, from its weights and adapters.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+        optimizer: `--optim`.
+        attention: `--attention`.
+    """
     adapted: dict[str, Any] = {
         path.rpartition(".")[2]: part
         for path, part in model.named_modules()
@@ -107,8 +120,6 @@ def training_of(model: nn.Module, optimizer: str, attention: str | None = None) 
     half = unwrap_model(model).dtype in (torch.bfloat16, torch.float16)
     ranks = [a.weight.shape[0] for part in adapted.values() for a in part.lora_A.values()]
     tuning = ("qlora" if four_bit else "lora") if adapted else "full"
-    if attention is None:
-        attention = "varlen" if half or tuning == "full" else "sdpa"
     return Training(
         tuning=tuning,
         entry_bytes=2 if half or tuning == "full" else 4,
@@ -120,11 +131,11 @@ def training_of(model: nn.Module, optimizer: str, attention: str | None = None) 
 
 
 def other_allocations(model: nn.Module) -> int:
-    """Bytes that this process holds on the GPU beside what a plan of the model counts.
+    """Bytes that this process holds on the GPU and that no plan of the model counts.
 
-    A frozen adapter, the reference's, is none of that.
+    A frozen adapter, the reference's, is among them.
     """
-    own, device = {}, unwrap_model(model).device
+    counted, device = {}, unwrap_model(model).device
     frozen = [p for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad]
     outside = {id(parameter) for parameter in frozen}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -133,16 +144,16 @@ def other_allocations(model: nn.Module) -> int:
         while state is not None:  # of 4-bit weights; with double quantization it has one of its own
             parts += [part for part in vars(state).values() if isinstance(part, torch.Tensor)]
             state = getattr(state, "state2", None)
-        own |= {part.data_ptr(): part.nbytes for part in parts if part.device == device}
-    return max(0, torch.cuda.memory_allocated() - sum(own.values()))
+        counted |= {part.data_ptr(): part.nbytes for part in parts if part.device == device}
+    return max(0, torch.cuda.memory_allocated() - sum(counted.values()))
 
 
 def pinnable_host_bytes() -> int:
-    """What may be pinned of the host memory that is free, by /proc/meminfo; 8 GiB without one."""
-    found = Path("/proc/meminfo")
-    if not found.exists():
+    """Bytes of host memory that may be pinned, by /proc/meminfo; 8 GiB where there is none."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return 8 * GIB
-    line = next(x for x in found.read_text().splitlines() if x.startswith("MemAvailable"))
+    line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
     return int(int(line.split()[1]) * 1024 * HOST_SHARE)
 
 

@@ -1,37 +1,38 @@
-"""A plan: how long the micro-batches are, what each layer leaves for its backward, what it takes.
+"""A plan: how long micro-batches are, what each layer leaves for its backward, what that takes.
 
-It is chosen before the run and kept in its checkpoints, so that a resumed run repeats it.
+It is chosen before the run; what follows from it is kept in the checkpoints (`ExecutionLayout` of
+the trainer), so that a resumed run repeats it.
 """
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from fastdpo.planner.activations import OFFLOAD
+from fastdpo.modeling.activations import OFFLOAD, PAGE_BYTES
 from fastdpo.planner.terms import binary_size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do with the memory that there is.
+    """How a run uses the memory of its GPU and host, and how much that is.
 
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch.
-        activation_plan: of each decoder layer, first to last: keep, recompute or offload.
-        embeddings_on_host: whether the embedding rows are served from pinned host memory.
-        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole row.
+        activation_plan: for each decoder layer, first to last: keep, recompute or offload.
+        embeddings_on_host: whether the embeddings are served from pinned host memory.
+        mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over all tokens at once.
         norm_tile_tokens: likewise of the norms.
-        optimizer: `--optim` that the metrics are for.
-        terms: bytes at the highest moment, by term.
-        moments: bytes at every moment that may be the highest, by name.
-        pinned_host_bytes: of layer inputs and embeddings.
+        optimizer: `--optim` that the bytes are for.
+        terms: bytes in the highest phase, by term.
+        phases: bytes allocated in every phase that may be the highest, by name.
+        pinned_host_bytes: pinned host memory for layer inputs and embeddings.
         allocated_bytes: predicted peak of torch.cuda.max_memory_allocated().
         peak_bytes: that with the allocator's gaps and CUDA's context: what the GPU must have.
-        gpu_bytes: what it has.
+        gpu_bytes: memory of the GPU that the run may use.
+        host_bytes: most host memory that the run may pin.
         tokens_per_second: estimated from the GPU's data sheet, or None without one.
         notes: what the reader should know: assumptions, and what would make it fit.
-        routes: kernel routes of the run, by name; set by the trainer.
     """
 
     micro_batch_tokens: int
@@ -41,7 +42,7 @@ class Plan:
     norm_tile_tokens: int | None
     optimizer: str
     terms: Mapping[str, int]
-    moments: Mapping[str, int]
+    phases: Mapping[str, int]
     pinned_host_bytes: int
     allocated_bytes: int
     peak_bytes: int
@@ -49,21 +50,20 @@ class Plan:
     host_bytes: int
     tokens_per_second: float | None = None
     notes: tuple[str, ...] = ()
-    routes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
-        """Whether GPU and host have what it takes."""
+        """Tells whether GPU and host have the memory that the plan takes."""
         return self.peak_bytes <= self.gpu_bytes and self.pinned_host_bytes <= self.host_bytes
 
     @property
-    def policy_counts(self) -> dict[str, int]:
-        """How many layers do what."""
+    def activation_counts(self) -> dict[str, int]:
+        """How many layers keep, recompute and offload, by these words."""
         return dict(Counter(self.activation_plan))
 
     def describe(self) -> str:
         """A few lines for the log."""
-        layers = ", ".join(f"{count} {what}" for what, count in self.policy_counts.items())
+        layers = ", ".join(f"{count} {what}" for what, count in self.activation_counts.items())
         lines = [
             f"Memory plan: {binary_size(self.peak_bytes)} of {binary_size(self.gpu_bytes)}, "
             f"micro-batches of up to {self.micro_batch_tokens:,} tokens; layers: {layers}."
@@ -76,7 +76,7 @@ class Plan:
         )
         extras = []
         if self.embeddings_on_host:
-            extras.append("embedding rows come from host memory")
+            extras.append("embeddings come from host memory")
         tiles = {"norms": self.norm_tile_tokens, "MLPs": self.mlp_tile_tokens}
         extras += [
             f"{what} run in tiles of {tokens:,} tokens" for what, tokens in tiles.items() if tokens
@@ -90,32 +90,8 @@ class Plan:
         return "\n".join([*lines, *self.notes])
 
     def as_json(self) -> dict[str, Any]:
-        """For the checkpoint and the command's --json."""
-        return asdict(self) | {
-            "activation_plan": list(self.activation_plan),
-            "terms": dict(self.terms),
-            "moments": dict(self.moments),
-            "notes": list(self.notes),
-            "routes": dict(self.routes),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The plan that `as_json` wrote.
-
-        Raises:
-            ValueError: a field is missing or unknown, so it is of another version.
-        """
-        names = {entry.name for entry in fields(cls)}
-        if odd := sorted(names ^ set(values)):
-            raise ValueError(
-                f"this is no memory plan of this version: {', '.join(odd)} missing or unknown. "
-                "Plan anew."
-            )
-        known: dict[str, Any] = dict(values)
-        for name in ("activation_plan", "notes"):
-            known[name] = tuple(known[name])
-        return cls(**known)
+        """The plan as `python -m fastdpo.plan --json` prints it: its fields by name."""
+        return asdict(self)
 
 
 def compare(predicted: Plan, measured_bytes: int) -> str:
@@ -127,12 +103,15 @@ def compare(predicted: Plan, measured_bytes: int) -> str:
     )
 
 
-def host_bytes_of(policy: tuple[str, ...], input_bytes: int) -> int:
-    """Pinned memory of the offloaded layers' inputs."""
-    return policy.count(OFFLOAD) * pinned_bytes(input_bytes)
+def offloaded_bytes(activation_plan: tuple[str, ...], input_bytes: int) -> int:
+    """Bytes of pinned memory that the offloaded layers' inputs take."""
+    return activation_plan.count(OFFLOAD) * pinned_bytes(input_bytes)
 
 
-def pinned_bytes(size: int, page: int = 2**24) -> int:
-    """Taken in pages, the rest rounded up to a power of two, as torch does with each piece."""
-    rest = size % page
+def pinned_bytes(size: int) -> int:
+    """Bytes of pinned memory that a tensor of this size takes.
+
+    It is taken in pages, the rest rounded up to a power of two, as torch does with each piece.
+    """
+    rest = size % PAGE_BYTES
     return size - rest + (1 << (rest - 1).bit_length() if rest else 0)

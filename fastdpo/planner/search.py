@@ -3,6 +3,22 @@
 Recomputing less is the cheapest speed there is, so as many of the last layers are kept whole as
 fit: their backward comes first, and each is gone when the one below it begins. The first kept
 layer costs nothing, for a recomputed one is whole in its own backward too.
+
+An update goes through phases, and the plan's peak is the highest of them. What lies on the GPU
+besides weights, with two recomputed layers (R1, R2) below two kept ones (K3, K4):
+
+              forward             |         backward
+    R1    R2    K3    K4    head  |  K4    K3    R2    R1
+    in1   in1   in1   in1   in1   |  in1   in1   in1   in1   inputs of recomputed layers
+          in2   in2   in2   in2   |  in2   in2   in2
+                s3    s3    s3    |  s3    s3    s2    s1    all that a layer saves; of a recomputed
+                      s4    s4    |  s4                      one it exists during its own backward
+                            h     |  b     b     b     b     the head's buffers; gradients
+                          "head"     "backward of a layer"
+
+After the named two every step holds less, so only they, and the reference pass before all updates,
+can be the highest. In full fine-tuning gradients of weights grow while saved layers go, so both
+ends of the backward count, and the copies of weights that autocast makes (`_full_phases`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,13 +26,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
+from fastdpo.modeling.activations import KEEP, OFFLOAD, RECOMPUTE
 from fastdpo.planner.activations import (
-    KEEP,
-    OFFLOAD,
-    OFFLOADED_ON_CARD,
-    RECOMPUTE,
+    OFFLOADED_ON_GPU,
     LayerBytes,
-    Row,
+    MicroBatchShape,
     head_bytes,
     layer_bytes,
     scoring_bytes,
@@ -25,21 +39,27 @@ from fastdpo.planner.activations import (
 from fastdpo.planner.advice import notes_on
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.gpus import GPUSpec
-from fastdpo.planner.plan import Plan, host_bytes_of, pinned_bytes
+from fastdpo.planner.plan import Plan, offloaded_bytes, pinned_bytes
 from fastdpo.planner.speed import update_seconds
-from fastdpo.planner.terms import CONTEXT_BYTES, SLACK_SHARE, Training, resident_bytes, training_for
+from fastdpo.planner.terms import (
+    CONTEXT_BYTES,
+    SLACK_SHARE,
+    Training,
+    resident_bytes,
+    resolve_attention,
+)
 
 ROUNDING_TOKENS = 128
 """Micro-batch lengths are multiples of it."""
 
 TILES_TOKENS = (8192, 2048)
-"""Rows of a tile of an MLP, where MLPs are tiled: enough that matrix products stay full."""
+"""Tokens of a tile of an MLP, where MLPs are tiled: enough that matrix products stay full."""
 
 NORM_TILE_TOKENS = 2048
-"""Rows of a tile of a norm: some 200 MB of fp32 tensors at H = 4096."""
+"""Tokens of a tile of a norm: some 200 MB of fp32 tensors at H = 4096."""
 
 MIN_SPEEDUP = 1.02
-"""A means of saving memory is taken, where it is not needed, for at least this much speed."""
+"""A strategy that saves more memory than is needed is taken for at least this much speed."""
 
 EIGHT_BIT = "adamw_8bit"
 
@@ -49,10 +69,10 @@ TRAINING_ONLY = ("gradients", "optimizer state")
 
 @dataclass(frozen=True)
 class Workload:
-    """What the micro-batches are filled with.
+    """The pairs of a data set in numbers, from which full micro-batches of any length follow.
 
     Attributes:
-        longest_group_tokens: tokens of the longest pair, what its rows share counted once.
+        longest_group_tokens: tokens of the longest pair, its shared prefix counted once.
         update_tokens: tokens of an update; a micro-batch of more gains nothing.
         scored_share: scored tokens over all tokens.
         repeated_share: prefix tokens over all tokens, of groups with a second completion.
@@ -63,19 +83,22 @@ class Workload:
     scored_share: float = 1.0
     repeated_share: float = 0.0
 
-    def row(self, tokens: int) -> Row:
+    def shape(self, tokens: int) -> MicroBatchShape:
         """A full micro-batch of this many tokens."""
         scored = min(tokens, int(tokens * self.scored_share) + 1)
-        return Row(tokens, scored, int(tokens * self.repeated_share))
+        return MicroBatchShape(tokens, scored, int(tokens * self.repeated_share))
 
     @classmethod
     def of(cls, group_tokens: Sequence[int], pairs_per_update: int, **shares: float) -> Self:
-        """Of a data set, by the tokens of its groups: an update is that many average ones."""
+        """The workload of a data set, by the tokens of its groups.
+
+        An update is taken to have `pairs_per_update` groups of average length.
+        """
         average = sum(group_tokens) / len(group_tokens)
         return cls(max(group_tokens), int(average * pairs_per_update), **shares)
 
     def lengths(self) -> list[int]:
-        """T's to choose from: as short as the longest group allows to as long as is of use."""
+        """Values of T to choose from: from the longest group's length to a whole update's."""
         least, most = _rounded(self.longest_group_tokens), _rounded(self.update_tokens)
         lengths = [least]
         while lengths[-1] < most:
@@ -89,7 +112,7 @@ def _rounded(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class MemoryStrategy:
-    """What saves memory besides the layers' policy."""
+    """One combination of the ways to save memory besides the layers' activation plan."""
 
     optimizer: str
     embeddings_on_host: bool = False
@@ -103,47 +126,49 @@ class MemoryLayout:
 
     architecture: Architecture
     training: Training
-    row: Row
-    means: MemoryStrategy
+    shape: MicroBatchShape
+    strategy: MemoryStrategy
     recompute: bool = True
 
     @cached_property
     def layer(self) -> LayerBytes:
-        """Of one decoder layer."""
+        """Bytes of one decoder layer."""
         return layer_bytes(
             self.architecture,
             self.training,
-            self.row,
-            mlp_tile_tokens=self.means.mlp_tile_tokens,
-            norm_tile_tokens=self.means.norm_tile_tokens,
+            self.shape,
+            mlp_tile_tokens=self.strategy.mlp_tile_tokens,
+            norm_tile_tokens=self.strategy.norm_tile_tokens,
         )
 
     @cached_property
     def resident(self) -> dict[str, int]:
-        """What lies on the GPU all the time."""
-        training = replace(self.training, optimizer=self.means.optimizer)
+        """Bytes that lie on the GPU all the time, by term."""
+        training = replace(self.training, optimizer=self.strategy.optimizer)
         return resident_bytes(
-            self.architecture, training, embeddings_on_host=self.means.embeddings_on_host
+            self.architecture, training, embeddings_on_host=self.strategy.embeddings_on_host
         )
 
     @cached_property
     def tables(self) -> int:
-        """What depends on T alone."""
-        return table_bytes(self.architecture, self.training, self.row)
+        """Bytes of the tables and indices, which depend on T alone."""
+        return table_bytes(self.architecture, self.training, self.shape)
 
     @cached_property
     def head(self) -> int:
-        """What last norm and head take."""
-        return head_bytes(self.architecture, self.training, self.row, self.means.norm_tile_tokens)
+        """Bytes of the last norm and the head."""
+        return head_bytes(
+            self.architecture, self.training, self.shape, self.strategy.norm_tile_tokens
+        )
 
-    def moments(self, policy: Sequence[str]) -> dict[str, dict[str, int]]:
-        """The bytes, by term, of every moment that may be the highest of an update."""
-        counts = {what: policy.count(what) for what in (KEEP, RECOMPUTE, OFFLOAD)}
+    def phases(self, activation_plan: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Bytes by term of every phase that may be the highest of an update, by its name."""
+        counts = {what: activation_plan.count(what) for what in (KEEP, RECOMPUTE, OFFLOAD)}
         layer, inputs = self.layer, self.layer.input
-        on_gpu = inputs * max(counts[RECOMPUTE], min(OFFLOADED_ON_CARD, counts[OFFLOAD]))
+        on_gpu = inputs * max(counts[RECOMPUTE], min(OFFLOADED_ON_GPU, counts[OFFLOAD]))
         shared = inputs if layer.holds_input and not counts[KEEP] else 0
         before = {"tables and indices": self.tables, "layer inputs": on_gpu}
-        spared = layer.first_spared if policy[0] == KEEP else 0
+        spared = layer.first_spared if activation_plan[0] == KEEP else 0
         kept = layer.kept * counts[KEEP] - spared
         others = max(0, kept - layer.kept)
         backward = {
@@ -154,21 +179,21 @@ class MemoryLayout:
         }
         resident = self.resident
         if not self.training.trains_adapter:
-            return self._moments_of_full(before, backward, kept, counts[KEEP])
+            return self._full_phases(before, backward, kept, counts[KEEP])
         scoring = {name: resident[name] for name in resident if name not in TRAINING_ONLY}
         return {
             "head": resident | before | {"kept layers": kept, "head and its buffers": self.head},
             "backward of a layer": resident | before | backward,
             "reference pass": scoring | {
                 "tables and indices": self.tables,
-                "one layer, forward": scoring_bytes(self.architecture, self.training, self.row),
+                "one layer, forward": scoring_bytes(self.architecture, self.training, self.shape),
             },
         }  # fmt: skip
 
-    def _moments_of_full(
+    def _full_phases(
         self, before: dict[str, int], backward: dict[str, int], kept: int, kept_layers: int
     ) -> dict[str, dict[str, int]]:
-        """Of full fine-tuning, whose gradients come to be during the backward.
+        """The phases of full fine-tuning, whose gradients come to be during the backward.
 
         Autocast's copies of the weights, in the compute dtype, live as long as a forward and as
         what a layer saves.
@@ -196,18 +221,18 @@ class MemoryLayout:
             "optimizer step": self.resident,
         }  # fmt: skip
 
-    def peak(self, policy: Sequence[str]) -> int:
-        """Allocated bytes at the highest moment."""
-        return max(sum(terms.values()) for terms in self.moments(policy).values())
+    def peak(self, activation_plan: Sequence[str]) -> int:
+        """Allocated bytes in the highest phase."""
+        return max(sum(terms.values()) for terms in self.phases(activation_plan).values())
 
-    def pinned(self, policy: tuple[str, ...]) -> int:
+    def pinned(self, activation_plan: tuple[str, ...]) -> int:
         """Bytes of pinned host memory."""
-        rows = self.training.entry_bytes * self.architecture.embedding_parameters
-        embeddings = pinned_bytes(rows) if self.means.embeddings_on_host else 0
-        return embeddings + host_bytes_of(policy, self.layer.input)
+        table = self.training.entry_bytes * self.architecture.embedding_parameters
+        embeddings = pinned_bytes(table) if self.strategy.embeddings_on_host else 0
+        return embeddings + offloaded_bytes(activation_plan, self.layer.input)
 
-    def policies(self) -> Iterator[tuple[str, ...]]:
-        """From the fastest to the most frugal: fewer kept, then fewer inputs on the GPU."""
+    def activation_plans(self) -> Iterator[tuple[str, ...]]:
+        """All activation plans, the fastest first: fewer kept, then fewer inputs on the GPU."""
         layers = self.architecture.layers
         if not self.recompute:
             yield (KEEP,) * layers
@@ -217,35 +242,35 @@ class MemoryLayout:
         for offloaded in range(1, layers + 1):
             yield (OFFLOAD,) * offloaded + (RECOMPUTE,) * (layers - offloaded)
 
-    def best_policy(self, allocatable: int, host_bytes: int) -> tuple[str, ...] | None:
-        """The fastest policy within the GPU's and the host's bytes, or None."""
-        for policy in self.policies():
-            if self.peak(policy) <= allocatable and self.pinned(policy) <= host_bytes:
-                return policy
+    def best_activation_plan(self, allocatable: int, host_bytes: int) -> tuple[str, ...] | None:
+        """The fastest activation plan within the GPU's and the host's bytes, or None."""
+        for candidate in self.activation_plans():
+            if self.peak(candidate) <= allocatable and self.pinned(candidate) <= host_bytes:
+                return candidate
         return None
 
 
 def allocatable_bytes(gpu_bytes: int) -> int:
-    """What tensors may take of a GPU: less CUDA's context, less the allocator's gaps."""
+    """Bytes that tensors may take of a GPU: less CUDA's context, less the allocator's gaps."""
     return int((gpu_bytes - CONTEXT_BYTES) / (1 + SLACK_SHARE))
 
 
 def strategies(
     architecture: Architecture, training: Training, *, change_optimizer: bool
 ) -> list[MemoryStrategy]:
-    """Means of saving memory, each one more than the one before."""
-    means = [MemoryStrategy(training.optimizer)]
+    """Strategies from the fastest to the smallest: each saves in one way more than the last."""
+    found = [MemoryStrategy(training.optimizer)]
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
-            means.append(replace(means[-1], embeddings_on_host=True))
-        means.append(replace(means[-1], norm_tile_tokens=NORM_TILE_TOKENS))
-        means += [replace(means[-1], mlp_tile_tokens=tokens) for tokens in TILES_TOKENS]
+            found.append(replace(found[-1], embeddings_on_host=True))
+        found.append(replace(found[-1], norm_tile_tokens=NORM_TILE_TOKENS))
+        found += [replace(found[-1], mlp_tile_tokens=tokens) for tokens in TILES_TOKENS]
     if change_optimizer and "8bit" not in training.optimizer:
-        means.append(replace(means[-1], optimizer=EIGHT_BIT))
-    return means
+        found.append(replace(found[-1], optimizer=EIGHT_BIT))
+    return found
 
 
-def plan(
+def make_plan(
     architecture: Architecture,
     training: Training,
     gpu: GPUSpec,
@@ -256,11 +281,11 @@ def plan(
     change_optimizer: bool = False,
     recompute: bool = True,
 ) -> Plan:
-    """Choose T, the layers' policy and further means so that the GPU is nearly full.
+    """Choose T, the activation plan and a strategy so that the GPU is nearly full.
 
-    Of all ways that fit the fastest by estimate is taken; a means that is not needed is taken only
-    where it gains 2 %. Where nothing fits, the plan is the most frugal one and says what is
-    missing.
+    The fastest by estimate of all combinations that fit is taken; a strategy that saves more than
+    is needed only where it gains 2 %. Where nothing fits, the plan is the smallest one and says
+    what is missing.
 
     Args:
         architecture: of the model.
@@ -269,78 +294,79 @@ def plan(
         workload: what the micro-batches are filled with.
         host_bytes: most pinned host memory.
         micro_batch_tokens: T if the user chose it; a longer group raises it.
-        change_optimizer: whether an 8-bit optimizer may take the place of the one asked for, as
-            the last means.
+        change_optimizer: whether an 8-bit optimizer may take the place of the requested one, as
+            the last strategy.
         recompute: whether layers may be recomputed or offloaded; else all are kept.
     """
-    training = training_for(architecture, training)
+    training = resolve_attention(architecture, training, gpu.capability)
     lengths = workload.lengths()
     if micro_batch_tokens is not None:
         lengths = [_rounded(max(micro_batch_tokens, workload.longest_group_tokens))]
     allocatable = allocatable_bytes(gpu.memory_bytes)
     best: tuple[float, MemoryLayout, tuple[str, ...]] | None = None
     layout = None
-    for means in strategies(architecture, training, change_optimizer=change_optimizer):
-        if best is not None and means.optimizer != training.optimizer:
-            break  # other numbers: only where nothing else fits
+    for strategy in strategies(architecture, training, change_optimizer=change_optimizer):
+        if best is not None and strategy.optimizer != training.optimizer:
+            break  # it changes the updates: only where nothing else fits
         for tokens in reversed(lengths):
-            layout = MemoryLayout(architecture, training, workload.row(tokens), means, recompute)
-            policy = layout.best_policy(allocatable, host_bytes)
-            if policy is None:
+            shape = workload.shape(tokens)
+            layout = MemoryLayout(architecture, training, shape, strategy, recompute)
+            activation_plan = layout.best_activation_plan(allocatable, host_bytes)
+            if activation_plan is None:
                 continue
-            per_token = _seconds(layout, policy, gpu, workload) / tokens
-            same = best is not None and best[1].means == means
+            per_token = _seconds(layout, activation_plan, gpu, workload) / tokens
+            same = best is not None and best[1].strategy == strategy
             if best is None or per_token * (1.0 if same else MIN_SPEEDUP) < best[0]:
-                best = (per_token, layout, policy)
+                best = (per_token, layout, activation_plan)
     if best is None:
-        assert layout is not None, "there is a length and a means"
-        *_, smallest = layout.policies()
+        assert layout is not None, "there is a length and a strategy"
+        *_, smallest = layout.activation_plans()
         return _finished(layout, smallest, gpu, workload, host_bytes)
     return _finished(best[1], best[2], gpu, workload, host_bytes)
 
 
 def _seconds(
-    layout: MemoryLayout, policy: tuple[str, ...], gpu: GPUSpec, workload: Workload
+    layout: MemoryLayout, activation_plan: tuple[str, ...], gpu: GPUSpec, workload: Workload
 ) -> float:
     return update_seconds(
         layout.architecture,
         layout.training,
-        layout.row,
+        layout.shape,
         gpu,
-        policy=policy,
+        activation_plan=activation_plan,
         input_bytes=layout.layer.input,
         group_tokens=workload.longest_group_tokens,
-        mlp_tile_tokens=layout.means.mlp_tile_tokens,
+        mlp_tile_tokens=layout.strategy.mlp_tile_tokens,
     )
 
 
 def _finished(
     layout: MemoryLayout,
-    policy: tuple[str, ...],
+    activation_plan: tuple[str, ...],
     gpu: GPUSpec,
     workload: Workload,
     host_bytes: int,
 ) -> Plan:
-    moments = layout.moments(policy)
-    sums = {name: sum(terms.values()) for name, terms in moments.items()}
+    phases = layout.phases(activation_plan)
+    sums = {name: sum(terms.values()) for name, terms in phases.items()}
     highest = max(sums, key=lambda name: sums[name])
     allocated = sums[highest]
     gaps = int(allocated * SLACK_SHARE)
     made = Plan(
-        micro_batch_tokens=layout.row.tokens,
-        activation_plan=policy,
-        embeddings_on_host=layout.means.embeddings_on_host,
-        mlp_tile_tokens=layout.means.mlp_tile_tokens,
-        norm_tile_tokens=layout.means.norm_tile_tokens,
-        optimizer=layout.means.optimizer,
-        terms=moments[highest] | {"allocator's gaps": gaps, "CUDA context": CONTEXT_BYTES},
-        moments=sums,
-        pinned_host_bytes=layout.pinned(policy),
+        micro_batch_tokens=layout.shape.tokens,
+        activation_plan=activation_plan,
+        embeddings_on_host=layout.strategy.embeddings_on_host,
+        mlp_tile_tokens=layout.strategy.mlp_tile_tokens,
+        norm_tile_tokens=layout.strategy.norm_tile_tokens,
+        optimizer=layout.strategy.optimizer,
+        terms=phases[highest] | {"allocator's gaps": gaps, "CUDA context": CONTEXT_BYTES},
+        phases=sums,
+        pinned_host_bytes=layout.pinned(activation_plan),
         allocated_bytes=allocated,
         peak_bytes=allocated + gaps + CONTEXT_BYTES,
         gpu_bytes=gpu.memory_bytes,
         host_bytes=host_bytes,
-        tokens_per_second=layout.row.tokens / _seconds(layout, policy, gpu, workload),
+        tokens_per_second=layout.shape.tokens / _seconds(layout, activation_plan, gpu, workload),
     )
     return replace(made, notes=notes_on(made, layout.architecture, layout.training))
 
@@ -355,14 +381,14 @@ def longest_pair(
 ) -> Plan | None:
     """The plan of the longest pair 2 x L that fits, found by bisection; None where none does.
 
-    Assumes that the two rows share nothing, so that the pair is 2 x L tokens, all of them scored:
-    a pair with a prompt of P tokens takes 2 x L - P, and fits where this one does.
+    Assumes that the two sequences share nothing, so that the pair is 2 x L tokens, all of them
+    scored: a pair with a prompt of P tokens takes 2 x L - P, and fits where this one does.
     """
 
     def fitting(steps: int) -> Plan | None:
         tokens = steps * ROUNDING_TOKENS
         workload = Workload(tokens, tokens)
-        made = plan(
+        made = make_plan(
             architecture, training, gpu, workload, host_bytes=host_bytes,
             change_optimizer=change_optimizer,
         )  # fmt: skip

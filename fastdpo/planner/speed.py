@@ -2,25 +2,26 @@
 
 from collections.abc import Sequence
 
-from fastdpo.planner.activations import KEEP, OFFLOAD, Row
+from fastdpo.modeling.activations import KEEP, OFFLOAD
+from fastdpo.planner.activations import MicroBatchShape
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.gpus import EFFICIENCY, HOST_GB_PER_S, GPUSpec
 from fastdpo.planner.terms import Training
 
 NF4_BYTES_READ = 0.516
-"""Of a 4-bit weight, an entry; its dense copy is written and read besides."""
+"""Bytes read for an entry of a 4-bit weight; its dense copy is written and read besides."""
 
 
 def update_flops(
     architecture: Architecture,
     training: Training,
-    row: Row,
+    shape: MicroBatchShape,
     *,
     kept_layers: int,
     tiled: bool,
     group_tokens: int,
 ) -> float:
-    """Matrix products that must be done for one micro-batch.
+    """FLOPs of the matrix products that must be done for one micro-batch.
 
     Per token 2 FLOPs a weight in the forward and as many for the gradient of the input, again for
     that of a trained weight, and again where a layer is recomputed (of a kept layer with a tiled
@@ -31,20 +32,20 @@ def update_flops(
     kept = kept_layers / architecture.layers
     again = (1 - kept) * architecture.linear_parameters
     again += kept * architecture.mlp_parameters if tiled else 0
-    weights = 2 * row.tokens * (passes * architecture.linear_parameters + again)
-    seen = min(group_tokens, row.tokens) / 2
-    attention = 4 * architecture.query_width * seen * row.tokens * architecture.layers
-    head = 2 * architecture.hidden * architecture.vocabulary * row.scored_tokens
+    weights = 2 * shape.tokens * (passes * architecture.linear_parameters + again)
+    seen = min(group_tokens, shape.tokens) / 2
+    attention = 4 * architecture.query_width * seen * shape.tokens * architecture.layers
+    head = 2 * architecture.hidden * architecture.vocabulary * shape.scored_tokens
     return weights + attention * (3.5 + 1 - kept) + head * passes
 
 
 def update_seconds(
     architecture: Architecture,
     training: Training,
-    row: Row,
+    shape: MicroBatchShape,
     gpu: GPUSpec,
     *,
-    policy: Sequence[str],
+    activation_plan: Sequence[str],
     input_bytes: int,
     group_tokens: int,
     mlp_tile_tokens: int | None,
@@ -54,18 +55,18 @@ def update_seconds(
     Products at `EFFICIENCY` of the GPU's dense rate, dequantization at its memory's (tile by tile
     where MLPs are tiled), and offloading where the host's link is slower than all that.
     """
-    kept = list(policy).count(KEEP)
-    tiled = mlp_tile_tokens is not None and mlp_tile_tokens < row.tokens
+    kept = list(activation_plan).count(KEEP)
+    tiled = mlp_tile_tokens is not None and mlp_tile_tokens < shape.tokens
     flops = update_flops(
-        architecture, training, row, kept_layers=kept, tiled=tiled, group_tokens=group_tokens
+        architecture, training, shape, kept_layers=kept, tiled=tiled, group_tokens=group_tokens
     )
     seconds = flops / (gpu.tflops * 1e12 * EFFICIENCY)
     if training.tuning == "qlora":
         mlp = architecture.mlp_parameters
         others = architecture.linear_parameters - mlp
         fewer = kept / architecture.layers  # a kept layer's weights are wanted twice, not thrice
-        tiles = -(-row.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
+        tiles = -(-shape.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
         read = others * (3 - fewer) + mlp * tiles * (3 if tiled else 3 - fewer)
         seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (gpu.gb_per_s * 1e9)
-    transfer = 2 * list(policy).count(OFFLOAD) * input_bytes / (HOST_GB_PER_S * 1e9)
+    transfer = 2 * list(activation_plan).count(OFFLOAD) * input_bytes / (HOST_GB_PER_S * 1e9)
     return max(seconds, transfer)

@@ -6,12 +6,15 @@ an entry of the frozen weights and of the activations (2 in bfloat16).
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from fastdpo.modeling.attention_backends import Capability, select_backend
 from fastdpo.planner.architecture import Architecture, LinearShape
 
 GIB, MIB = 2**30, 2**20
 
 CONTEXT_BYTES = int(0.6 * GIB)
-"""What CUDA itself takes of a GPU before the first tensor: context and kernels."""
+"""Bytes that CUDA itself takes of a GPU before the first tensor: context and kernels."""
 
 WORKSPACE_BYTES = 32 * MIB
 """Workspace that torch hands to cuBLAS, from its own allocator (8 MiB before Hopper)."""
@@ -23,24 +26,25 @@ NF4_BLOCK, NESTED_BLOCK = 64, 256
 """Entries that share one scale, and scales that share one: bitsandbytes' double quantization."""
 
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
-"""Of the 8-bit optimizer state: entries of one scale; smaller tensors keep fp32 state."""
+"""Entries of 8-bit optimizer state that share a scale; tensors of fewer entries than the second
+number keep fp32 state."""
 
 TUNINGS = ("qlora", "lora", "full")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and how.
+    """Which weights are trained, in which precision, and how.
 
     Attributes:
         tuning: one of `TUNINGS`.
-        entry_bytes: d, of what is not 4-bit; full fine-tuning keeps fp32 weights and computes in
-            this.
+        entry_bytes: d, bytes of an entry of whatever is not 4-bit; full fine-tuning keeps fp32
+            weights and computes in this.
         lora_r: rank of the adapters.
         target_modules: names of the adapted linear layers; None: all but the head.
         optimizer: `--optim`, as transformers names it.
-        attention: what attends: "varlen" (flash kernels over a gathered row), "flex", or "sdpa"
-            (segment by segment).
+        attention: as `--attention` takes it; `make_plan` puts the backend that attends in its
+            place, which the formulas of bytes need.
         head_buffer_bytes: bound of the buffers of `linear_logprobs`.
     """
 
@@ -49,24 +53,40 @@ class Training:
     lora_r: int = 16
     target_modules: tuple[str, ...] | None = None
     optimizer: str = "adamw_torch_fused"
-    attention: str = "varlen"
-    head_buffer_bytes: int = 128 * MIB
+    attention: str = "auto"
+    head_buffer_bytes: int = 276 * MIB
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether the base is frozen."""
+        """Tells whether an adapter is trained and the base is frozen."""
         return self.tuning != "full"
 
 
-def training_for(architecture: Architecture, training: Training) -> Training:
-    """The same training with the attention that the model gets: capped scores want flex."""
-    if architecture.attn_softcap and training.attention == "varlen":
-        return replace(training, attention="flex")
-    return training
+def resolve_attention(
+    architecture: Architecture, training: Training, capability: Capability
+) -> Training:
+    """Put the backend that attends in place of the requested one.
+
+    Args:
+        architecture: of the model.
+        training: whose `attention` is what the run requests.
+        capability: compute capability of the GPU.
+
+    Raises:
+        ValueError: the requested backend cannot attend in this model on this GPU.
+    """
+    selected = select_backend(
+        architecture.attention,
+        torch.bfloat16 if training.entry_bytes == 2 else torch.float32,
+        capability,
+        training.attention,
+        assume_installed=True,
+    )
+    return replace(training, attention=selected.backend)
 
 
 def nf4_bytes(entries: int) -> int:
-    """A 4-bit weight as bitsandbytes lays it out, with double quantization.
+    """Bytes of a 4-bit weight as bitsandbytes lays it out, with double quantization.
 
     Half a byte an entry; a uint8 scale per 64 entries; an fp32 scale per 256 of those; the tables
     of 16 and 256 fp32 values and one fp32 offset.
@@ -77,14 +97,14 @@ def nf4_bytes(entries: int) -> int:
 
 
 def dequantized_bytes(linear: LinearShape, training: Training) -> int:
-    """The dense copy of one 4-bit weight while it is used: d an entry, and its fp32 scales."""
+    """Bytes of the dense copy of one 4-bit weight while it is used, its fp32 scales included."""
     if training.tuning != "qlora":
         return 0
     return linear.weights * training.entry_bytes + 4 * -(-linear.weights // NF4_BLOCK)
 
 
 def adapter_parameters(architecture: Architecture, training: Training) -> int:
-    """Entries of all A (r, in) and B (out, r)."""
+    """Entries of all adapter matrices, A (r, in) and B (out, r)."""
     if not training.trains_adapter:
         return 0
     return sum(
@@ -94,7 +114,7 @@ def adapter_parameters(architecture: Architecture, training: Training) -> int:
 
 
 def optimizer_bytes(parameters: int, optimizer: str) -> int:
-    """State on the GPU for this many fp32 parameters, in tensors of 4096 entries or more.
+    """Bytes of optimizer state on the GPU for fp32 parameters in tensors of 4096 entries or more.
 
     AdamW: two fp32 moments; in 8 bits two bytes and two fp32 scales per 256 entries; paged: in
     host memory whenever the GPU wants its own, so nothing is counted. What is not known by name
@@ -111,7 +131,7 @@ def optimizer_bytes(parameters: int, optimizer: str) -> int:
 def resident_bytes(
     architecture: Architecture, training: Training, *, embeddings_on_host: bool
 ) -> dict[str, int]:
-    """What lies on the GPU from the first update to the last, by term."""
+    """Bytes that lie on the GPU from the first update to the last, by term."""
     full = not training.trains_adapter
     entry = 4 if full else training.entry_bytes
     if training.tuning == "qlora":
@@ -132,7 +152,7 @@ def resident_bytes(
 
 
 def binary_size(size_bytes: float) -> str:
-    """Bytes as "3.25 GiB", "12.0 MiB" or "0.5 KiB"."""
+    """Write a number of bytes as "3.25 GiB", "12.0 MiB" or "0.5 KiB"."""
     if abs(size_bytes) >= 2**30:
         return f"{size_bytes / 2**30:.2f} GiB"
     if 0 < abs(size_bytes) < 2**20:

@@ -1,19 +1,20 @@
 """One store as a single file, to carry between machines: a tar of its manifest, notes and shards.
 
-The first member lists the others with sizes and sha256. What comes out of a file is believed no
-sooner than what lies in a store: names are checked against a pattern, sizes against the list and
-hard limits, hashes, then every shard as any reader would; nothing is unpacked by tar itself.
+The member `contents.json` lists the others with sizes and sha256. An imported file is trusted no
+more than a store: kinds, names and sizes of all members are checked before one is unpacked, then
+their hashes, then every shard as any reader would.
 """
 
 import io
 import json
 import re
-import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastdpo.ref_cache import shards
 from fastdpo.ref_cache.run_notes import MAX_NOTE_BYTES
@@ -22,14 +23,15 @@ from fastdpo.system import files
 
 CONTENTS = "contents.json"
 ARCHIVE_FORMAT = 1
-MAX_LIST_BYTES = 2**26  # 400,000 shards
-MAX_MANIFEST_BYTES = 2**24
 MEMBERS = (
-    (re.compile(r"manifest\.json"), MAX_MANIFEST_BYTES),
+    (re.compile(r"contents\.json"), 2**26),  # 400,000 shards
+    (re.compile(r"manifest\.json"), 2**24),
     (re.compile(r"asked-[0-9a-f]{1,64}\.json"), MAX_NOTE_BYTES),
     (re.compile(r"shard-[0-9a-zA-Z]{1,64}\.safetensors"), shards.MAX_SHARD_BYTES),
 )
-"""What may lie in an archive, and how large it may be."""
+"""The names that an archive may hold, each with the most bytes of such a file."""
+
+_SAFE: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 class ArchiveError(ValueError):
@@ -48,7 +50,8 @@ def export_store(folder: Path, archive: Path) -> int:
     """
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} holds no reference store: it has no {MANIFEST}.")
-    paths = [path for path in sorted(folder.iterdir()) if _limit(path.name) and _is_whole(path)]
+    named = [path for path in sorted(folder.iterdir()) if _limit(path.name)]
+    paths = [path for path in named if path.name != CONTENTS and _is_whole(path)]
     listed = {
         path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)} for path in paths
     }
@@ -56,18 +59,19 @@ def export_store(folder: Path, archive: Path) -> int:
     text = json.dumps(contents).encode()
 
     def write(temporary: Path) -> None:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            _add(tar, CONTENTS, len(text), io.BytesIO(text))
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT, dereference=True) as tar:
+            first = tarfile.TarInfo(CONTENTS)
+            first.size = len(text)
+            tar.addfile(first, io.BytesIO(text))
             for path in paths:
-                with path.open("rb") as file:
-                    _add(tar, path.name, listed[path.name]["bytes"], file)
+                tar.add(path, path.name, filter=_anonymous)
 
     files.write_atomically(archive, lambda temporary: files.call_writer(temporary, write))
     return sum(path.suffix == ".safetensors" for path in paths)
 
 
 def import_store(archive: Path, root: Path) -> tuple[Path, int]:
-    """Bring an exported store into the folder of all stores; what is there already stays.
+    """Add an exported store to the folder of all stores; files that are there already stay.
 
     Everything is checked before anything gets its name.
 
@@ -81,84 +85,83 @@ def import_store(archive: Path, root: Path) -> tuple[Path, int]:
     with _unpacking_folder(root) as unpacked:
         try:
             with tarfile.open(archive, "r:") as tar:
-                key = _unpack(tar, unpacked, str(archive))
-        except tarfile.TarError as error:
+                members = _checked_members(tar)
+                files.call_writer(unpacked, lambda path: tar.extractall(path, members, **_SAFE))
+            key = _verify(unpacked)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise ArchiveError(
-                f"{archive} is no archive of a store ({error}): pass a file that `python -m "
-                "fastdpo.reference export` has written."
+                f"{archive} is no archive of a store, or a damaged one ({error}): pass a file that "
+                "`python -m fastdpo.reference export` has written."
             ) from error
         folder, new = root / key, 0
         for path in sorted(unpacked.iterdir()):
             target = folder / path.name
-            if not target.exists():
-                files.write_atomically(target, _mover(path))
+            if path.name != CONTENTS and not target.exists():
+                files.write_atomically(target, partial(files.replace, path))
                 new += path.suffix == ".safetensors"
     return folder, new
 
 
-def _unpack(tar: tarfile.TarFile, into: Path, archive: str) -> str:
-    """Copy the members out, each checked; returns the store's key."""
-    first = tar.next()
-    if first is None or first.name != CONTENTS or not first.isreg() or first.size > MAX_LIST_BYTES:
-        raise ArchiveError(f"{archive} does not begin with {CONTENTS}: it is no archive of a store")
-    listed = _read_index(_member(tar, first).read(), archive)
-    left = dict(listed["files"])
-    while (member := tar.next()) is not None:
-        wanted = left.pop(member.name, None)
+def _checked_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """The members of an archive, once each is an ordinary file of a known name and size."""
+    members = tar.getmembers()
+    seen: set[str] = set()
+    for member in members:
         limit = _limit(member.name)
-        if wanted is None or limit is None or not member.isreg():
-            raise ArchiveError(f"{archive} holds {member.name!r}, which is not on its list")
-        if member.size != wanted["bytes"] or member.size > limit:
-            raise ArchiveError(
-                f"{archive}: {member.name} has {member.size} bytes, not {wanted['bytes']}"
-            )
-        path = into / member.name
-        files.call_writer(path, _copier(_member(tar, member)))
-        if files.sha256_of(path) != wanted["sha256"]:
-            raise ArchiveError(f"{archive} is damaged: {member.name} has another sha256")
-        if not _is_whole(path):
-            raise ArchiveError(f"{archive}: {member.name} is no shard")
-    if left:
-        raise ArchiveError(f"{archive} is cut off: {len(left)} of its files are missing")
-    manifest = _parsed((into / MANIFEST).read_bytes(), archive)
-    if store_key(manifest) != listed["store"]:
-        raise ArchiveError(f"{archive}: its manifest does not describe store {listed['store']}")
-    return listed["store"]
+        if limit is None or member.name in seen or not member.isreg() or member.issparse():
+            raise ValueError(f"it holds {member.name!r}, which belongs into none")
+        if member.size > limit:
+            raise ValueError(f"{member.name} has {member.size} bytes, more than {limit}")
+        seen.add(member.name)
+        member.mtime, member.mode = time.time(), 0o644
+        member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
+    return members
 
 
-def _read_index(text: bytes, archive: str) -> dict[str, Any]:
-    """The list of an archive, its shape checked."""
-    contents = _parsed(text, archive)
-    entries = contents.get("files")
-    right = (
-        contents.get("format") == ARCHIVE_FORMAT
-        and re.fullmatch(r"[0-9a-f]{32}", str(contents.get("store")))
-        and isinstance(entries, dict)
-        and MANIFEST in entries
-        and all(isinstance(entry, dict) for entry in entries.values())
-        and all(set(entry) == {"bytes", "sha256"} for entry in entries.values())
-    )
-    if not right:
-        raise ArchiveError(f"{archive}: its list is not that of a store in format {ARCHIVE_FORMAT}")
-    return contents
+def _verify(unpacked: Path) -> str:
+    """The key of an unpacked store, once its files are those of its list.
+
+    Raises:
+        ValueError: the list or a file is missing, or damaged.
+    """
+    contents = _read_object(unpacked / CONTENTS)
+    listed = contents.get("files")
+    if contents.get("format") != ARCHIVE_FORMAT or not isinstance(listed, dict):
+        raise ValueError(f"its list is not that of a store in format {ARCHIVE_FORMAT}")
+    paths = [path for path in unpacked.iterdir() if path.name != CONTENTS]
+    if {path.name for path in paths} != set(listed):
+        raise ValueError("its list is not that of its files")
+    for path in paths:
+        entry = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+        if listed[path.name] != entry or not _is_whole(path):
+            raise ValueError(f"{path.name} is not as its list says, or no shard")
+    key = store_key(_read_object(unpacked / MANIFEST))
+    if contents.get("store") != key:
+        raise ValueError(f"its list is of store {contents.get('store')!r}, its manifest of {key}")
+    return key
 
 
-def _parsed(text: bytes, archive: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-        if isinstance(content, dict):
-            json.dumps(content, allow_nan=False)
-            return content
-    except (ValueError, RecursionError) as error:
-        raise ArchiveError(f"{archive} is damaged: {error}") from error
-    raise ArchiveError(f"{archive} is damaged: a {type(content).__name__} in place of an object")
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file is missing, or holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is a {type(content).__name__} in place of an object")
+    return content
 
 
 def _limit(name: str) -> int | None:
+    """The most bytes that a member of this name may have; None if there is no such member."""
     return next((limit for pattern, limit in MEMBERS if pattern.fullmatch(name)), None)
 
 
 def _is_whole(path: Path) -> bool:
+    """Return False for a damaged shard, True for a whole one and for any other file."""
     if path.suffix != ".safetensors":
         return True
     try:
@@ -168,36 +171,16 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _add(tar: tarfile.TarFile, name: str, size: int, content: BinaryIO) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = size, 0o644
-    tar.addfile(member, content)
-
-
-def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    content = tar.extractfile(member)
-    assert content is not None, "a regular file"
-    return content
-
-
-def _copier(content: BinaryIO) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with path.open("xb") as out:
-            shutil.copyfileobj(content, out)
-
-    return write
-
-
-def _mover(source: Path) -> Callable[[Path], None]:
-    def write(temporary: Path) -> None:
-        files.replace(source, temporary)
-
-    return write
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """A member without owner and times: equal stores give equal archives."""
+    plain = tarfile.TarInfo(member.name)
+    plain.size = member.size
+    return plain
 
 
 @contextmanager
 def _unpacking_folder(root: Path) -> Iterator[Path]:
-    """A folder of its own beside the stores, gone afterwards."""
+    """A new folder beside the stores, removed afterwards."""
     folder = files.temporary_name(root / "import")
     files.mkdir(folder)
     try:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from fastdpo.batching import PromptGroup
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.layout import ExecutionLayout, group_length
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
-from fastdpo.ref_cache import run_notes as requests
+from fastdpo.ref_cache.run_notes import explain_miss, record_request
 from fastdpo.ref_cache.spot_check import SpotCheck, spot_check
 from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys
 from fastdpo.system import signals
@@ -36,21 +36,20 @@ def reference_logps(
     mode: PackingMode | None = None,
     name: str = "train",
     requested: Mapping[str, Any] | None = None,
-    spot_check_pairs: int = 0,
     compute_dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """Reference log-probs of all groups, each computed once in its life.
 
     Args:
-        reference: the model, and how it is run as the reference; as before afterwards.
+        reference: the model, and how it is run as the reference; it is left as it was.
         groups: n groups of k completions each.
-        store: where known log-probs are found and new ones are kept.
+        store: holds the known log-probs and takes the new ones; its options say how many known
+            groups to score again and compare.
         layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model, as in training; None chooses.
-        name: of the data, for the progress bar and the log.
-        requested: what this run asks for, by option, to explain a later miss.
-        spot_check_pairs: how many of the known groups to score again and compare; 0: none.
-        compute_dtype: decides how far those may differ.
+        name: name of the data set, for the progress bar and the log.
+        requested: the options that shaped the rows of this run, to explain a later miss.
+        compute_dtype: decides how far groups that are scored again may differ.
 
     Returns:
         (n, k) float64, nats.
@@ -62,36 +61,35 @@ def reference_logps(
         OSError: the store cannot be written; what is on the disk stays whole.
     """
     keys = [group_keys(group) for group in groups]
-    found = _lookup(store, keys)
-    known = np.asarray(np.isfinite(found).all(axis=1))
-    here = np.flatnonzero(known).tolist()
+    logps = _lookup(store, keys)
+    known = np.asarray(np.isfinite(logps).all(axis=1))
+    hits = np.flatnonzero(known).tolist()
     mode = choose_packing(reference.model) if mode is None else mode
     options: dict[str, Any] = {"layout": layout, "mode": mode}
     _log_hits(store, keys, known, name, requested)
     if requested is not None:
-        requests.note(store, {"name": name, **requested})
+        record_request(store, {"name": name, **requested})
     store.touch()
     checked = spot_check(
         reference,
-        [groups[i] for i in here],
-        [keys[i] for i in here],
+        [groups[i] for i in hits],
+        [keys[i] for i in hits],
         store,
-        count=spot_check_pairs,
         compute_dtype=compute_dtype,
         **options,
     )
-    _say_what_was_checked(checked)
+    _log_spot_check(checked)
     missing = _unique_groups(keys, np.flatnonzero(~known))
     if not missing:
-        return found
+        return logps
     _compute(reference, groups, keys, missing, store, name=name, **options)
-    found = _lookup(store, keys)
-    if np.isnan(found).any():
+    logps = _lookup(store, keys)
+    if np.isnan(logps).any():
         raise RuntimeError(
-            f"{int(np.isnan(found).any(axis=1).sum())} pairs have no reference log-prob although "
+            f"{int(np.isnan(logps).any(axis=1).sum())} pairs have no reference log-prob although "
             f"the pass is over: something else removes shards from {store.folder}."
         )
-    return found
+    return logps
 
 
 def _compute(
@@ -126,9 +124,9 @@ def _compute(
         ):
             bar.unit_scale = True
             for done, scored in enumerate(all_scored, 1):
-                row_keys = keys[missing[scored.index]]
-                rows = zip(row_keys, scored.logps, scored.token_logps, strict=True)
-                waiting += [ScoredCompletion(key, float(sum_), each) for key, sum_, each in rows]
+                its_keys = keys[missing[scored.index]]
+                completions = zip(its_keys, scored.logps, scored.token_logps, strict=True)
+                waiting += [ScoredCompletion(k, float(sum_), each) for k, sum_, each in completions]
                 bar.set_postfix_str(f"{done:,} of {len(missing):,} pairs", refresh=False)
                 bar.update(sizes[scored.index])
                 now = time.monotonic()
@@ -154,14 +152,14 @@ def _log_hits(
     name: str,
     requested: Mapping[str, Any] | None,
 ) -> None:
-    """Hit, partial or miss, with the reason; and whether something else computed the rows."""
+    """Log how many pairs are known, why others are not, and which other versions computed some."""
     pairs, missing = len(known), int((~known).sum())
     if not missing:
         logger.info(
             "Reference log-probs of %s: all %s found in %s", name, _count_pairs(pairs), store.folder
         )
     else:
-        reason = requests.explain_miss(store, {"name": name, **(requested or {})}, pairs - missing)
+        reason = explain_miss(store, {"name": name, **(requested or {})}, pairs - missing)
         logger.info(
             "Reference log-probs of %s: %s %s missing in %s (%s); computing them",
             name,
@@ -170,7 +168,7 @@ def _log_hits(
             store.folder,
             reason,
         )
-    flat = [key for row in keys for key in row]
+    flat = [key for group in keys for key in group]
     for differs, count in store.other_versions(flat).most_common(3):
         logger.warning(
             "%s of %s reference log-probs were computed with other versions or on another GPU "
@@ -182,7 +180,7 @@ def _log_hits(
         )
 
 
-def _say_what_was_checked(checked: SpotCheck | None) -> None:
+def _log_spot_check(checked: SpotCheck | None) -> None:
     if checked is not None:
         logger.info(
             "Spot check: %s scored again, at most %.2g nats a token (rms) from the stored ones",
@@ -196,9 +194,9 @@ def _count_pairs(pairs: int) -> str:
 
 
 def _lookup(store: ReferenceStore, keys: list[list[bytes]]) -> np.ndarray:
-    """(n, k) float64, NaN where unknown."""
+    """(n, k) float64 log-probs in nats, NaN where unknown."""
     completions = len(keys[0]) if keys else 0
-    return store.lookup([key for row in keys for key in row]).reshape(len(keys), completions)
+    return store.lookup([key for group in keys for key in group]).reshape(len(keys), completions)
 
 
 def _unique_groups(keys: list[list[bytes]], indices: np.ndarray) -> list[int]:

@@ -1,4 +1,4 @@
-"""What reference log-probs depend on, and nothing else: the key of their store."""
+"""The key of a store: everything that reference log-probs depend on, and nothing else."""
 
 import math
 from pathlib import Path
@@ -11,11 +11,8 @@ from torch import nn
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.modeling.weight_hash import (
-    base_tensors,
-    tensors_hash,
-    weights_hash,
-)
+from fastdpo.modeling.weight_hash import base_tensors, tensors_hash
+from fastdpo.ref_cache.hash_cache import weights_hash
 
 IGNORED_CONFIG_KEYS = {
     "_name_or_path",
@@ -49,7 +46,7 @@ def reference_identity(
     reference: ReferenceModel | None = None,
     attention: str = "auto",
 ) -> dict[str, Any]:
-    """Describe the reference so that two descriptions are equal exactly if their numbers are.
+    """Describe a reference so that two descriptions are equal exactly if their log-probs are.
 
     An adapter counts where the reference has it on; the policy's own does not, nor do learning
     rate, output folder, seed, rank, beta and loss, on which no reference log-prob depends.
@@ -58,11 +55,11 @@ def reference_identity(
         model: a causal LM or a PeftModel on it.
         compute_dtype: what the matrix products run in; the weights' own dtype is in their hash.
         hash_cache: JSON file of the hashes of known weight files; None hashes every byte.
-        reference: how the model is the reference; None is with its adapters off.
-        attention: what attends, as `packed_attention` is given it.
+        reference: how the model serves as the reference; None means with its adapters off.
+        attention: the attention backend, as `packed_attention` takes it.
 
     Returns:
-        JSON-ready: content hash of the base weights, resolved config, dtype, numerics.
+        Content hash of the base weights, resolved config, dtype and numerics, ready for JSON.
     """
     causal_lm = unwrap_model(model)
     identity = {
@@ -81,7 +78,7 @@ def reference_identity(
 
 
 def _to_json(value: Any) -> Any:
-    """A config, or a part of one, as what JSON gives back unchanged: the same in every process."""
+    """A config, or a part of one, in values that JSON writes and reads back unchanged."""
     if isinstance(value, dict):
         return {
             str(name): _to_json(part)

@@ -1,4 +1,4 @@
-"""Looking after stores: what there is, whether it is whole, and what can go."""
+"""Maintenance of stores: list them, check them, and remove what no run needs."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 from stat import S_ISREG
 
 from fastdpo.ref_cache import shards
-from fastdpo.ref_cache.run_notes import notes
+from fastdpo.ref_cache.run_notes import load_requests
 from fastdpo.ref_cache.store import MANIFEST, QUARANTINE_SUFFIX, SHARDS
 from fastdpo.system import files
 
@@ -22,10 +22,10 @@ class StoreSummary:
     """One store, as `info` shows it."""
 
     folder: Path
-    models: tuple[str, ...]  # names under which runs asked for it, the newest first
+    models: tuple[str, ...]  # names of the models that runs gave, newest first
     rows: int  # completions, duplicates counted
     shards: int
-    damaged: dict[str, str]  # names of shards that are not whole, and why
+    damaged: dict[str, str]  # for each damaged shard's name the reason
     bytes: int
     age_s: float  # since the oldest file was written
     unused_s: float  # since a run last used it
@@ -33,7 +33,7 @@ class StoreSummary:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What `prune` removed, or would."""
+    """The stores and files that `prune` removed, or would in a dry run, and their size."""
 
     stores: tuple[Path, ...]
     stale_files: tuple[Path, ...]  # damaged shards, and temporary files of killed writers
@@ -57,7 +57,8 @@ def summarize(folder: Path) -> StoreSummary:
         except FileNotFoundError:
             continue
     stats = _stats(folder)
-    names = [str(requested.get("model")) for requested in notes(folder) if requested.get("model")]
+    requests = load_requests(folder)
+    names = [str(requested.get("model")) for requested in requests if requested.get("model")]
     now = time.time()
     return StoreSummary(
         folder,
@@ -115,10 +116,10 @@ def _is_temporary(path: Path) -> bool:
 
 
 def _stats(folder: Path) -> list[os.stat_result]:
-    """Of the files of a store that are there right now; writers rename theirs meanwhile."""
-    found = []
+    """The stats of a store's files; one that a writer renames meanwhile is skipped."""
+    stats = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
             stat = path.stat()
-            found += [stat] if S_ISREG(stat.st_mode) else []
-    return found
+            stats += [stat] if S_ISREG(stat.st_mode) else []
+    return stats

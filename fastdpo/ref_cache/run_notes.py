@@ -1,7 +1,7 @@
-"""What runs asked a store for, kept as small notes in it, so that a miss can be explained.
+"""Small notes in a store on what each run requested, so that a miss can be explained.
 
-A note is no part of any key and no log-prob hangs on it: without notes everything works, and only
-the reason of a miss is unknown.
+A note is no part of any key, and no log-prob depends on it: without notes everything works, and
+only the reason of a miss is unknown.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def describe_request(
     tokenizer: PreTrainedTokenizerBase,
     model_name: str,
 ) -> dict[str, Any]:
-    """What shaped the rows of a data set, JSON-ready."""
+    """The options and files that shaped the rows of a data set, ready for JSON."""
     template = json.dumps(tokenizer.chat_template, sort_keys=True, default=str)
     return {
         "data": groups.pairs.report.source,
@@ -50,34 +50,34 @@ def describe_request(
     }
 
 
-def note(store: ReferenceStore, requested: Mapping[str, Any]) -> None:
-    """Keep what this run asks for."""
+def record_request(store: ReferenceStore, requested: Mapping[str, Any]) -> None:
+    """Write a note of what this run requests."""
     text = json.dumps(dict(requested), sort_keys=True)
     path = store.folder / f"asked-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     with suppress(OSError):  # a read-only store is a store
         files.write_json(path, {"at": time.time(), "asked": dict(requested)})
 
 
-def notes(folder: Path) -> list[dict[str, Any]]:
-    """What was asked of the store in `folder`, the newest first; unreadable notes are skipped."""
-    found = []
+def load_requests(folder: Path) -> list[dict[str, Any]]:
+    """The requests of earlier runs to a store, newest first; unreadable notes are skipped."""
+    dated = []
     for path in folder.glob(NOTES):
         content = _json(path)
         if isinstance(content.get("asked"), dict) and isinstance(content.get("at"), int | float):
-            found.append((content["at"], content["asked"]))
-    found.sort(key=lambda each: -each[0])
-    return [requested for _, requested in found[:MOST_NOTES]]
+            dated.append((content["at"], content["asked"]))
+    dated.sort(key=lambda each: -each[0])
+    return [requested for _, requested in dated[:MOST_NOTES]]
 
 
 def explain_miss(store: ReferenceStore, requested: Mapping[str, Any], known: int) -> str:
     """One clause on why log-probs are missing: what differs from the most similar earlier run.
 
     Args:
-        store: that was asked.
-        requested: what this run asks for, its own note not yet written.
+        store: the store that lacks them.
+        requested: what this run requests, its own note not yet written.
         known: how many of this run's pairs were found.
     """
-    earlier = notes(store.folder)
+    earlier = load_requests(store.folder)
     if store.num_corrupt:
         return f"{store.num_corrupt} damaged shards were set aside"
     if store.skipped_versions:
@@ -99,7 +99,7 @@ def explain_miss(store: ReferenceStore, requested: Mapping[str, Any], known: int
 
 
 def _other_store(store: ReferenceStore) -> str:
-    """How the nearest other store describes another reference."""
+    """One clause on how the most similar other store's reference differs from this one."""
     manifests = [_json(path) for path in store.root.glob(f"*/{MANIFEST}")]
     others = [
         manifest["identity"]
@@ -113,15 +113,15 @@ def _other_store(store: ReferenceStore) -> str:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
-    """Name, former and present value of what differs; a part that one side lacks is one."""
-    found = []
+    """Name, former and present value of everything that differs or that one side lacks."""
+    changes = []
     for name in (*now, *(name for name in before if name not in now)):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{inside}{name}.")
+            changes += _differences(old, new, f"{inside}{name}.")
         elif old != new:
-            found.append(f"{inside}{name} {_short(old)} -> {_short(new)}")
-    return found
+            changes.append(f"{inside}{name} {_short(old)} -> {_short(new)}")
+    return changes
 
 
 def _listed(differs: list[str]) -> str:

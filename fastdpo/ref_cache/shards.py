@@ -18,19 +18,19 @@ KEY_BYTES = 32
 MAX_HEADER_BYTES = 2**20  # ours have about 500
 MAX_SHARD_BYTES = 2**32  # ours have 2 MiB at 100 tokens a completion
 TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64"}
-"""All of them vectors; keys lie end to end."""
+"""Names and dtypes of the vectors in every shard; keys lie end to end."""
 
 RAGGED = {"token_logps": "float32"}
-"""Left out by `--ref_token_logps off`."""
+"""The vector that `--ref_token_logps off` leaves out."""
 
 
 class ShardError(ValueError):
-    """A file that is no shard, or no longer the one that was written."""
+    """A file that is no shard, or that was damaged since it was written."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredCompletion:
-    """What the store keeps of one completion."""
+    """The row key and the log-probs of one completion, as a store keeps them."""
 
     key: bytes
     logps: float  # nats, summed over the completion
@@ -39,7 +39,7 @@ class ScoredCompletion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """The rows of one file, checked."""
+    """The content of one file, once everything about it was checked."""
 
     keys: np.ndarray  # (n,) S32
     logps: np.ndarray  # (n,) float64, nats
@@ -62,7 +62,7 @@ def group_keys(group: PromptGroup) -> list[bytes]:
 def encode(
     rows: Sequence[ScoredCompletion], versions: Mapping[str, str] | None, *, token_logps: bool
 ) -> bytes:
-    """The bytes of a shard.
+    """The bytes of a shard that holds these completions.
 
     Raises:
         ValueError: a log-prob is not finite, or a row is not as `ScoredCompletion` says.
@@ -93,10 +93,10 @@ def encode(
 
 
 def read(path: Path) -> Shard:
-    """A shard with everything about it checked; what a file claims never sizes an allocation.
+    """Read a shard and check everything about it; no size is allocated because a file claims it.
 
     Raises:
-        ShardError: it is damaged or none; says how.
+        ShardError: it is damaged or no shard, with the reason.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
@@ -126,7 +126,7 @@ def read(path: Path) -> Shard:
 
 
 def validate(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """What about a shard's tensors cannot be, or None."""
+    """The reason why these cannot be a shard's tensors; None if they can."""
     kinds = {name: (tensor.dtype.name, tensor.ndim) for name, tensor in tensors.items()}
     wanted = {name: (dtype, 1) for name, dtype in TENSORS.items()}
     if kinds not in (wanted, wanted | {name: (dtype, 1) for name, dtype in RAGGED.items()}):

@@ -9,16 +9,16 @@ import torch
 
 from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.losses import TokenLogps, weighted_logps
-from fastdpo.modeling.families import PackingMode, choose_packing
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
+from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.modeling.scoring import score_groups
-from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
+from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
 from fastdpo.ref_cache.compute import reference_logps
+from fastdpo.ref_cache.hash_cache import HASH_CACHE_FILE
 from fastdpo.ref_cache.identity import reference_identity
-from fastdpo.ref_cache.store import ReferenceStore, group_keys
+from fastdpo.ref_cache.store import ReferenceStore, StoreOptions, group_keys
 from fastdpo.system.versions import numeric_versions
 
 
@@ -27,15 +27,13 @@ class RefLogpsProvider:
 
     Args:
         reference: the model, and how it is run as the reference.
-        folder: of all stores, or None to keep nothing: for `--ref_cache off`, and for a reference
-            that moves.
-        compute_dtype: what the matrix products run in.
+        folder: folder of all stores, or None to keep nothing: for `--ref_cache off`, and for a
+            reference that moves.
+        compute_dtype: dtype of the matrix products.
         layout: bounds the micro-batches of the passes, and is lowered where memory runs out.
         mode: how pairs run through the model; None chooses.
         loss: decides how the tokens of a completion are weighed; None sums them up.
-        keep_token_logps: store the log-prob of every token beside their sums.
-        strict_versions: compute again what other library versions or another GPU computed.
-        spot_check_pairs: how many stored pairs to score again before they are believed.
+        store_options: how the run uses its store.
     """
 
     def __init__(
@@ -47,9 +45,7 @@ class RefLogpsProvider:
         layout: ExecutionLayout,
         mode: PackingMode | None = None,
         loss: LossOptions | None = None,
-        keep_token_logps: bool = True,
-        strict_versions: bool = False,
-        spot_check_pairs: int = 0,
+        store_options: StoreOptions = StoreOptions(),  # noqa: B008 (it is frozen)
     ) -> None:
         self.reference = reference
         self.folder = folder
@@ -57,27 +53,23 @@ class RefLogpsProvider:
         self.mode = choose_packing(reference.model) if mode is None else mode
         self.options = {"layout": layout, "mode": self.mode}
         self.loss = LossOptions() if loss is None else loss
-        self.store_options = {
-            "keep_token_logps": keep_token_logps,
-            "strict_versions": strict_versions,
-        }
-        self.spot_check_pairs = spot_check_pairs
+        self.store_options = store_options
         self.is_stale = False
         self._store: ReferenceStore | None = None
 
     def on_train_begin(self) -> None:
-        """From now on the policy moves, and with it a reference that is the policy itself."""
+        """Note that the policy moves from now on, and with it a reference that is the policy."""
         self.is_stale = not self.reference.is_frozen
 
     def logps(
         self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
     ) -> np.ndarray:
-        """(n, 2) float64 of chosen and rejected, nats, as the loss takes them.
+        """(n, 2) float64 log-probs of chosen and rejected in nats, as the loss takes them.
 
         Args:
-            groups: of one data set.
-            name: of it, for the log.
-            requested: what shaped its rows, by option, to explain a later miss.
+            groups: the pairs of one data set.
+            name: name of the data set, for the log.
+            requested: the options that shaped its rows, to explain a later miss.
 
         Raises:
             ValueError: the reference is gone, or the stored one is not this model's.
@@ -97,24 +89,25 @@ class RefLogpsProvider:
             store,
             name=name,
             requested=requested,
-            spot_check_pairs=self.spot_check_pairs,
             compute_dtype=self.compute_dtype,
             **self.options,
         )
         if not self.loss.weighs_tokens:
             return logps
-        keys = [key for group in groups for key in group_keys(group)]
-        return self._weighted(logps, store.token_logps(keys))
+        token_logps = store.token_logps([key for group in groups for key in group_keys(group)])
+        tokens = np.array([len(each) for each in token_logps], dtype=np.int64).reshape(-1, 2)
+        flat = torch.from_numpy(np.concatenate(token_logps))
+        return self._weighted(ScoredPairs(logps, tokens, flat, {}))
 
-    def fill(
+    def attach(
         self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
     ) -> None:
-        """Set `groups.ref_logps`, unless it is set already; otherwise as `logps`."""
+        """Set `groups.ref_logps` to what `logps` returns, unless it is set already."""
         if groups.ref_logps is None:
             groups.ref_logps = self.logps(groups, name, requested)
 
     def store(self, root: Path) -> ReferenceStore:
-        """This reference's store in `root`, identified once."""
+        """The store of this reference in `root`; the weights are hashed once."""
         if self._store is None or self._store.root != root:
             model = self.reference.model
             identity = reference_identity(
@@ -125,36 +118,28 @@ class RefLogpsProvider:
                 self.mode.attention,
             )
             versions = numeric_versions(unwrap_model(model).device)
-            self._store = ReferenceStore(root, identity, versions=versions, **self.store_options)
+            self._store = ReferenceStore(
+                root, identity, versions=versions, options=self.store_options
+            )
         return self._store
 
     def _computed(self, groups: Sequence[PromptGroup], name: str) -> np.ndarray:
-        model = self.reference.model
+        description = f"Reference of {name}"
         with self.reference.active():
-            scored = sorted(
-                score_groups(model, groups, description=f"Reference of {name}", **self.options),
-                key=lambda each: each.index,
+            scored = score_pairs(
+                self.reference.model, groups, description=description, **self.options
             )
-        logps = np.stack([each.logps for each in scored])
         if not self.loss.weighs_tokens:
-            return logps
-        return self._weighted(logps, [part for each in scored for part in each.token_logps])
+            return scored.logps
+        return self._weighted(scored)
 
-    def _weighted(self, logps: np.ndarray, token_logps: Sequence[np.ndarray]) -> np.ndarray:
-        """Log-probs of n pairs with their tokens weighed as the loss weighs the policy's.
-
-        Args:
-            logps: (n, 2) float64, nats: plain sums.
-            token_logps: those of chosen and rejected of each pair in turns.
-
-        Returns:
-            (n, 2) float64, nats.
-        """
-        lengths = torch.tensor([len(each) for each in token_logps])
-        scored = TokenLogps(
-            torch.from_numpy(logps).flatten(),
-            torch.from_numpy(np.concatenate(token_logps)),
-            lengths,
-            lengths.view(-1, 2).repeat_interleave(2, dim=0),
+    def _weighted(self, scored: ScoredPairs) -> np.ndarray:
+        """(n, 2) float64 in nats, with tokens weighed as the loss weighs the policy's."""
+        lengths = torch.from_numpy(scored.tokens)
+        tokens = TokenLogps(
+            torch.from_numpy(scored.logps).flatten(),
+            scored.token_logps,
+            lengths.flatten(),
+            lengths.repeat_interleave(2, dim=0),
         )
-        return weighted_logps(scored, self.loss).view(-1, 2).numpy()
+        return weighted_logps(tokens, self.loss).view(-1, 2).numpy()

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fastdpo.batching import PromptGroup
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.layout import ExecutionLayout
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups
 from fastdpo.ref_cache.store import ReferenceStore
@@ -37,35 +37,34 @@ def spot_check(
     keys: Sequence[Sequence[bytes]],
     store: ReferenceStore,
     *,
-    count: int,
     compute_dtype: torch.dtype,
     layout: ExecutionLayout,
     mode: PackingMode | None = None,
 ) -> SpotCheck | None:
-    """Score a few known groups and compare; nothing is written, nothing is used for training.
+    """Score a few known groups and compare; the new log-probs are neither stored nor trained on.
 
-    The choice is deterministic: those that other versions computed first, then by key, which is a
+    The choice is deterministic: first groups that other versions computed, then by key, which is a
     hash and so as good as random.
 
     Args:
         reference: the model, and how it is run as the reference.
-        groups: those whose completions the store all knows.
-        keys: theirs.
-        store: to compare with.
-        count: the most groups to score.
+        groups: groups whose completions the store knows.
+        keys: for each group the row keys of its completions.
+        store: the store to check; its options say how many groups to score.
         compute_dtype: decides how much may differ.
         layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model, as in training; None chooses.
 
     Returns:
-        What was found, or None if there was nothing to check.
+        How far the log-probs differ, or None if there was nothing to check.
 
     Raises:
         ValueError: the stored log-probs are not this model's.
     """
+    count = store.options.spot_check_pairs
     if not count or not len(groups):
         return None
-    foreign = store.has_other_versions([row[0] for row in keys])
+    foreign = store.has_other_versions([its_keys[0] for its_keys in keys])
     order = sorted(range(len(groups)), key=lambda i: (not foreign[i], keys[i][0]))[:count]
     with reference.active():
         scored = list(
@@ -79,23 +78,23 @@ def spot_check(
     flat = [key for each in scored for key in keys[order[each.index]]]
     sums, tokens = store.lookup(flat), store.stored_token_logps(flat)
     worst = (-1.0, 0.0, 0.0)
-    now = [pair for s in scored for pair in zip(s.logps, s.token_logps, strict=True)]
+    now = [each for s in scored for each in zip(s.logps, s.token_logps, strict=True)]
     for stored, stored_tokens, (logps, token_logps) in zip(sums, tokens, now, strict=True):
         if stored_tokens is None:  # what independent differences of that rms would sum to
             rms = abs(float(logps) - float(stored)) / len(token_logps) ** 0.5
         else:
-            away = token_logps.astype(np.float64) - stored_tokens.astype(np.float64)
-            rms = float(np.sqrt(np.square(away).mean()))
+            difference = token_logps.astype(np.float64) - stored_tokens.astype(np.float64)
+            rms = float(np.sqrt(np.square(difference).mean()))
         worst = max(worst, (rms if np.isfinite(rms) else np.inf, float(stored), float(logps)))
-    found = SpotCheck(len(scored), *worst)
+    result = SpotCheck(len(scored), *worst)
     allowed = LARGEST_RMS.get(compute_dtype, LARGEST_RMS_OTHERWISE)
-    if found.largest_rms > allowed:
+    if result.largest_rms > allowed:
         raise ValueError(
             f"the reference log-probs stored in {store.folder} are not those of this model: a "
-            f"completion has {found.stored:.6f} nats there and {found.scored:.6f} now, "
-            f"{found.largest_rms:.2g} nats a token apart (rms; at most {allowed:g} in "
+            f"completion has {result.stored:.6f} nats there and {result.scored:.6f} now, "
+            f"{result.largest_rms:.2g} nats a token apart (rms; at most {allowed:g} in "
             f"{compute_dtype}). Move that folder away to compute them again, or pass another "
             "--ref_cache; --ref_versions strict computes again what other versions or another "
             "GPU computed; --ref_spot_check 0 does not look."
         )
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""What people see: progress bars, tables, numbers."""
+"""Output on the terminal: progress bars, lines and tables."""
 
 import sys
 from collections.abc import Sequence
@@ -6,48 +6,52 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 LOG_INTERVAL_S = 30
-"""How often a progress bar writes where nobody watches (a log file, a pipe)."""
+"""Seconds between two lines of a progress bar that goes to a log file or a pipe."""
 
 
 def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
-    """A bar with rate and time left; in a log, a line now and then. No description, no bar."""
-    watched = sys.stderr.isatty()
+    """A progress bar with rate and time left; in a log, a line every `LOG_INTERVAL_S`.
+
+    Args:
+        total: units of the whole work.
+        description: label of the bar; None shows no bar.
+        unit: name of a unit, for the rate.
+    """
+    on_terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         disable=description is None,
-        leave=not watched,
-        mininterval=0.1 if watched else LOG_INTERVAL_S,
-        maxinterval=1.0 if watched else LOG_INTERVAL_S,
+        leave=not on_terminal,
+        mininterval=0.1 if on_terminal else LOG_INTERVAL_S,
+        maxinterval=1.0 if on_terminal else LOG_INTERVAL_S,
     )
 
 
 def print_line(text: str = "") -> None:
-    """One line on standard output, at once."""
-    write(text + "\n")
+    """Write one line to standard output and flush it.
 
-
-def write(text: str) -> None:
-    """Write text to standard output at once; what its encoding has no letter for becomes `?`."""
+    A character that the console's encoding lacks is written as `?`.
+    """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text + "\n")
     except UnicodeEncodeError:
         encoding = sys.stdout.encoding
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text columns: the first to the left, the others to the right."""
+    """A table in plain text: the first column aligned to the left, the others to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 
-    def written(line: Sequence[str]) -> str:
+    def aligned(line: Sequence[str]) -> str:
         first, *others = line
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         return "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
     return "\n".join(
-        [written(lines[0]), "  ".join("-" * w for w in widths), *map(written, lines[1:])]
+        [aligned(lines[0]), "  ".join("-" * w for w in widths), *map(aligned, lines[1:])]
     )

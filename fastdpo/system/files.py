@@ -1,10 +1,10 @@
 """Every change to the disk: temporary name, fsync, checksum, rename. A reader sees all or nothing.
 
-No other room opens a file to write, renames or deletes: so a test can let the N-th operation fail.
+No other room opens a file to write, renames or deletes one, so a test can let the N-th operation
+fail.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ OPERATIONS = (
     "replace",
     "remove",
 )
-"""The functions of this module that touch the disk; everything else here is made of them."""
+"""The functions of this module that change the disk; all others are made of them."""
 
 TEMPORARY_MARK = ".tmp-"
 _TEMPORARY = re.compile(re.escape(TEMPORARY_MARK) + r"[0-9a-f]{32}-.+", re.DOTALL)
@@ -129,7 +129,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether `temporary_name` could have made the name."""
+    """Tell whether `temporary_name` could have made the name."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -144,12 +144,12 @@ def replace(source: Path, target: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """Note on an existing file that it was of use now."""
+    """Set the times of an existing file to now."""
     os.utime(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it; of a link, the link alone."""
+    """Delete a file, or a folder with all that is in it; a link goes, its target stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -157,14 +157,17 @@ def remove(path: Path) -> None:
 
 
 def remove_if_possible(path: Path) -> None:
-    """`remove` on the way out of an error, which a second one must not hide."""
+    """Delete as `remove` does, ignoring errors: for the way out of an error, which stays seen."""
     with suppress(OSError):
         remove(path)
 
 
 def fsync(path: Path) -> None:
     """Make a file's bytes, or a folder's names, survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -178,20 +181,34 @@ def sha256_of(path: Path) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """What an unprivileged process may still write to the file system of an existing folder."""
+    """The bytes that an unprivileged process may still write to the disk of an existing folder."""
     return shutil.disk_usage(folder).free
 
 
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[bool]:
+def exclusive_lock(folder: Path, lock_folder: Path) -> AbstractContextManager[bool]:
     """Hold an existing folder against other processes; a killed holder holds it no more.
 
-    Yields:
-        Whether the file system has such locks; without them nobody is kept out.
+    Args:
+        folder: what is held. On POSIX the folder itself is locked and nothing is written.
+        lock_folder: where systems without such locks (Windows) keep a lock file for it.
+
+    Returns:
+        A context that yields whether the file system has such locks; without them nobody is kept
+        out.
 
     Raises:
-        BlockingIOError: another one holds the folder.
+        BlockingIOError: on entering, where another process holds the folder.
     """
+    try:
+        import fcntl
+    except ImportError:
+        return _lock_file(folder, lock_folder)
+    return _lock_folder(folder, fcntl)
+
+
+@contextmanager
+def _lock_folder(folder: Path, fcntl: Any) -> Iterator[bool]:
+    """Lock the folder itself, which leaves nothing behind."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -204,6 +221,31 @@ def exclusive_lock(folder: Path) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _lock_file(folder: Path, lock_folder: Path) -> Iterator[bool]:
+    """Lock a file that is named by a hash of the folder's path."""
+    import filelock
+
+    is_soft = issubclass(filelock.FileLock, filelock.SoftFileLock)
+    if is_soft:  # it would outlive a killed holder
+        yield False
+        return
+    mkdir(lock_folder)
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+    lock = filelock.FileLock(lock_folder / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another process holds it", str(folder)) from None
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""When memory runs out: how to know it, and how to give back what the failed work held."""
+"""Out of memory: how to recognize it, and how to free what the failed work held."""
 
 import gc
 
@@ -6,15 +6,15 @@ import torch
 
 
 class DoesNotFitError(MemoryError):
-    """Not even a single completion fits into the memory that there is."""
+    """Not even a single completion fits into the memory of the device."""
 
     @classmethod
     def of_completion(cls, tokens: int, message: str) -> "DoesNotFitError":
-        """A completion and its prompt are too much: what to do.
+        """The error for a completion that does not fit, with advice.
 
         Args:
-            tokens: of both.
-            message: what the allocator said.
+            tokens: tokens of the completion and its prompt.
+            message: the allocator's message.
         """
         return cls(
             f"a single completion with its prompt, {tokens:,} tokens, does not fit into the "
@@ -24,7 +24,7 @@ class DoesNotFitError(MemoryError):
 
 
 def oom_message(error: RuntimeError) -> str | None:
-    """The first line of an error that a lack of memory on the GPU has raised; None of others."""
+    """The first line of an error that means the GPU is out of memory; None for other errors."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(
         mark in text for mark in ("out of memory", "ALLOC_FAILED")
@@ -34,7 +34,7 @@ def oom_message(error: RuntimeError) -> str | None:
 
 
 def free_cached_memory() -> None:
-    """Free what nothing refers to; to be called with the exception gone, which holds frames."""
+    """Free unreferenced tensors; call it after the exception is gone, as it holds frames."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

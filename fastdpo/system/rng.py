@@ -1,4 +1,4 @@
-"""The state of the random generators that a forward draws from, to do one again as it was."""
+"""The state of the random generators that a forward draws from, to repeat it exactly."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ class RNGState:
 
     @classmethod
     def capture(cls) -> "RNGState":
-        """As they are."""
+        """The generators' present state."""
         on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None)
 
     def restore(self) -> None:
-        """Put the generators back."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)

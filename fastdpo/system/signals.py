@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C, held back until the work in hand is in a state worth keeping.
+"""SIGTERM and Ctrl-C, deferred until the current work is in a state worth keeping.
 
-The first signal is noted, and the work asks for it where it can be cut; the second one stops at
-once. Whoever is inside shares the request of whoever is outside: a reference pass within a training
-run ends between two groups, and the run then saves.
+The first signal is recorded, and the work checks for it where it can stop; the second one stops at
+once. Nested contexts share the request: a reference pass within a training run ends between two
+groups, and the run then saves.
 """
 
 import os
@@ -21,11 +21,11 @@ _NOTICE = (
 
 
 class Stop:
-    """Whether to stop.
+    """A request to stop, once a signal has come.
 
     Attributes:
-        signal: the number of the first signal that came, or None.
-        signals: how many came.
+        signal: the number of the first signal, or None.
+        signals: how many signals have come.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Stop:
         self._waits = True
 
     def raise_if_requested(self) -> None:
-        """Leave, where a signal has come.
+        """Raise if a signal has come.
 
         Raises:
             SystemExit: 143, after SIGTERM.
@@ -45,7 +45,7 @@ class Stop:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within, nothing is worth waiting for: the first signal raises wherever it comes."""
+        """A context in which the first signal raises immediately, wherever it comes."""
         with self._waiting(False):
             self.raise_if_requested()
             yield
@@ -72,9 +72,9 @@ _active: Stop | None = None
 
 @contextmanager
 def graceful_shutdown() -> Iterator[Stop]:
-    """Hold SIGTERM and Ctrl-C back until the caller asks, so that no work is cut in two.
+    """Defer SIGTERM and Ctrl-C until the caller checks for them, so that no work is cut in two.
 
-    Signals that are ignored stay ignored; in threads, which get none, nothing changes.
+    Signals that are ignored stay ignored. In other threads, which get no signals, nothing changes.
     """
     global _active
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""What computed a log-prob besides the model: the libraries and the device."""
+"""The libraries and the device that compute log-probs."""
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -10,20 +10,23 @@ LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 
 
 def numeric_versions(device: torch.device) -> dict[str, str]:
-    """Recorded in every shard; never part of a key, so that an upgrade loses nothing."""
-    found = {}
+    """Versions of the libraries that decide a log-prob's rounding, and the device's name.
+
+    They are recorded in every shard of a store and are no part of a key: an upgrade loses nothing.
+    """
+    versions = {}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
+            versions[name] = "none"
     on_cuda = device.type == "cuda"
-    found["device"] = torch.cuda.get_device_name(device) if on_cuda else device.type
-    return found
+    versions["device"] = torch.cuda.get_device_name(device) if on_cuda else device.type
+    return versions
 
 
 def difference(then: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
-    """What differs, as `torch 2.11.0 -> 2.13.0, device cpu -> NVIDIA L4`; empty if nothing does."""
+    """The differences, as `torch 2.11.0 -> 2.13.0, device cpu -> NVIDIA L4`; empty if none."""
     if then is None:
         return "versions not recorded"
     return ", ".join(

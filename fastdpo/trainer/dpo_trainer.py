@@ -27,12 +27,12 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from fastdpo.batching import PairGroups, PromptGroup
 from fastdpo.config import DPOConfig
 from fastdpo.losses import LossFunction, needs_reference
-from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.head import get_lm_head, unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
+from fastdpo.modeling.packing import choose_packing
 from fastdpo.options import LossOptions
 from fastdpo.planner import compare
 from fastdpo.ref_cache import describe_request
@@ -233,7 +233,7 @@ class DPOTrainer(ResumableTrainer):
         model_name = unwrap_model(self.policy).name_or_path
         requested = describe_request(groups, self.user_args, self.tokenizer, str(model_name))
         with self.autocast():
-            self.reference.fill(groups, name, requested)
+            self.reference.attach(groups, name, requested)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
         """Reference log-probs of a data set, (n, 2) float64; 0 where the loss looks at none."""
@@ -300,7 +300,7 @@ class DPOTrainer(ResumableTrainer):
         """Move the reference of TR-DPO a step towards the policy, if its turn has come."""
         args, done = self.user_args, self.state.global_step
         if args.sync_ref_model and done and done % args.ref_model_sync_steps == 0:
-            self.reference.reference.follow(self.policy, args.ref_model_mixup_alpha)
+            self.reference.reference.update_ema(self.policy, args.ref_model_mixup_alpha)
 
     def _skip_update(self, wrong: str) -> None:
         """Leave the weights as they are in an update with a non-finite loss or gradient."""
@@ -398,7 +398,7 @@ class DPOTrainer(ResumableTrainer):
                 name=name or Path(str(self.args.output_dir)).name,
                 base_model=str(unwrap_model(self.policy).name_or_path),
                 is_adapter=self.trains_adapter,
-                reference=self.reference.reference.sentence,
+                reference=self.reference.reference.description,
                 args=self.user_args,
                 pairs=0 if self.train_groups is None else len(self.train_groups),
                 updates=self.state.global_step,
@@ -423,7 +423,7 @@ class DPOTrainer(ResumableTrainer):
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
-            "reference": self.reference.reference.sentence,
+            "reference": self.reference.reference.description,
         }
 
     def layout_state(self) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from fastdpo.losses import (
     pair_losses,
     token_outputs,
 )
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.scoring import score_pairs
 from fastdpo.options import LossOptions
 from fastdpo.trainer.metrics import MetricSums, PairsResult

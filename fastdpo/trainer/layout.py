@@ -15,9 +15,9 @@ from fastdpo.modeling.activations import (
     supports_checkpointing,
 )
 from fastdpo.modeling.attention import attention_kind
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, group_length
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.planner import Plan, plan_for_run
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def plan_memory(
         group_lengths(groups, mode),
         pairs_per_update=pairs_per_update,
         scored_tokens=sum(len(ids) for _, ids in completions),
-        longest_row_tokens=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
+        max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
         repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
     )
     if plan is not None:
@@ -106,7 +106,7 @@ def worst_case_batch(
 def _activation_plan(
     policy: PreTrainedModel | PeftModel, args: DPOConfig, plan: Plan | None
 ) -> tuple[str, ...]:
-    """What each decoder layer does with its activations."""
+    """Return what each decoder layer does with its activations: keep, recompute or offload."""
     choice = args.activations
     if choice == "auto" and args.activation_checkpointing is False:
         choice = KEEP

@@ -1,4 +1,4 @@
-"""The model card: what was trained, on what, how, and what it came to."""
+"""The model card: which model was trained, on which data, with which options and result."""
 
 import platform
 import shlex
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from fastdpo.config import DPOConfig
 from fastdpo.options import PreferenceOptions
@@ -28,10 +28,10 @@ _RUN = (
     "max_grad_norm",
     "seed",
 )
-"""Options that are shown whatever their value is."""
+"""Options that are always listed."""
 
-_PLACES = ("ref_cache", "reference", "model_init_kwargs")
-"""Options that say where something lies; the card may be read by anyone."""
+_PATHS = ("ref_cache", "reference", "model_init_kwargs")
+"""Options that hold local paths; the card may be read by anyone."""
 
 _CITATION = """\
 @inproceedings{rafailov2023direct,
@@ -46,21 +46,21 @@ _CITATION = """\
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a card tells of a model.
+    """The facts that a model card is made of.
 
     Attributes:
-        name: of the trained model.
+        name: name of the trained model.
         base_model: folder or hub id that training started from; empty if it has none.
         is_adapter: whether an adapter was trained, or all weights.
-        reference: the sentence that says what the policy was compared with.
+        reference: the sentence that names the reference of the run.
         args: the options, as the user gave them.
-        pairs: to train on.
-        updates: done.
+        pairs: number of training pairs.
+        updates: number of updates that were done.
         dataset: folder, file or hub id of the pairs, if known.
-        evaluation: figures of the last evaluation by their logged names; empty without one.
+        evaluation: metrics of the last evaluation by their logged names; empty without one.
         command: the arguments that started the run, if it was a command.
         tags: more tags for the hub.
-        versions: of libraries, by name.
+        versions: versions of the libraries, by their names.
     """
 
     name: str
@@ -78,7 +78,7 @@ class TrainedModel:
 
 
 def library_versions() -> dict[str, str]:
-    """Of Python, fastdpo and what a result depends on."""
+    """The versions of Python, fastdpo and the libraries that a result depends on, by name."""
     return {"fastdpo": __version__, "python": platform.python_version()} | {
         name: version(name) for name in _LIBRARIES
     }
@@ -91,7 +91,7 @@ def model_card(model: TrainedModel) -> str:
     tokens in the command are left out.
     """
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(model), sort_keys=False)}---",
+        f"---\n{_front_matter(model).to_yaml()}\n---",
         f"# {model.name}",
         _introduction(model),
         "## Training\n\n" + _table(("Option", "Value"), _options(model.args).items()),
@@ -99,7 +99,7 @@ def model_card(model: TrainedModel) -> str:
     if model.evaluation:
         parts.append(
             f"## Evaluation\n\nHeld-out pairs, after {model.updates} updates:\n\n"
-            + _table(("Figure", "Value"), _figures(model.evaluation))
+            + _table(("Metric", "Value"), _metrics(model.evaluation))
         )
     if model.command:
         parts.append(f"## Command\n\n```\n{shlex.join(_without_secrets(model.command))}\n```")
@@ -109,15 +109,15 @@ def model_card(model: TrainedModel) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(model: TrainedModel) -> dict[str, Any]:
-    matter: dict[str, Any] = {"library_name": "peft" if model.is_adapter else "transformers"}
-    if not _is_local(model.base_model):
-        matter["base_model"] = model.base_model
-    if model.dataset and not _is_local(model.dataset):
-        matter["datasets"] = [model.dataset]
-    matter["pipeline_tag"] = "text-generation"
-    matter["tags"] = list(dict.fromkeys([*TAGS, *model.tags]))
-    return matter
+def _front_matter(model: TrainedModel) -> ModelCardData:
+    """The metadata that the hub reads; local folders are left out."""
+    return ModelCardData(
+        library_name="peft" if model.is_adapter else "transformers",
+        base_model=None if _is_local(model.base_model) else model.base_model,
+        datasets=[model.dataset] if model.dataset and not _is_local(model.dataset) else None,
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *model.tags],
+    )
 
 
 def _introduction(model: TrainedModel) -> str:
@@ -132,19 +132,19 @@ def _introduction(model: TrainedModel) -> str:
 
 
 def _options(args: DPOConfig) -> dict[str, Any]:
-    """The loss, the run, and what of the other options of DPO is not as it comes."""
+    """The options to list: loss and run always, other options of DPO where not the default."""
     shown: dict[str, Any] = {"loss_type": args.loss_type, "beta": args.beta}
     for entry in fields(PreferenceOptions):
         value = getattr(args, entry.name)
-        if entry.name not in (*shown, *_PLACES) and value != _default(entry):
+        if entry.name not in (*shown, *_PATHS) and value != _default(entry):
             shown[entry.name] = value
     shown["pairs per update"] = args.per_device_train_batch_size * args.gradient_accumulation_steps
     length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     return shown | {name: getattr(args, name) for name in (length, *_RUN)}
 
 
-def _figures(evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Without times and counters, in the order in which they were logged."""
+def _metrics(evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Names and values of the metrics in the order of logging, without times and counters."""
     left_out = ("runtime", "per_second", "epoch", "step")
     return [
         (name.removeprefix("eval_"), f"{value:.4g}")
@@ -154,6 +154,7 @@ def _figures(evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _without_secrets(command: Sequence[str]) -> list[str]:
+    """The arguments of a command without tokens."""
     kept: list[str] = []
     words = iter(command)
     for word in words:
@@ -184,6 +185,7 @@ def _is_local(name: str) -> bool:
 
 
 def _shown(name: str) -> str:
+    """A model's or data set's name for the text: of a local folder the last part alone."""
     if not name:
         return "a model that has no name"
     return f"`{Path(name).name if _is_local(name) else name}`"

@@ -21,10 +21,10 @@ from fastdpo.modeling.adapters import (
     load_adapter,
     replace_lora_forward,
 )
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
-from fastdpo.modeling.loading import disable_dropout, resolve_dtype
+from fastdpo.modeling.loading import disable_dropout, load_model, resolve_dtype
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import (
     ReferenceModel,
     reference_from_adapter,
@@ -34,7 +34,7 @@ from fastdpo.modeling.reference_model import (
     reference_from_start,
 )
 from fastdpo.options import reference_folder
-from fastdpo.ref_cache import RefLogpsProvider, load_identified
+from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,8 @@ def load_policy(name: str, **arguments: Any) -> Model:
     Takes the arguments of `load_model`.
     """
     if not is_adapter(name):
-        return load_identified(name, **arguments)
-    return load_adapter(load_identified(base_model_name(name), **arguments), name, trainable=True)
+        return load_model(name, **arguments)
+    return load_adapter(load_model(base_model_name(name), **arguments), name, trainable=True)
 
 
 def prepare_reference(
@@ -147,7 +147,8 @@ def prepare_reference(
                 "leave out ref_model and --reference, or sync_ref_model."
             )
         reference = replace(
-            reference_from_copy(policy), sentence="The reference is a copy that follows the policy."
+            reference_from_copy(policy),
+            description="The reference is a copy that follows the policy.",
         )
     elif requested in (None, "adapter"):
         reference = reference_from_start(policy)
@@ -162,7 +163,7 @@ def prepare_reference(
         reference = _named_reference(policy, str(requested), args)
     else:
         reference = reference_from_model(requested, policy)
-    logger.info("%s", reference.sentence)
+    logger.info("%s", reference.description)
     return reference
 
 
@@ -204,9 +205,7 @@ def reference_provider(
         layout=layout,
         mode=mode,
         loss=args,
-        keep_token_logps=args.ref_token_logps == "on",
-        strict_versions=args.ref_versions == "strict",
-        spot_check_pairs=args.ref_spot_check,
+        store_options=StoreOptions.of_run(args),
     )
 
 

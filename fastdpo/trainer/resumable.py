@@ -30,9 +30,8 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.adapters import BASE_IN_4BIT, TRAINING_ARGUMENTS
 from fastdpo.modeling.head import unwrap_model
-from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.options import reference_folder
-from fastdpo.ref_cache import reference_identity
+from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
 from fastdpo.system import files, signals
 from fastdpo.trainer import checkpoint as checkpoints
 
@@ -256,7 +255,7 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
             checkpoints.write_manifest(temporary, self._run, self.layout_state())
-            checkpoints.commit(temporary, final)
+            checkpoints.publish(temporary, final)
         finally:
             files.remove_if_possible(self._saving_into)
             self._saving_into = None
@@ -310,7 +309,7 @@ class ResumableTrainer(Trainer):
         assert self.lr_scheduler is not None, "training has begun"
         state = self.lr_scheduler.state_dict()
         checkpoints.save_optimizer(Path(output_dir), self.optimizer, state, self.policy)
-        checkpoints.save_tensors(Path(output_dir), self.extra_state())
+        checkpoints.save_extra_state(Path(output_dir), self.extra_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -318,7 +317,7 @@ class ResumableTrainer(Trainer):
             assert self.lr_scheduler is not None, "training is about to begin"
             state = checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.policy)
             self.lr_scheduler.load_state_dict(state)
-            checkpoints.load_tensors(Path(checkpoint), self.extra_state())
+            checkpoints.load_extra_state(Path(checkpoint), self.extra_state())
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None:

@@ -36,11 +36,11 @@ from fastdpo.losses import (
     weighted_logps,
 )
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, WorkItem, run_within_memory
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
 from fastdpo.system.oom import free_cached_memory
@@ -257,7 +257,7 @@ class _StepAttempt:
         )
 
     def _loss(self, terms: dict[str, Tensor], indices: Tensor) -> Tensor:
-        """What some pairs add to the update's loss, ().
+        """Return what some pairs add to the update's loss, ().
 
         Args:
             terms: (C,) each, of those pairs' completions.

@@ -3,11 +3,27 @@
 `linear_logprobs` is attention over the vocabulary: the log-probability of each target token
 straight from hidden states and the rows of `lm_head`, without the (N, V) logits.
 `linear_cross_entropy` is the same behind the signature of torch's own. `lora_linear` is a frozen
-linear layer, dense or 4-bit, with its LoRA branch as one autograd node.
+linear layer, dense or 4-bit, with its LoRA branch as one autograd node, `lora_linears` several of
+them on one input. `rms_norm`, `rotary` and `gated_activation` are what lies between the linear
+layers of Llama and its relatives.
 """
 
+from .gated_activation import gated_activation
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import LinearLogprobs, linear_logprobs
 from .lora_linear import lora_linear
+from .lora_linears import LoraModule, lora_linears
+from .rms_norm import rms_norm
+from .rotary import rotary
 
-__all__ = ["linear_logprobs", "LinearLogprobs", "linear_cross_entropy", "lora_linear"]
+__all__ = [
+    "linear_logprobs",
+    "LinearLogprobs",
+    "linear_cross_entropy",
+    "lora_linear",
+    "lora_linears",
+    "LoraModule",
+    "rms_norm",
+    "rotary",
+    "gated_activation",
+]

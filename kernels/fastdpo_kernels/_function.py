@@ -52,18 +52,19 @@ class FrozenHeadLogprobs(torch.autograd.Function):
         """(N,) log-probs, then one (N,) tensor per asked output."""
         rows, gradients = backend.score_with_gradient(hidden_states, target_ids, request)
         ctx.save_for_backward(gradients)
-        figures = [rows.extras[name] for name in request.outputs]
-        ctx.mark_non_differentiable(*figures)
-        return (rows.logps, *figures)
+        metrics = [rows.extras[name] for name in request.outputs]
+        ctx.mark_non_differentiable(*metrics)
+        return (rows.logps, *metrics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
-        """Row scaling; the upstream gradient of the figures is nobody's."""
+        """Row scaling, rounded once; the upstream gradient of the metrics is nobody's."""
         grad_logps: Tensor = grad_outputs[0]
         (gradients,) = ctx.saved_tensors
-        scaled = gradients.to(grad_logps.dtype) * grad_logps[:, None]
-        return scaled.to(gradients.dtype), None, None, None
+        scaled = torch.empty_like(gradients)
+        torch.mul(gradients, grad_logps[:, None], out=scaled)  # in fp32, without fp32 temporaries
+        return scaled, None, None, None
 
 
 class TrainedHeadLogprobs(torch.autograd.Function):
@@ -95,9 +96,9 @@ class TrainedHeadLogprobs(torch.autograd.Function):
             rows.mass_others,
         )
         ctx.transform = request.transform
-        figures = [rows.extras[name] for name in request.outputs]
-        ctx.mark_non_differentiable(*figures)
-        return (rows.logps, *figures)
+        metrics = [rows.extras[name] for name in request.outputs]
+        ctx.mark_non_differentiable(*metrics)
+        return (rows.logps, *metrics)
 
     @staticmethod
     @once_differentiable

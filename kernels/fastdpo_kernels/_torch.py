@@ -53,19 +53,19 @@ class Bounds:
         skip_mass: most probability mass whose gradient a row may leave out; 0 is exact.
     """
 
-    buffer_bytes: int = 128 * 2**20
+    buffer_bytes: int = 276 * 2**20
     skip_mass: float = 0.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the rows: everything of a call but the rows themselves.
+    """Arguments of a call that hold for every row of it.
 
     Attributes:
         weight: (V, H).
         bias: (V,) or None.
         transform: from raw logits to z.
-        outputs: names of the extra figures.
+        outputs: names of the extra metrics.
         bounds: what a pass that forms gradients may hold and drop.
     """
 
@@ -82,7 +82,7 @@ class Request:
 
 @dataclass
 class RowStatistics:
-    """What one pass over the vocabulary leaves per row; (R,) each, in the accumulation dtype."""
+    """Statistics of one pass over the vocabulary; (R,) each, in the accumulation dtype."""
 
     logps: Tensor
     target_logits: Tensor
@@ -128,13 +128,13 @@ def padded(rows: Tensor, size: int) -> Tensor:
     return out
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """The product with sums in fp32 (fp64 for fp64), on CUDA from operands of right's dtype."""
     dtype = accumulation_dtype(right.dtype)
     with torch.autocast(right.device.type, enabled=False):  # it would round fp32 operands to bf16
         if right.is_cuda and right.dtype != dtype:
-            return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
-        return left.to(dtype) @ right.to(dtype)
+            return torch.mm(left.to(right.dtype), right, out_dtype=dtype, out=out)
+        return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
 def score(
@@ -159,7 +159,7 @@ def score_with_gradient(
     target_ids: Tensor,  # (N,)
     request: Request,
 ) -> tuple[RowStatistics, Tensor]:
-    """The same pass, and U = dlogp/dh = sigmoid(d) (slope_t W_t - E_o[slope W]), (N, H).
+    """Score, and return U = dlogp/dh = sigmoid(d) (slope_t W_t - E_o[slope W]) too, (N, H).
 
     Its tiles are small whatever the bounds allow, and it drops nothing.
     """
@@ -217,7 +217,7 @@ def _score_chunk(
     log_ratio = (maximum + torch.log(sum_others) - target_logits).double()
     logps = (-softplus(log_ratio)).to(dtype)
     mass_others = torch.sigmoid(log_ratio).to(dtype)
-    extras = extra_figures(
+    extras = extra_metrics(
         outputs,
         vocabulary=weight.shape[0],
         max_others=maximum,
@@ -290,7 +290,7 @@ class _Moments:
             self.squares = self.squares * rescale**2 + (exponentials**2).sum(dim=1)
 
 
-def extra_figures(
+def extra_metrics(
     outputs: tuple[str, ...],
     *,
     vocabulary: int,
@@ -302,23 +302,23 @@ def extra_figures(
     target_logits: Tensor,
     log_ratio: Tensor,  # d, fp64
 ) -> dict[str, Tensor]:
-    """The asked figures, (R,) each, over the whole vocabulary, target included."""
+    """The asked metrics, (R,) each, over the whole vocabulary, target included."""
     dtype = target_logits.dtype
     mass, target_mass = torch.sigmoid(log_ratio), torch.sigmoid(-log_ratio)
     safe_sum = sum_others.clamp_min(torch.finfo(sum_others.dtype).tiny).double()
-    figures: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     if "entropy" in outputs:
         lse = target_logits + softplus(log_ratio)
         expected = mass * weighted / safe_sum + target_mass * target_logits
-        figures["entropy"] = (lse - expected).to(dtype)
+        metrics["entropy"] = (lse - expected).to(dtype)
     if "mean_logits" in outputs:
-        figures["mean_logits"] = ((plain + target_logits) / vocabulary).to(dtype)
+        metrics["mean_logits"] = ((plain + target_logits) / vocabulary).to(dtype)
     if "is_top1" in outputs:
-        figures["is_top1"] = target_logits >= max_others
+        metrics["is_top1"] = target_logits >= max_others
     if "log_sum_sq_probs" in outputs:
         others = mass**2 * squares / safe_sum**2
-        figures["log_sum_sq_probs"] = torch.log(others + target_mass**2).to(dtype)
-    return figures
+        metrics["log_sum_sq_probs"] = torch.log(others + target_mass**2).to(dtype)
+    return metrics
 
 
 def _first_rows(rows: RowStatistics, count: int) -> RowStatistics:
@@ -330,7 +330,7 @@ def _first_rows(rows: RowStatistics, count: int) -> RowStatistics:
         rows.sum_others[:count],
         rows.mass_others[:count],
         None if rows.mean_weights is None else rows.mean_weights[:count],
-        {name: figure[:count] for name, figure in rows.extras.items()},
+        {name: metric[:count] for name, metric in rows.extras.items()},
     )
 
 

@@ -1,9 +1,11 @@
-"""The fused log-prob in Triton: the only file with jit code. The same code runs in the interpreter.
+"""The fused log-prob in Triton: the first GEMM and its fold. The same code runs in the interpreter.
 
 Logits live in the base-2 domain, z2 = z * log2(e). A vocabulary tile of a row is stored as
-E = 2^(z2 - k) with k a whole number per (row, tile), so that rescaling to the row's own offset is
-an exact shift of the exponent. The target column is left out of every sum and of E; its logit is
-kept apart in fp32. Partial sums are combined in a fixed order, never by atomics.
+E = 2^(z2 - k) with k a whole number, so that a change of scale is an exact shift of the exponent. k
+is one per row, near the target's own z2, and a tile's own only where that would exceed the row's by
+2^96; fp16 has too few exponents and takes each tile's own. The target column is left out of every
+sum and of E; its logit is kept apart in fp32. Partial sums are combined in a fixed order, never by
+atomics.
 """
 
 from __future__ import annotations
@@ -14,12 +16,19 @@ import triton.language as tl
 MASKED = tl.constexpr(-1e30)
 """Offset of a tile without a single counted column: finite, so that nothing becomes NaN."""
 
+ROOM = tl.constexpr(96.0)
+"""A tile keeps the row's offset unless its largest entry exceeds 2^ROOM: sums of entries and their
+products with W stay below fp32's 2^128."""
+
+SQUARES_SHRINK = tl.constexpr(2.0**-40)
+"""Factor on entries before they are squared: (2^96)^2 would overflow."""
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _round_to_bf16(x):
+def round_to_bf16(x):
     """Round fp32 to the nearest bf16, ties to even, kept in fp32: the interpreter truncates."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -38,19 +47,72 @@ def _tanh(x):
 
 
 @triton.jit
+def _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
+    """Raw logits h.W + b to z."""
+    if HAS_SOFTCAP:
+        z = _tanh(raw * (factor / softcap)) * (softcap * inverse_temperature)
+    else:
+        z = raw * (factor * inverse_temperature)
+    return z
+
+
+@triton.jit(do_not_specialize=["rows"])
+def target_kernel(
+    hidden_ptr,  # (N, H)
+    weight_ptr,  # (V, H)
+    bias_ptr,  # (V,)
+    target_ptr,  # (N,) int64
+    target_logit_ptr,  # (N,) fp32: z of the target
+    reference_ptr,  # (N,) fp32: whole number nearest to the target's z2
+    rows,
+    hidden_size,
+    hidden_stride,
+    weight_stride,
+    factor,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Each row's target logit and its offset: the dot product of its state with one row of W."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_H)
+    in_rows = row < rows
+    target = tl.load(target_ptr + row, mask=in_rows, other=0)
+    hidden_at = hidden_ptr + row.to(tl.int64)[:, None] * hidden_stride
+    weight_at = weight_ptr + target[:, None] * weight_stride
+    total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+    for start in range(0, hidden_size, BLOCK_H):
+        column = start + inner
+        inside = in_rows[:, None] & (column < hidden_size)[None, :]
+        h = tl.load(hidden_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += h * w
+    raw = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + target, mask=in_rows, other=0.0).to(tl.float32)
+    z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP)
+    tl.store(target_logit_ptr + row, z, mask=in_rows)
+    finite = tl.minimum(tl.maximum(tl.where(z == z, z, 0.0) * LOG2_E, MASKED), -MASKED)
+    tl.store(reference_ptr + row, tl.floor(finite + 0.5), mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def logits_kernel(
     hidden_ptr,  # (N, H)
     weight_ptr,  # (V, H)
     bias_ptr,  # (V,)
     target_ptr,  # (N,) int64
+    reference_ptr,  # (N,) fp32: the row's k
     offset_ptr,  # (tiles, N) fp32: k
     sum_ptr,  # (tiles, N) fp32: sum of 2^(z2 - k)
-    target_logit_ptr,  # (N,) fp32: z of the target
     exponential_ptr,  # (N, padded V): E
     max_ptr,  # (tiles, N) fp32: largest z, and below: sums of z 2^(z2-k), z, 2^(2 z2 - 2 k)
     weighted_ptr,
     plain_ptr,
-    square_ptr,
+    square_ptr,  # times SQUARES_SHRINK twice
     rows,
     vocabulary,
     hidden_size,
@@ -62,6 +124,7 @@ def logits_kernel(
     inverse_temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    ONE_SCALE: tl.constexpr,  # the row's k where it fits, else each tile's own
     STORE_E: tl.constexpr,
     EXTRAS: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -71,9 +134,10 @@ def logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PART_V: tl.constexpr,  # columns of a statistics tile: BLOCK_V or its half
     GROUP: tl.constexpr,
 ):
-    """Z = transform(h @ W.T); one program = BLOCK_N rows x one vocabulary tile of BLOCK_V."""
+    """Z = transform(h @ W.T); one program = BLOCK_N rows x BLOCK_V columns of the vocabulary."""
     row_tile, tile = _swizzled(tl.program_id(0), rows, vocabulary, BLOCK_N, BLOCK_V, GROUP)
     row_start = row_tile.to(tl.int64) * BLOCK_N
     column_start = tile.to(tl.int64) * BLOCK_V
@@ -98,46 +162,124 @@ def logits_kernel(
             h = h.to(tl.float32)
             w = w.to(tl.float32)
         raw = tl.dot(h, w, raw, input_precision=PRECISION)
-    if HAS_BIAS:
-        raw += tl.load(bias_ptr + column_start + column_inside).to(tl.float32)[None, :]
-    z = raw * factor
-    if HAS_SOFTCAP:
-        z = _tanh(z / softcap) * softcap
-    z = z * inverse_temperature
+    # The accumulator is worked off in parts: the whole at once would not fit the registers.
+    PARTS: tl.constexpr = BLOCK_V // PART_V
+    if PARTS == 2:
+        halves = tl.permute(tl.reshape(raw, (BLOCK_N, 2, PART_V)), (0, 2, 1))
+        first, second = tl.split(halves)
+    else:
+        first, second = raw, raw
+    for part in tl.static_range(PARTS):
+        if (tile * PARTS + part) * PART_V < vocabulary:
+            _work_off(
+                first if part == 0 else second,
+                tile * PARTS + part,
+                row_start,
+                bias_ptr,
+                target_ptr,
+                reference_ptr,
+                offset_ptr,
+                sum_ptr,
+                exponential_ptr,
+                max_ptr,
+                weighted_ptr,
+                plain_ptr,
+                square_ptr,
+                rows,
+                vocabulary,
+                exponential_stride,
+                factor,
+                softcap,
+                inverse_temperature,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                ONE_SCALE,
+                STORE_E,
+                EXTRAS,
+                E_SCALE,
+                EMULATE_BF16,
+                BLOCK_N,
+                PART_V,
+            )
 
-    in_rows = row_start + row < rows
-    target = tl.load(target_ptr + row_start + row_inside) - column_start
-    is_target = column[None, :] == target[:, None]
-    holds_target = (target >= 0) & (target < BLOCK_V) & in_rows
-    target_z = tl.sum(tl.where(is_target, z, 0.0), axis=1)
-    tl.store(target_logit_ptr + row_start + row, target_z, mask=holds_target)
-    counted = (column_start + column < vocabulary)[None, :] & (is_target == 0)
-    largest = tl.max(tl.where(counted, z, MASKED), axis=1)
+
+@triton.jit
+def _work_off(
+    raw,  # (BLOCK_N, PART_V) fp32: h @ W.T
+    tile,  # statistics tile: columns from tile * PART_V on
+    row_start,
+    bias_ptr,
+    target_ptr,
+    reference_ptr,
+    offset_ptr,
+    sum_ptr,
+    exponential_ptr,
+    max_ptr,
+    weighted_ptr,
+    plain_ptr,
+    square_ptr,
+    rows,
+    vocabulary,
+    exponential_stride,
+    factor,
+    softcap,
+    inverse_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ONE_SCALE: tl.constexpr,
+    STORE_E: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    E_SCALE: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PART_V: tl.constexpr,
+):
+    """Statistics and E of one part of the accumulator."""
+    # 64-bit scalars, 32-bit inside the tile: everything that lives per entry costs registers.
+    column_start = tile * PART_V
+    row = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, PART_V)
+    in_rows = row < rows - row_start.to(tl.int32)
+    in_vocabulary = column < vocabulary - column_start
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column_start + column, mask=in_vocabulary, other=0.0)
+        raw += bias.to(tl.float32)[None, :]
+    z = _transformed(raw, factor, softcap, inverse_temperature, HAS_SOFTCAP)
+    partial = tile.to(tl.int64) * rows + row_start
+    target = tl.load(target_ptr + row_start + row, mask=in_rows, other=-1).to(tl.int32)
+    at_target = target - column_start
+    is_target = column[None, :] == at_target[:, None]
+    counted = in_vocabulary[None, :] & (is_target == 0)
+    z = tl.where(counted, z, MASKED)
+    largest = tl.max(z, axis=1)
     offset = tl.floor(tl.maximum(largest * LOG2_E, MASKED) + 0.5)
-    partial = tile.to(tl.int64) * rows + row_start + row
-    if EXTRAS:  # what needs z alone goes first: registers are short here
-        tl.store(max_ptr + partial, largest, mask=in_rows)
-        tl.store(plain_ptr + partial, tl.sum(tl.where(counted, z, 0.0), axis=1), mask=in_rows)
-    exponential = tl.where(counted, tl.exp2(z * LOG2_E - offset[:, None]), 0.0)
-    tl.store(offset_ptr + partial, offset, mask=in_rows)
-    tl.store(sum_ptr + partial, tl.sum(exponential, axis=1), mask=in_rows)
+    if ONE_SCALE:
+        reference = tl.load(reference_ptr + row_start + row, mask=in_rows, other=0.0)
+        offset = tl.where(offset - reference <= ROOM, reference, offset)
+    exponential = tl.exp2(z * LOG2_E - offset[:, None])
+    tl.store(offset_ptr + partial + row, offset, mask=in_rows)
+    tl.store(sum_ptr + partial + row, tl.sum(exponential, axis=1), mask=in_rows)
     if EXTRAS:
+        tl.store(max_ptr + partial + row, largest, mask=in_rows)
+        plain = tl.sum(tl.where(z != MASKED, z, 0.0), axis=1)
+        tl.store(plain_ptr + partial + row, plain, mask=in_rows)
         weighted = tl.where(exponential > 0, exponential * z, 0.0)
-        tl.store(weighted_ptr + partial, tl.sum(weighted, axis=1), mask=in_rows)
-        tl.store(square_ptr + partial, tl.sum(exponential * exponential, axis=1), mask=in_rows)
+        tl.store(weighted_ptr + partial + row, tl.sum(weighted, axis=1), mask=in_rows)
+        small = exponential * SQUARES_SHRINK
+        tl.store(square_ptr + partial + row, tl.sum(small * small, axis=1), mask=in_rows)
     if STORE_E:
         kept = exponential * E_SCALE
         if HAS_SOFTCAP:
             capped = z / (softcap * inverse_temperature)
-            kept = kept * (1.0 - capped * capped)
+            kept = tl.where(kept > 0, kept * (1.0 - capped * capped), 0.0)  # masked: infinite
         if EMULATE_BF16:
-            kept = _round_to_bf16(kept)
+            kept = round_to_bf16(kept)
         at = exponential_ptr + row_start * exponential_stride + column_start
-        at = at + row[:, None].to(tl.int64) * exponential_stride + column[None, :]
+        at = at + (row[:, None] * exponential_stride + column[None, :])
         tl.store(at, kept.to(exponential_ptr.dtype.element_ty), mask=in_rows[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def combine_kernel(
     offset_ptr,  # (tiles, N) fp32
     sum_ptr,  # (tiles, N) fp32
@@ -146,23 +288,57 @@ def combine_kernel(
     row_sum_ptr,  # (N,) fp32: sum of 2^(z2 - k) over the row
     logp_ptr,  # (N,) fp32
     mass_ptr,  # (N,) fp32: 1 - p of the target
+    max_ptr,  # (tiles, N) fp32, and the three below
+    weighted_ptr,
+    plain_ptr,
+    square_ptr,
+    row_moment_ptr,  # (4, N) fp64: of the row, in that order, squares without their factor
     rows,
     tiles,
-    BLOCK: tl.constexpr,
+    moment_stride,
+    EXTRAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Partial sums to log-probs, in fp64, tile by tile; one program = BLOCK rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Partial sums to log-probs, in fp64, AT_ONCE tiles at a time; one program = BLOCK_N rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < rows
-    largest = tl.full((BLOCK,), MASKED, dtype=tl.float32)
-    for tile in range(0, tiles):
-        offset = tl.load(offset_ptr + tile * rows + row, mask=inside, other=MASKED)
-        largest = tl.maximum(largest, offset)
-    total = tl.zeros((BLOCK,), dtype=tl.float64)
-    for tile in range(0, tiles):
-        at = tile * rows + row
-        offset = tl.load(offset_ptr + at, mask=inside, other=MASKED)
-        partial = tl.load(sum_ptr + at, mask=inside, other=0.0)
-        total += (partial * tl.exp2(offset - largest)).to(tl.float64)
+    step = tl.arange(0, AT_ONCE)
+    largest = tl.full((BLOCK_N,), MASKED, dtype=tl.float32)
+    for start in range(0, tiles, AT_ONCE):
+        mask = (start + step < tiles)[:, None] & inside[None, :]
+        at = (start + step).to(tl.int64)[:, None] * rows + row[None, :]
+        offset = tl.load(offset_ptr + at, mask=mask, other=MASKED)
+        largest = tl.maximum(largest, tl.max(offset, axis=0))
+    total = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    highest = tl.full((BLOCK_N,), MASKED, dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    plain = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    for start in range(0, tiles, AT_ONCE):
+        mask = (start + step < tiles)[:, None] & inside[None, :]
+        at = (start + step).to(tl.int64)[:, None] * rows + row[None, :]
+        offset = tl.load(offset_ptr + at, mask=mask, other=MASKED)
+        shift = tl.exp2(offset - largest[None, :])
+        partial = tl.load(sum_ptr + at, mask=mask, other=0.0) * shift
+        total += tl.sum(partial.to(tl.float64), axis=0)
+        if EXTRAS:
+            z = tl.load(max_ptr + at, mask=mask, other=MASKED)
+            highest = tl.maximum(highest, tl.max(z, axis=0))
+            z = tl.load(weighted_ptr + at, mask=mask, other=0.0) * shift
+            weighted += tl.sum(z.to(tl.float64), axis=0)
+            z = tl.load(plain_ptr + at, mask=mask, other=0.0)
+            plain += tl.sum(z.to(tl.float64), axis=0)
+            z = tl.load(square_ptr + at, mask=mask, other=0.0) * shift * shift
+            squares += tl.sum(z.to(tl.float64), axis=0)
+    if EXTRAS:
+        tl.store(row_moment_ptr + row, highest.to(tl.float64), mask=inside)
+        tl.store(row_moment_ptr + moment_stride + row, weighted, mask=inside)
+        tl.store(row_moment_ptr + 2 * moment_stride + row, plain, mask=inside)
+        squares = squares / SQUARES_SHRINK / SQUARES_SHRINK
+        tl.store(row_moment_ptr + 3 * moment_stride + row, squares, mask=inside)
+    tl.store(row_offset_ptr + row, largest, mask=inside)
+    tl.store(row_sum_ptr + row, total.to(tl.float32), mask=inside)
     total = tl.where(total == 0.0, 1e-300, total)  # the target is the only column: p is 1
     target = tl.load(target_logit_ptr + row, mask=inside, other=0.0).to(tl.float64)
     ratio = largest.to(tl.float64) * LN_2 + tl.log(total) - target  # d = lse of the others - z_t
@@ -170,87 +346,8 @@ def combine_kernel(
     logp = -(tl.maximum(ratio, 0.0) + tl.log(1.0 + decay))
     logp = tl.where(decay < 1e-5, -(tl.maximum(ratio, 0.0) + decay), logp)  # log1p where 1 + x is 1
     mass = tl.where(ratio < 0, decay, 1.0) / (1.0 + decay)
-    tl.store(row_offset_ptr + row, largest, mask=inside)
-    tl.store(row_sum_ptr + row, total.to(tl.float32), mask=inside)
     tl.store(logp_ptr + row, logp.to(tl.float32), mask=inside)
     tl.store(mass_ptr + row, mass.to(tl.float32), mask=inside)
-
-
-@triton.jit
-def gradient_kernel(
-    exponential_ptr,  # (N, padded V): E
-    weight_ptr,  # (V, H)
-    target_ptr,  # (N,) int64
-    offset_ptr,  # (tiles, N) fp32
-    sum_ptr,  # (tiles, N) fp32
-    row_offset_ptr,  # (N,) fp32
-    row_sum_ptr,  # (N,) fp32
-    mass_ptr,  # (N,) fp32
-    target_slope_ptr,  # (N,) fp32: dz / d(h.W) of the target, without the constant
-    gradient_ptr,  # (N, H): U = dlogp / dh
-    rows,
-    vocabulary,
-    hidden_size,
-    tiles,
-    exponential_stride,
-    weight_stride,
-    gradient_stride,
-    constant,  # factor * inverse temperature
-    skip_mass,  # most probability mass that a row may drop
-    SKIPS: tl.constexpr,
-    E_SCALE: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
-    ROUND_OUTPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_V: tl.constexpr,  # of the logits kernel: one offset holds for this many columns
-    BLOCK_K: tl.constexpr,
-):
-    """U = constant (1 - p) (slope_t W_t - E @ W / s); one program = BLOCK_N rows x BLOCK_H."""
-    row_start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    hidden_start = tl.program_id(1) * BLOCK_H
-    row = tl.arange(0, BLOCK_N)
-    row_inside = tl.minimum(row, (rows - 1 - row_start).to(tl.int32))
-    inner = tl.arange(0, BLOCK_K)
-    h = hidden_start + tl.arange(0, BLOCK_H)
-    in_hidden = h < hidden_size
-    h_inside = tl.minimum(h, hidden_size - 1)
-    row_at = row_start + row_inside
-    row_offset = tl.load(row_offset_ptr + row_at)
-    row_sum = tl.load(row_sum_ptr + row_at)
-    mass = tl.load(mass_ptr + row_at)
-    share = mass / tl.maximum(row_sum, 1e-37)
-    e_at = exponential_ptr + row_at[:, None] * exponential_stride
-    dropped = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
-    for tile in range(0, tiles):
-        partial = tile * rows + row_at
-        shift = tl.exp2(tl.load(offset_ptr + partial) - row_offset)
-        wanted = True
-        if SKIPS:
-            would_drop = dropped + tl.load(sum_ptr + partial) * shift * share
-            wanted = tl.max(would_drop, axis=0) > skip_mass
-            dropped = tl.where(wanted, dropped, would_drop)
-        if wanted:
-            for start in range(0, BLOCK_V, BLOCK_K):
-                column = (tile * BLOCK_V + start + inner).to(tl.int64)
-                e = tl.load(e_at + column[None, :]).to(tl.float32) * shift[:, None]
-                v = tl.minimum(column, vocabulary - 1)  # E is 0 beyond the vocabulary
-                w = tl.load(weight_ptr + v[:, None] * weight_stride + h_inside[None, :])
-                if EMULATE_BF16:
-                    w = w.to(tl.float32)
-                total = tl.dot(e.to(w.dtype), w, total, input_precision=PRECISION)
-    target = tl.load(target_ptr + row_at)
-    toward = tl.load(weight_ptr + target[:, None] * weight_stride + h_inside[None, :])
-    slope = tl.load(target_slope_ptr + row_at) * mass
-    gradient = slope[:, None] * toward.to(tl.float32) - total * (share / E_SCALE)[:, None]
-    gradient = gradient * constant
-    if ROUND_OUTPUT:
-        gradient = _round_to_bf16(gradient)
-    out = gradient_ptr + (row_start + row)[:, None] * gradient_stride + h[None, :]
-    kept = (row_start + row < rows)[:, None] & in_hidden[None, :]
-    tl.store(out, gradient.to(gradient_ptr.dtype.element_ty), mask=kept)
 
 
 @triton.jit

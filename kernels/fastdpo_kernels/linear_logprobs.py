@@ -25,7 +25,7 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 class LinearLogprobs(NamedTuple):
-    """What `linear_logprobs` returns when extra outputs are asked for; the others are None."""
+    """Result of `linear_logprobs` with extra outputs; those that were not requested are None."""
 
     token_logps: Tensor
     entropy: Tensor | None = None
@@ -47,7 +47,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[()] = (),
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor: ...
 @overload
@@ -63,7 +63,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...],
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs: ...
 def linear_logprobs(
@@ -78,7 +78,7 @@ def linear_logprobs(
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = (),
     backend: str = "auto",
-    max_buffer_mib: int = 128,
+    max_buffer_mib: int = 276,
     skip_mass: float = 0.0,
 ) -> Tensor | LinearLogprobs:
     """Log-probability of each target token without building the (N, V) logits.
@@ -99,12 +99,12 @@ def linear_logprobs(
         temperature: divisor of the logits after the cap.
         ignore_index: rows with this target are dropped before any work and return 0. None promises
             that there are none, which spares a synchronisation on CUDA.
-        outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs": per-token figures
+        outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs": per-token metrics
             free of gradient, computed only when asked for.
         backend: "triton" (CUDA; on the CPU under TRITON_INTERPRET=1), "torch" (any device), or
             "auto": triton for bf16 and fp16 on CUDA where it is installed, else torch.
-        max_buffer_mib: bound of the temporary buffers, MiB; smaller is slower. U, which takes the
-            place of the saved hidden states, is not counted.
+        max_buffer_mib: bound of the temporary buffers, MiB; smaller is slower (kernels/README.md:
+            how much). U, which takes the place of the saved hidden states, is not counted.
         skip_mass: most probability mass whose part of the gradient a row may leave out, which
             bounds the row's error by skip_mass * |dz/d(h.W)| * the largest row norm of weight.
             0 is exact. The torch backend leaves nothing out.
@@ -166,16 +166,16 @@ def _dispatch(
     weight, bias = request.weight, request.bias
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if torch.is_grad_enabled() and head_trains:
-        logps, *figures = TrainedHeadLogprobs.apply(
+        logps, *metrics = TrainedHeadLogprobs.apply(
             hidden_states, weight, bias, target_ids, request, backend
         )
     elif torch.is_grad_enabled() and hidden_states.requires_grad:
-        logps, *figures = FrozenHeadLogprobs.apply(hidden_states, target_ids, request, backend)
+        logps, *metrics = FrozenHeadLogprobs.apply(hidden_states, target_ids, request, backend)
     else:
         with torch.no_grad():
             rows = backend.score(hidden_states, target_ids, request)
         return rows.logps, rows.extras
-    return logps, dict(zip(request.outputs, figures, strict=True))
+    return logps, dict(zip(request.outputs, metrics, strict=True))
 
 
 def _as_autocast(
@@ -269,7 +269,7 @@ def _missing_for_triton(hidden_states: Tensor) -> str | None:
     if not hidden_states.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the input is on {hidden_states.device} and TRITON_INTERPRET is not 1"
     if hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device) < (8, 0):
-        return "the card's compute capability is below 8.0"
+        return "the GPU's compute capability is below 8.0"
     return None
 
 

@@ -49,9 +49,9 @@ def lora_linear(
 
     Source: LoRA, arXiv:2106.09685; NF4, arXiv:2305.14314.
     """
-    _validate(x, weight, lora_A, lora_B, bias, dropout)
+    validate(x, weight, lora_A, lora_B, bias, dropout)
     seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
-    layer = _Layer(weight, bias, scaling, dropout, seed)
+    layer = FrozenPart(weight, bias, scaling, dropout, seed)
     with torch.autocast(x.device.type, enabled=False):
         differentiable = (t for t in (x, lora_A, lora_B) if t is not None)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)):
@@ -62,8 +62,8 @@ def lora_linear(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Layer:
-    """The frozen part of one call."""
+class FrozenPart:
+    """Arguments of a call that get no gradient."""
 
     weight: Tensor
     bias: Tensor | None
@@ -73,18 +73,33 @@ class _Layer:
 
     @property
     def out_features(self) -> int:
-        return _shape(self.weight)[0]
+        """Columns of the product."""
+        return weight_shape(self.weight)[0]
 
     def drop(self, rows: Tensor) -> Tensor:
+        """Rows under this call's dropout mask."""
         return dropped(rows, self.dropout, self.seed)
 
     def product(self, x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> Tensor:
+        """(..., out) from (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
-        out = torch.nn.functional.linear(flat, dense_weight(self.weight, x.dtype), self.bias)
-        if lora_A is not None and lora_B is not None:
-            down = self.drop(flat) @ lora_A.to(x.dtype).T
-            out.addmm_(down, lora_B.to(x.dtype).T, alpha=self.scaling)
-        return out.view(*x.shape[:-1], self.out_features)
+        down = None if lora_A is None else self.drop(flat) @ lora_A.to(x.dtype).T
+        return self.accumulated(flat, down, lora_B).view(*x.shape[:-1], self.out_features)
+
+    def accumulated(self, rows: Tensor, down: Tensor | None, lora_B: Tensor | None) -> Tensor:
+        """(N, out): the large product is added to the branch and the bias while it is formed.
+
+        So nothing is read again to be added to; and without adapter it starts from zeros, so that
+        an adapter whose B is zero gives the same bits.
+        """
+        if down is None or lora_B is None:
+            out = rows.new_zeros(len(rows), self.out_features)
+            out = out if self.bias is None else out.copy_(self.bias)
+        elif self.bias is None:
+            out = scaled_product(down, lora_B.to(rows.dtype).T, self.scaling)
+        else:
+            out = torch.addmm(self.bias, down, lora_B.to(rows.dtype).T, alpha=self.scaling)
+        return out.addmm_(rows, dense_weight(self.weight, rows.dtype).T)
 
 
 class _Gradient(torch.autograd.Function):
@@ -96,7 +111,7 @@ class _Gradient(torch.autograd.Function):
         x: Tensor,  # (..., in)
         lora_A: Tensor | None,  # (r, in)
         lora_B: Tensor | None,  # (out, r)
-        layer: _Layer,
+        layer: FrozenPart,
     ) -> Tensor:
         ctx.layer = layer
         ctx.saves_x = lora_A is not None and any(ctx.needs_input_grad[1:3])
@@ -108,12 +123,13 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         grad_out: Tensor = grad_outputs[0]
         x, lora_A, lora_B = ctx.saved_tensors
-        layer: _Layer = ctx.layer
+        layer: FrozenPart = ctx.layer
         with torch.autocast(grad_out.device.type, enabled=False):
             flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
             grad_x = grad_A = grad_B = grad_down = None
             if lora_B is not None:
-                grad_down = flat_grad @ lora_B.to(flat_grad.dtype) * layer.scaling  # (N, r)
+                lora_B_cast = lora_B.to(flat_grad.dtype)
+                grad_down = scaled_product(flat_grad, lora_B_cast, layer.scaling)  # (N, r)
             if ctx.needs_input_grad[0]:
                 grad_x = _input_gradient(layer, flat_grad, grad_down, lora_A)
                 grad_x = grad_x.view(*grad_out.shape[:-1], grad_x.shape[-1])
@@ -121,7 +137,7 @@ class _Gradient(torch.autograd.Function):
                 inputs = layer.drop(x.reshape(-1, x.shape[-1]))
                 down = inputs @ lora_A.to(inputs.dtype).T
                 grad_A = (grad_down.T @ inputs).to(lora_A.dtype)
-                grad_B = (flat_grad.T @ down * layer.scaling).to(lora_B.dtype)
+                grad_B = scaled_product(flat_grad.T, down, layer.scaling).to(lora_B.dtype)
         return grad_x, grad_A, grad_B, None
 
 
@@ -135,7 +151,7 @@ class _Product(torch.autograd.Function):
         x: Tensor,  # (..., in), and the adapter: detached
         lora_A: Tensor | None,
         lora_B: Tensor | None,
-        layer: _Layer,
+        layer: FrozenPart,
     ) -> Tensor:
         return layer.product(x, lora_A, lora_B)
 
@@ -146,16 +162,19 @@ class _Product(torch.autograd.Function):
 
 
 def _input_gradient(
-    layer: _Layer, flat_grad: Tensor, grad_down: Tensor | None, lora_A: Tensor | None
+    layer: FrozenPart, flat_grad: Tensor, grad_down: Tensor | None, lora_A: Tensor | None
 ) -> Tensor:
-    """(N, in) from (N, out) and the branch's (N, r)."""
-    grad_x = flat_grad @ dense_weight(layer.weight, flat_grad.dtype)
+    """(N, in) from (N, out) and the branch's (N, r), the large product added to the small one."""
+    weight = dense_weight(layer.weight, flat_grad.dtype)
     if grad_down is None or lora_A is None:
-        return grad_x
-    lora_A = lora_A.to(flat_grad.dtype)
-    if layer.dropout == 0.0:
-        return grad_x.addmm_(grad_down, lora_A)
-    return grad_x.add_(layer.drop(grad_down @ lora_A))
+        return flat_grad @ weight
+    return layer.drop(grad_down @ lora_A.to(flat_grad.dtype)).addmm_(flat_grad, weight)
+
+
+def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``scaling * left @ right``, the factor applied before the product is rounded."""
+    out = left.new_empty(left.shape[0], right.shape[1])
+    return out.addmm_(left, right, beta=0.0, alpha=scaling)
 
 
 def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,12 +207,13 @@ def dropped(rows: Tensor, dropout: float, seed: int) -> Tensor:
     return (rows * keep).mul_(1.0 / (1.0 - dropout))
 
 
-def _shape(weight: Tensor) -> tuple[int, ...]:
+def weight_shape(weight: Tensor) -> tuple[int, ...]:
+    """(out, in), of a 4-bit weight as well."""
     quant_state = getattr(weight, "quant_state", None)
     return tuple(weight.shape if quant_state is None else quant_state.shape)
 
 
-def _validate(
+def validate(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor | None,
@@ -201,7 +221,8 @@ def _validate(
     bias: Tensor | None,
     dropout: float,
 ) -> None:
-    shape = _shape(weight)
+    """Refuse with a ValueError what `lora_linear` cannot compute."""
+    shape = weight_shape(weight)
     if len(shape) != 2 or x.shape[-1] != shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)} does not fit weight {shape}: need (..., {shape[-1]})."

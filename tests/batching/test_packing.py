@@ -60,17 +60,13 @@ def test_a_limit_that_is_no_step_is_kept():
 
 @pytest.mark.parametrize("layout", [{}, {"shared_prefix": False}, {"packing": False}])
 def test_what_a_micro_batch_says_of_itself(layout):
-    groups = [
-        PromptGroup(g.prompt_ids, g.completions, np.array([i, i + 0.5]))
-        for i, g in enumerate(random_groups(9))
-    ]
+    groups = random_groups(9)
     seen = []
     for micro_batch in pack_update(groups, 200, **layout):
         own = [groups[i] for i in micro_batch.group_indices]
         seen += micro_batch.group_indices
         lengths = [len(c) for g in own for c in g.completions]
         assert micro_batch.completion_tokens.tolist() == lengths
-        assert micro_batch.ref_logps.tolist() == [r for g in own for r in g.ref_logps]
         assert micro_batch.token_mask.sum() == micro_batch.num_tokens
         rows = [len(g.prompt_ids) + len(c) - 1 for g in own for c in g.completions]
         assert micro_batch.max_seqlen == max(rows)
@@ -107,9 +103,6 @@ def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
         PromptGroup(story.prompt_ids, group_of(9, 50, 10, seed=2).completions),
         PromptGroup(story.prompt_ids, group_of(9, 8, 90, seed=3).completions),
     ]
-    groups = [
-        PromptGroup(g.prompt_ids, g.completions, np.array([i, -i])) for i, g in enumerate(groups)
-    ]
     (merged,) = pack_update(groups, 4096, merge_prompts=True)
     (alone,) = pack_update(groups, 4096)
     assert alone.num_tokens - merged.num_tokens == 2 * len(story.prompt_ids)
@@ -117,7 +110,6 @@ def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
     assert sorted(order) == [0, 1, 2, 3]
     lengths = [len(c) for i in order for c in groups[i].completions]
     assert merged.completion_tokens.tolist() == lengths
-    assert merged.ref_logps.view(-1, 2).tolist() == [[i, -i] for i in order]
     assert len(merged.segments) == 3, "two prompts and the filler"
     for limit in (300, 400):  # what does not fit together stays apart
         laid = pack_update(groups, limit, merge_prompts=True)

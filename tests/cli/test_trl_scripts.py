@@ -214,7 +214,7 @@ def test_a_model_card_lies_beside_the_result(tmp_path, monkeypatch, tuning):
     (line,) = [line for line in trainer.state.log_history if "eval_loss" in line]
     for wanted in (
         "# out", "35 preference pairs", "in 1 updates", f"| loss | {line['eval_loss']:.4g} |",
-        trainer.reference.reference.sentence, "| torch |",
+        trainer.reference.reference.description, "| torch |",
     ):  # fmt: skip
         assert wanted in text, wanted
     trainer.create_model_card(model_name="mine", dataset_name="org/pairs", tags="tagged")

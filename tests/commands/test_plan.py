@@ -55,11 +55,28 @@ def test_the_main_job(said):
 def test_json_is_the_plan_and_nothing_else(said):
     out, code = said("--model", "qwen3-8b", "--lora", "--gpu", "rtx-4090", "--json", "true", *SMALL)
     assert code == 0
-    made = Plan.from_json(json.loads(out))
+    made = Plan(**json.loads(out))
     assert made.fits
     assert made.gpu_bytes == 24 * 2**30
     assert made.allocated_bytes <= made.peak_bytes == sum(made.terms.values())
     assert len(made.activation_plan) == 36
+
+
+def test_attention_and_the_gpu_decide_what_is_planned(said):
+    """A backend changes what backward keeps; a GPU without bfloat16 trains in float32."""
+
+    def allocated(*argv):
+        given = ("--model", "llama-3.1-8b", "--lora", "--gpu", "80", "--micro_batch_tokens", "2048")
+        return json.loads(said(*given, "--json", "true", *SMALL, *argv)[0])["allocated_bytes"]
+
+    assert allocated() == allocated("--attention", "varlen") < allocated("--attention", "flex")
+    exact = allocated("--dtype", "float32")
+    assert exact == allocated("--dtype", "float32", "--attention", "flex") > allocated()
+    with pytest.raises(ValueError, match="--attention varlen cannot be used here: dtype is"):
+        allocated("--dtype", "float32", "--attention", "varlen")
+    old = ("--model", "llama-7b", "--qlora", "--gpu", "rtx-2060", "--json", "true", *SMALL)
+    wide = json.loads(said(*old)[0])["terms"]["head"]
+    assert wide == 2 * json.loads(said(*old, "--dtype", "float16")[0])["terms"]["head"]
 
 
 def test_exit_code_3_says_what_would_make_it_fit(said):
@@ -98,6 +115,7 @@ def test_auto_reads_what_is_free(said, monkeypatch):
     for name, value in {
         "is_available": True, "mem_get_info": (9 * gib, 24 * gib), "memory_reserved": gib,
         "get_per_process_memory_fraction": 1.0, "get_device_name": "NVIDIA GeForce RTX 4090",
+        "get_device_capability": (8, 9),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     out, code = said("--model", "llama-7b", "--qlora", *SMALL)

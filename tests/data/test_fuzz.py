@@ -22,9 +22,8 @@ from fastdpo.cli.yaml_file import load_yaml_config
 from fastdpo.data import DataError
 from fastdpo.data.json_lines import parse_json_lines, read_json
 from fastdpo.data.reading import rows_from
-from fastdpo.modeling import weight_hash
 from fastdpo.options import DataOptions, ModelOptions, PreferenceOptions
-from fastdpo.ref_cache import archive, shards
+from fastdpo.ref_cache import archive, hash_cache, shards
 from fastdpo.ref_cache.store import ReferenceStore
 from fastdpo.trainer import checkpoint
 from fastdpo.trainer.checkpoint import CheckpointError
@@ -94,7 +93,7 @@ def read_archive(content, folder):
 def read_weight_memory(content, folder):
     path = folder / "weights.json"
     path.write_bytes(content)
-    assert isinstance(weight_hash._remembered(path), dict)
+    assert isinstance(hash_cache._read_cache(path), dict)
 
 
 TARGETS = {
@@ -125,7 +124,7 @@ def seeds(tmp_path_factory):
     options = [path.read_bytes() for path in CORPUS.glob("*.yaml")]
     options.append(b"lora_r: 8\nbeta: 0.2\ndataset: x.jsonl\ncolumns: [prompt=a]\n")
     documents = [json.dumps([json.loads(line) for line in lines[0].split(b"\n")[:1]]).encode()]
-    memory = {"f": weight_hash._entry("w", "s", 1.0)}
+    memory = {"f": hash_cache._entry("w", "s", 1.0)}
     return {
         "json lines": lines,
         "json document": [*lines, *documents, b'{"data": [{"prompt": "a"}]}'],

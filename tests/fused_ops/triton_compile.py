@@ -1,7 +1,8 @@
-"""Compiles every launch configuration for every GPU without a GPU; prints one JSON line each.
+"""Compiles what calls would launch, for every GPU without a GPU; prints one JSON line per kernel.
 
-Run in a process without TRITON_INTERPRET: python tests/fused_ops/triton_compile.py [--one]. With
---one only the training kernels in bf16, for every GPU.
+Run in a process without TRITON_INTERPRET: python -m tests.fused_ops.triton_compile [--soak]. The
+launches come from meta tensors, their specialization (types, divisibility by 16) from Triton's own
+launcher.
 """
 
 import json
@@ -9,13 +10,17 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import triton
-from fastdpo_kernels import _triton
-from fastdpo_kernels._launch import CAPABILITIES, CONFIGS, ROW_TILES_PER_GROUP
+from fastdpo_kernels._configs import CAPABILITIES, CONFIGS
+from fastdpo_kernels._launch import launches
+from fastdpo_kernels._torch import Bounds, LogitTransform, Request
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 SHARED_BYTES = {
     (8, 0): 166_912,
@@ -25,90 +30,145 @@ SHARED_BYTES = {
     (10, 0): 232_448,
     (12, 0): 101_376,
 }
-OPERANDS = {2: "bf16", 4: "fp32"}
-STATISTICS = ("offset", "sum", "target_logit", "max", "weighted", "plain", "square", "row_offset")
-STATISTICS += ("row_sum", "logp", "mass", "target_slope")
-REALS = ("factor", "softcap", "inverse_temperature", "constant", "skip_mass")
+EXTRAS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
-def signature_of(kernel, constants, operand):
-    """Types of a kernel's arguments: operands, fp32 statistics, int64 targets, numbers."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name == "target_ptr":
-            types[name] = "*i64"
-        elif name.endswith("_ptr"):
-            types[name] = "*fp32" if name.removesuffix("_ptr") in STATISTICS else f"*{operand}"
-        else:
-            types[name] = "fp32" if name in REALS else "i32"
-    return types
+@dataclass(frozen=True)
+class Case:
+    """One call: shapes, dtype and options."""
+
+    rows: int = 1024
+    vocabulary: int = 128_256
+    hidden: int = 4096
+    dtype: torch.dtype = torch.bfloat16
+    in_triton: bool = False  # the second GEMM too
+    outputs: tuple = ()
+    bias: bool = False
+    softcap: float | None = None
+    skip_mass: float = 0.0
+    with_gradient: bool = True
 
 
-def variants(config):
-    """(kernel, constants, warps, stages) of everything that a call can launch."""
-    shared = {"EMULATE_BF16": False, "PRECISION": "ieee", "E_SCALE": 1.0}
-    everything = ("STORE_E", "EXTRAS", "HAS_BIAS", "HAS_SOFTCAP")
-    for on in (("STORE_E",), (), everything, ("STORE_E", "odd H")):
-        constants = {
-            **shared, **{name: name in on for name in everything}, "EVEN_H": "odd H" not in on,
-            "BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h,
-            "GROUP": ROW_TILES_PER_GROUP,
-        }  # fmt: skip
-        yield _triton.logits_kernel, constants, config.num_warps, config.num_stages
-    for skips in (False, True):
-        constants = {
-            **shared, "SKIPS": skips, "ROUND_OUTPUT": False, "BLOCK_N": config.gradient_block_n,
-            "BLOCK_H": config.gradient_block_h, "BLOCK_V": config.block_v,
-            "BLOCK_K": config.gradient_block_k,
-        }  # fmt: skip
-        warps, stages = config.gradient_num_warps, config.gradient_num_stages
-        yield _triton.gradient_kernel, constants, warps, stages
-    yield _triton.combine_kernel, {"BLOCK": 128}, 4, 3
+def launches_of(case, capability):
+    """What the call would launch on a GPU of that capability."""
+    config = CONFIGS[capability, case.dtype.itemsize]
+    if case.in_triton:
+        config = replace(config, gradient_in_triton=True)
+
+    def meta(*shape, dtype=case.dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    request = Request(
+        meta(case.vocabulary, case.hidden),
+        meta(case.vocabulary) if case.bias else None,
+        LogitTransform(softcap=case.softcap),
+        case.outputs,
+        Bounds(skip_mass=case.skip_mass),
+    )
+    states, targets = meta(case.rows, case.hidden), meta(case.rows, dtype=torch.int64)
+    return launches(states, targets, request, config, with_gradient=case.with_gradient)
 
 
-def compiled(kernel, constants, operand, capability, warps, stages):
-    """The compiled kernel's resources."""
-    major, minor = capability
-    source = ASTSource(kernel, signature_of(kernel, constants, operand), constexprs=constants)
-    divisible = {name: 16 for name in kernel.arg_names if name.endswith(("_ptr", "_stride"))}
-    places = {(kernel.arg_names.index(n),): [["tt.divisibility", v]] for n, v in divisible.items()}
-    source.attrs = {p: a for p, a in places.items() if kernel.arg_names[p[0]] not in constants}
-    target = GPUTarget("cuda", major * 10 + minor, 32)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    binary = triton.compile(source, target=target, options=options)
+def source_of(launch, capability):
+    """What Triton's launcher would compile for this launch on that GPU, and its options."""
+    backend, kernel = make_backend(target_of(capability)), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {**launch.options, "debug": False}
+    bound, specialization, _ = bind(**launch.arguments, **options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, None
+    )
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+def target_of(capability):
+    return GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+
+
+def compiled(launch, capability):
+    """The compiled kernel."""
+    source, options = source_of(launch, capability)
+    return triton.compile(source, target=target_of(capability), options=options)
+
+
+def resources(binary):
+    """Registers and stack frame from cuobjdump, which comes with Triton, and the machine code."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary.asm["cubin"])
+        command = [str(folder / "cuobjdump"), "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2]), text
+
+
+def row(launch, capability, case):
+    """One JSON line."""
+    binary = compiled(launch, capability)
+    registers, stack, code = resources(binary)
     return {
-        "kernel": kernel.__name__,
-        "capability": f"{major}.{minor}",
-        "operand": operand,
-        "constants": {k: v for k, v in constants.items() if isinstance(v, bool) and v},
+        "kernel": launch.kernel.__name__,
+        "capability": ".".join(map(str, capability)),
+        "case": {k: str(v) for k, v in vars(case).items() if v != Case.__dict__[k]},
         "shared_bytes": binary.metadata.shared,
         "shared_limit": SHARED_BYTES[capability],
-        **resources(binary.asm["cubin"]),
-        "tensor_core": bool(re.search(r"\b(mma|wgmma|tcgen05)", binary.asm["ptx"])),
+        "registers": registers,
+        "stack_bytes": stack,
+        "tensor_core": bool(re.search(r"\b\S*MMA\b", code)),
+        "two_byte_loads_in_loops": two_byte_loads(code),
     }
 
 
-def resources(cubin):
-    """Registers and stack frame from cuobjdump, which comes with Triton."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        command = [str(folder / "cuobjdump"), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(found[1]), "stack_bytes": int(found[2])}
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 
 
-def main(one):
-    for capability in CAPABILITIES:
-        for size, operand in list(OPERANDS.items())[: 1 if one else None]:
-            launches = list(variants(CONFIGS[capability, size]))
-            for kernel, constants, warps, stages in [launches[0], launches[4]] if one else launches:
-                row = compiled(kernel, constants, operand, capability, warps, stages)
-                print(json.dumps(row), flush=True)
+def two_byte_loads(code):
+    """Global loads of two bytes inside loops that hold a matrix instruction."""
+    lines = [(int(m[1], 16), m[2], m[3]) for m in INSTRUCTION.finditer(code)]
+    found = 0
+    for at, name, operands in lines:
+        jump = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if jump and int(jump[1], 16) < at:
+            body = [n for a, n, _ in lines if int(jump[1], 16) <= a <= at]
+            if any("MMA" in n for n in body):
+                found += sum(n.startswith("LDG") and "16" in n for n in body)
+    return found
+
+
+def cases(soak):
+    """The calls to compile: the usual one, and with --soak every option, dtype and odd shape."""
+    everything = {"outputs": EXTRAS, "bias": True, "softcap": 30.0}
+    yield Case()
+    yield Case(in_triton=True)
+    if not soak:
+        return
+    for hidden in (4096, 2560, 64):
+        for rows, vocabulary in ((1024, 128_256), (1000, 128_255)):
+            shape = {"rows": rows, "vocabulary": vocabulary, "hidden": hidden}
+            yield Case(**shape)
+            yield Case(**shape, in_triton=True)
+            yield Case(**shape, with_gradient=False)
+            for options in ({"outputs": EXTRAS}, {"softcap": 30.0}, {"bias": True}, everything):
+                yield Case(**shape, **options)
+                yield Case(**shape, **options, with_gradient=False)
+            yield Case(**shape, skip_mass=0.05, **everything)
+            yield Case(**shape, dtype=torch.float16, **everything)
+            yield Case(**shape, dtype=torch.float32, **everything)
+    yield Case(hidden=1000, in_triton=True)
+
+
+def main(soak):
+    seen = set()
+    for case in cases(soak):
+        for capability in CAPABILITIES:
+            for launch in launches_of(case, capability):
+                source, options = source_of(launch, capability)
+                key = (capability, source.hash(), str(options))
+                gemm = launch.kernel.__name__ in ("logits_kernel", "gradient_kernel")
+                if key not in seen and (soak or gemm or capability == (9, 0)):
+                    print(json.dumps(row(launch, capability, case)), flush=True)
+                seen.add(key)
 
 
 if __name__ == "__main__":
-    main("--one" in sys.argv)
+    main("--soak" in sys.argv)

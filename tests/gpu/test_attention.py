@@ -8,11 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batching import Segment, pack_update
 from fastdpo.modeling.attention import PackedSegments, packed_attention
-from fastdpo.modeling.attention.dispatch import select_backend
+from fastdpo.modeling.attention.dispatch import _capability, _needs_of
 from fastdpo.modeling.attention.flex import allowed_by, attend_flex
 from fastdpo.modeling.attention.sdpa import attend_segments
 from fastdpo.modeling.attention.segments import AttentionParams
 from fastdpo.modeling.attention.varlen import attend_varlen, torch_kernel
+from fastdpo.modeling.attention_backends import select_backend
 from fastdpo.modeling.logprobs import packed_logprobs
 from tests.modeling.test_packed_pairs import model_of, packed, random_groups
 
@@ -183,8 +184,10 @@ def test_a_branch_never_writes_all_scores():
 def test_auto_takes_varlen_here_and_flex_for_caps():
     segments = PackedSegments(row_of(64))
     leaves = inputs_of(segments.segments, 4, 2, 64, torch.bfloat16)
-    assert select_backend("auto", *leaves, segments, AttentionParams()) == "varlen"
-    assert select_backend("auto", *leaves, segments, AttentionParams(softcap=1.0)) == "flex"
+    query, _, value = leaves
+    for params, wanted in ((AttentionParams(), "varlen"), (AttentionParams(softcap=1.0), "flex")):
+        needs = _needs_of(query, value, segments, params)
+        assert select_backend(needs, query.dtype, _capability(query)).backend == wanted
 
 
 @pytest.mark.parametrize("backend", ["varlen", "flex"])

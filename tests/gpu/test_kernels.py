@@ -1,30 +1,14 @@
-"""What only a CUDA device can show: run by `make gpu`, or `pytest -m gpu` where there is one."""
+"""The head's kernels on a CUDA device: without peft, TRL or bitsandbytes, which a host may lack."""
 
-import copy
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from fastdpo_kernels import linear_logprobs
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastdpo import DPOConfig, DPOTrainer
-from fastdpo.batching import pack_update
-from fastdpo.modeling.adapters import lora_config
-from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.loading import load_model
-from fastdpo.modeling.logprobs import packed_logprobs
 from tests.fused_ops.test_linear_logprobs import EXTRAS, TRANSFORMS, oracle_gradients, row_error
-from tests.modeling.test_packed_pairs import random_groups, separate
-from tests.tiny_trainer import HELD_OUT, ROWS, TOKENIZER
-from tests.trainer.test_dpo_trainer import training_log
 
 pytestmark = pytest.mark.gpu
-
-CONFIG = LlamaConfig(
-    vocab_size=288, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-)  # fmt: skip
 
 
 def cuda_inputs(rows, hidden, vocabulary, dtype, scale=0.05):
@@ -35,11 +19,17 @@ def cuda_inputs(rows, hidden, vocabulary, dtype, scale=0.05):
     return states.to(dtype), weight.to(dtype), targets
 
 
+# Few combinations: every one compiles kernels of its own.
+ALL_TRANSFORMS = TRANSFORMS[-1]
+SHAPES = [(1, 64, 130), (300, 1000, 3001), (257, 512, 32003)]
+CASES = [(torch.bfloat16, shape, t) for shape in SHAPES for t in ({}, ALL_TRANSFORMS)]
+CASES += [(torch.float16, SHAPES[2], t) for t in ({}, ALL_TRANSFORMS)]
+CASES += [(torch.float32, SHAPES[2], ALL_TRANSFORMS)]
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("shape", [(1, 64, 130), (300, 1000, 3001), (257, 512, 32003)])
-def test_values_and_gradients(backend, dtype, transform, shape):
+@pytest.mark.parametrize(("dtype", "shape", "transform"), CASES)
+def test_values_and_gradients(backend, dtype, shape, transform):
     states, weight, targets = cuda_inputs(*shape, dtype)
     upstream = torch.linspace(0.5, 2, shape[0], device="cuda")
     truth, want, _, _ = oracle_gradients(states, weight, targets, upstream, **transform)
@@ -50,9 +40,37 @@ def test_values_and_gradients(backend, dtype, transform, shape):
     assert ((found.token_logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
     assert (found.token_logps <= 0).all()
     assert row_error(leaf.grad, want) <= (1e-5 if dtype == torch.float32 else 4e-3)
-    scored = linear_logprobs(states, weight, targets, **options)
-    with_gradient = linear_logprobs(states.clone().requires_grad_(), weight, targets, **options)
-    assert torch.equal(scored, with_gradient.detach()), "score and train differ"
+    if shape == SHAPES[2]:
+        scored = linear_logprobs(states, weight, targets, **options)
+        with_gradient = linear_logprobs(states.clone().requires_grad_(), weight, targets, **options)
+        assert torch.equal(scored, with_gradient.detach()), "score and train differ"
+        assert torch.equal(scored, found.token_logps.detach()), "outputs change the log-probs"
+
+
+@pytest.mark.parametrize("route", ["torch's product", "Triton", "Triton by TMA"])
+@pytest.mark.parametrize("scale", [0.05, 1.5])
+def test_routes_of_the_gradient(monkeypatch, route, scale):
+    """The second scale sends rows beyond 2^96 of their target: they are rescued."""
+    from fastdpo_kernels import _buffers, _configs
+
+    if route == "Triton by TMA" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("TMA came with compute capability 9.0")
+    states, weight, targets = cuda_inputs(300, 512, 8192, torch.bfloat16, scale)
+    config = replace(
+        _configs.config_for(weight),
+        gradient_in_triton=route != "torch's product",
+        gradient_by_tma=route == "Triton by TMA",
+    )
+    monkeypatch.setattr(_buffers, "config_for", lambda _weight: config)
+    upstream = torch.linspace(0.5, 2, 300, device="cuda")
+    truth, want, _, _ = oracle_gradients(states, weight, targets, upstream)
+    leaf = states.clone().requires_grad_()
+    logps = linear_logprobs(leaf, weight, targets, backend="triton")
+    (logps * upstream).sum().backward()
+    print(f"{route}: log-probs from {truth.min():.0f}, error {row_error(leaf.grad, want):.1e}")
+    assert ((logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
+    assert row_error(leaf.grad, want) <= 4e-3
+    assert torch.equal(linear_logprobs(states, weight, targets, backend="triton"), logps.detach())
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -67,10 +85,12 @@ def test_rows_and_reruns_are_bitwise(backend):
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256, 262_144])
-@pytest.mark.parametrize("max_buffer_mib", [64, 128])
+@pytest.mark.parametrize("max_buffer_mib", [64, 128, 276])
 def test_peak_memory_is_bounded_whatever_the_vocabulary(vocabulary, max_buffer_mib):
     states, weight, targets = cuda_inputs(8192, 512, vocabulary, torch.bfloat16)
     leaf = states.requires_grad_()
+    # cuBLAS keeps a workspace from its first product on; it is no buffer of the head.
+    linear_logprobs(leaf[:300], weight, targets[:300], backend="triton", ignore_index=None)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -91,44 +111,3 @@ def test_offsets_beyond_2_31():
         states[rows], weight, targets[rows], torch.ones(4, device="cuda")
     )
     assert ((logps[rows] - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_pairs_equal_separate_sequences(dtype):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG).to(dtype)
-    groups = random_groups()
-    truth, _ = separate(copy.deepcopy(model).float(), groups)
-    model = model.cuda()
-    with packed_attention(model.config):
-        for micro_batch in pack_update(groups, 512):
-            found = packed_logprobs(model, micro_batch.to("cuda")).logps.view(-1, 2).tolist()
-            for index, row in zip(micro_batch.group_indices, found, strict=True):
-                bound = 1e-4 if dtype == torch.float32 else 0.05 * 20
-                assert np.abs(np.array(row) - truth[index]).max() <= bound
-
-
-@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
-def test_training_starts_without_margin_and_learns(tmp_path, monkeypatch, tuning):
-    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path / "base")
-    dtype = torch.float32 if tuning == "full" else torch.bfloat16
-    model = load_model(str(tmp_path / "base"), dtype=dtype, load_in_4bit=tuning == "qlora")
-    arguments = {"learning_rate": 5e-3 if tuning != "full" else 5e-4, "logging_steps": 1}
-    arguments |= {"per_device_train_batch_size": 8, "num_train_epochs": 3, "disable_tqdm": True}
-    trainer = DPOTrainer(
-        model,
-        args=DPOConfig(str(tmp_path / "out"), save_strategy="no", ref_cache="off", **arguments)
-        if tuning != "full"
-        else DPOConfig(str(tmp_path / "out"), save_strategy="no", **arguments),
-        train_dataset=ROWS,
-        eval_dataset=HELD_OUT,
-        processing_class=TOKENIZER,
-        peft_config=None if tuning == "full" else lora_config(8, 16, 0.0, None),
-    )
-    trainer.train()
-    print(f"{tuning}: largest first margin {trainer.first_update_margin}")
-    assert trainer.first_update_margin <= (0.0 if tuning != "full" else 0.05)
-    assert training_log(trainer)[-1]["loss"] < 0.6
-    assert trainer.evaluate()["eval_rewards/accuracies"] > 0.8

@@ -12,7 +12,7 @@ from fastdpo.batching import PromptGroup
 from fastdpo.modeling.adapters import lora_config
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.scoring import score_pairs
-from tests.gpu.test_kernels import CONFIG
+from tests.gpu.test_updates import CONFIG
 from tests.tiny_trainer import HELD_OUT, ROWS, TOKENIZER
 from tests.trainer.test_dpo_trainer import training_log
 

@@ -5,6 +5,7 @@ import itertools
 import logging
 import sys
 import types
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn.attention import varlen as torch_varlen
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo.batching import Segment, pack_update
+from fastdpo.modeling import attention_backends
 from fastdpo.modeling.attention import (
     ATTENTIONS,
     CPU_ATTENTION_KEY,
@@ -23,10 +25,13 @@ from fastdpo.modeling.attention import (
     dispatch,
     flex,
     packed_attention,
+    sdpa,
     varlen,
 )
 from fastdpo.modeling.attention.sdpa import attend_segments
 from fastdpo.modeling.attention.segments import AttentionParams
+from fastdpo.modeling.attention_backends import AttentionNeeds, select_backend
+from fastdpo.options.passes import ATTENTION_BACKENDS
 from tests.modeling.test_packed_pairs import FAMILIES, model_of, packed, random_groups
 
 
@@ -330,63 +335,70 @@ def test_masks_and_layouts_are_made_once_a_micro_batch():
         flex.attend_flex(query, key, value, segments, AttentionParams())
         flex.attend_flex(query, key, value, segments, AttentionParams(window=6))
         varlen.attend_varlen(query, key, value, segments, AttentionParams(), lambda q, *_: q)
-    assert sorted(map(str, segments._made)) == ["('flex', 6)", "('flex', None)", "varlen"]
+    assert sorted(map(str, segments._cache)) == ["('flex', 6)", "('flex', None)", "varlen"]
 
 
 # Choice
 
 
-class OnCuda:
-    """As much of a tensor as the choice looks at."""
-
-    is_cuda, device = True, torch.device("cuda", 0)
-
-    def __init__(self, dtype=torch.bfloat16, size=128):
-        self.dtype, self.shape = dtype, (1, 4, 8, size)
+NEEDS, HALF = AttentionNeeds(128, 128), torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("inputs", "terms", "wanted", "because"),
+    ("needs", "dtype", "wanted", "because"),
     [
-        ({}, {}, "varlen", ""),
-        ({}, {"window": 6}, "varlen", ""),
-        ({"dtype": torch.float16, "size": 256}, {}, "varlen", ""),
-        ({}, {"softcap": 50.0}, "flex", "capped"),
-        ({}, {"sinks": torch.zeros(4)}, "flex", "sinks"),
-        ({"dtype": torch.float32}, {}, "flex", "float32"),
-        ({"size": 264}, {}, "flex", "264"),
-        ({}, {"dropout": 0.1}, "sdpa", "dropout"),
+        ({}, HALF, "varlen", ""),
+        ({"head_dim": 256, "value_dim": 256}, torch.float16, "varlen", ""),
+        ({"softcap": True}, HALF, "flex", "capped"),
+        ({"sinks": True}, HALF, "flex", "sinks"),
+        ({}, torch.float32, "flex", "float32"),
+        ({"head_dim": 264, "value_dim": 264}, HALF, "flex", "264"),
+        ({"value_dim": 64}, HALF, "sdpa", "different sizes"),
+        ({"dropout": True}, HALF, "sdpa", "dropout"),
     ],
 )
-def test_auto_takes_the_first_that_can(inputs, terms, wanted, because, monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    dispatch._say.cache_clear()
-    caplog.set_level(logging.INFO, "fastdpo")
-    side = OnCuda(**inputs)
-    segments = PackedSegments(ROWS["pairs"])
-    for _ in range(2):
-        chosen = dispatch.select_backend(
-            "auto", side, side, side, segments, AttentionParams(**terms)
-        )
-        assert chosen == wanted
-    (line,) = [record.message for record in caplog.records]
-    assert line.startswith(f"Attention over packed pairs: {wanted}")
-    assert because in line
+def test_auto_takes_the_first_that_can(needs, dtype, wanted, because):
+    found = select_backend(replace(NEEDS, **needs), dtype, (8, 0))
+    assert found.backend == wanted
+    assert because in found.reason
 
 
-def test_old_cards_and_padded_rows(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    side, terms = OnCuda(), AttentionParams()
-    row = PackedSegments(ROWS["pairs"])
-    assert dispatch.select_backend("auto", side, side, side, row, terms) == "flex"
+def test_old_cards_and_padded_rows():
+    assert select_backend(NEEDS, HALF, (7, 5)).backend == "flex"
     with pytest.raises(ValueError, match=r"--attention varlen cannot be used here.*8\.0"):
-        dispatch.select_backend("varlen", side, side, side, row, terms)
-    padded = PackedSegments(())
-    assert dispatch.select_backend("varlen", side, side, side, padded, terms) == "sdpa"
+        select_backend(NEEDS, HALF, (7, 5), "varlen")
+    assert select_backend(replace(NEEDS, packed=False), HALF, (8, 0), "varlen").backend == "sdpa"
+    assert select_backend(NEEDS, HALF, (8, 0), "flash_attention_2").backend == "flash_attention_2"
+
+
+def test_what_is_not_installed_counts_for_this_machine_only(monkeypatch):
+    monkeypatch.setattr(attention_backends, "find_spec", lambda _: None)
+    select_backend.cache_clear()
+    assert select_backend(NEEDS, HALF, (8, 0)).reason == (
+        "varlen: torch.nn.attention.varlen is not installed; flex: triton is not installed"
+    )
+    assert select_backend(NEEDS, HALF, (8, 0), assume_installed=True).backend == "varlen"
+    select_backend.cache_clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_tells_what_its_layers_need(family, monkeypatch):
+    """The planner chooses by the config, the passes by the inputs of each layer: the same."""
+    seen = set()
+    real = dispatch._needs_of
+    monkeypatch.setattr(dispatch, "_needs_of", lambda *a: seen.add(real(*a)) or real(*a))
+    model = model_of(family)
+    packed(model, random_groups(1))
+    assert seen == {attention_backends.attention_needs(model.config.get_text_config())}
+
+
+def test_every_backend_has_its_kernel():
+    assert all(callable(dispatch._kernel(name)) for name in attention_backends.BACKENDS)
+    assert tuple(ATTENTIONS) == ATTENTION_BACKENDS
 
 
 def test_on_the_cpu_it_is_segment_by_segment_and_says_so(caplog):
-    dispatch._say.cache_clear()
+    dispatch._log_choice.cache_clear()
     caplog.set_level(logging.INFO, "fastdpo")
     packed(model_of("llama"), random_groups(1))
     (line,) = [r.message for r in caplog.records if "Attention over packed pairs" in r.message]
@@ -428,25 +440,22 @@ def test_what_it_does_not_know_is_refused():
             model.model(**options)
 
 
-def test_autocast_reaches_every_kernel():
+def test_autocast_reaches_every_kernel(monkeypatch):
     """Norms on queries and keys give float32 back where values are bfloat16."""
     model = model_of("qwen3")
     seen = []
 
-    def spy(query, key, value, packed, terms):
+    def spy(query, key, value, packed, params):
         seen.append({query.dtype, key.dtype, value.dtype})
-        return attend_segments(query, key, value, packed, terms)
+        return attend_segments(query, key, value, packed, params)
 
-    original, dispatch.attend_segments = dispatch.attend_segments, spy
-    try:
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            (micro_batch,) = pack_update(random_groups(1), 512)
-            with packed_attention(model.config):
-                model.model(
-                    micro_batch.input_ids,
-                    position_ids=micro_batch.position_ids,
-                    packed=PackedSegments(micro_batch.segments),
-                )
-    finally:
-        dispatch.attend_segments = original
+    monkeypatch.setattr(sdpa, "attend_segments", spy)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        (micro_batch,) = pack_update(random_groups(1), 512)
+        with packed_attention(model.config):
+            model.model(
+                micro_batch.input_ids,
+                position_ids=micro_batch.position_ids,
+                packed=PackedSegments(micro_batch.segments),
+            )
     assert seen == [{torch.bfloat16}] * 2

@@ -30,12 +30,13 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fastdpo.batching import PromptGroup, pack_update
-from fastdpo.modeling import families
+from fastdpo.modeling import packing
 from fastdpo.modeling.attention import MODEL_ATTENTION, packed_attention
-from fastdpo.modeling.families import choose_packing
+from fastdpo.modeling.families import rotary_limit
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.moe import load_balancing_loss
+from fastdpo.modeling.packing import choose_packing
 from fastdpo.modeling.scoring import score_pairs
 from tests.modeling.test_packed_pairs import (
     FAMILIES,
@@ -119,7 +120,7 @@ def test_packing_them_all_the_same_would_be_wrong(family, monkeypatch):
     """The obstacle is real: without it the log-probs differ, or the passes refuse."""
     model, groups = unpacked_model(family), random_groups(3)
     truth, _ = separate(model, groups)
-    monkeypatch.setattr(families, "why_not_packable", lambda _: "")
+    monkeypatch.setattr(packing, "why_not_packable", lambda _: "")
     try:
         found, _ = packed(model, groups)
     except (ValueError, TypeError):
@@ -163,13 +164,14 @@ def test_the_future_and_the_rejected_change_nothing(family):
 def test_packable_families_say_nothing_and_options_are_followed():
     model = model_of("llama")
     assert (
-        choose_packing(model).describe() == "Pairs run in packed rows, each prompt computed once."
+        choose_packing(model).describe()
+        == "Pairs run in packed sequences, each prompt computed once."
     )
     assert not choose_packing(model, shared_prefix="off").shared_prefix
     off = choose_packing(model, packing="off", attention="sdpa")
     assert (off.packing, off.attention) == (False, "sdpa")
     assert "--packing is off" in off.describe()
-    with pytest.raises(ValueError, match="--attention varlen is for packed rows"):
+    with pytest.raises(ValueError, match="--attention varlen is for packed sequences"):
         choose_packing(unpacked_model("mamba"), attention="varlen")
 
 
@@ -186,7 +188,7 @@ def test_models_that_look_ahead_are_refused(config):
 
 
 def test_a_layer_that_does_not_attend_through_ours_is_found(monkeypatch):
-    monkeypatch.setattr(families, "why_not_packable", lambda _: "")
+    monkeypatch.setattr(packing, "why_not_packable", lambda _: "")
     with pytest.raises(ValueError, match="in 1 of its 2 layers"):
         packed(unpacked_model("granite-hybrid"), random_groups(1))
 
@@ -210,14 +212,14 @@ def test_rows_that_change_the_rotary_frequencies_of_others_are_refused():
     assert_same(packed(model, short), separate(model, short))
     with pytest.raises(ValueError, match=r"beyond the 16 up to which phi3's.*--max_length 16"):
         packed(model, long)
-    assert families.rotary_limit(model_of("llama")) is None
+    assert rotary_limit(model_of("llama").config) is None
 
 
 def test_a_window_that_is_not_handed_on_is_found(monkeypatch):
     config = PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=9)
     model = AutoModelForCausalLM.from_config(config)
     assert not choose_packing(model).packing
-    monkeypatch.setattr(families, "why_not_packable", lambda _: "")
+    monkeypatch.setattr(packing, "why_not_packable", lambda _: "")
     with pytest.raises(ValueError, match="a window that it does not hand on"):
         packed(model, random_groups(1))
 

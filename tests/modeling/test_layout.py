@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastdpo.batching import PromptGroup
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.layout import ExecutionLayout, WorkItem, group_length, run_within_memory
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.system.oom import DoesNotFitError
 
 MODE = PackingMode()

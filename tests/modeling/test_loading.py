@@ -14,8 +14,9 @@ from fastdpo.batching import pack_update
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import get_lm_head
-from fastdpo.modeling.loading import ModelError, load_model, load_tokenizer
+from fastdpo.modeling.loading import ModelError, load_model, load_tokenizer, resolve_dtype
 from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.system.device import cuda_has_bf16
 from tests.modeling.test_packed_pairs import random_groups
 
 CONFIG = LlamaConfig(
@@ -157,3 +158,15 @@ def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"no tokenizer file lies there\. Pass a local folder"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_gpu_that_only_emulates_bfloat16_has_none(monkeypatch):
+    """T4 and RTX 20: torch says yes unless it is told to leave emulation out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert not cuda_has_bf16()
+    assert resolve_dtype("auto") == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert resolve_dtype("auto") == torch.bfloat16

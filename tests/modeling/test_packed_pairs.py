@@ -27,8 +27,8 @@ from transformers import (
 
 from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.families import choose_packing
 from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.modeling.packing import choose_packing
 
 SIZES = {
     "vocab_size": 131,

@@ -1,6 +1,5 @@
 """What the planner chooses for a GPU, a model and its pairs, and what it says about it."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -19,13 +18,14 @@ from fastdpo.planner import (
     compare,
     gpu_spec,
     longest_pair,
-    plan,
+    make_plan,
     plan_for_run,
     training_of,
 )
 from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
 from fastdpo.planner.terms import GIB
 from tests.planner.test_terms import SIZES, groups
+from tests.project.test_layering import ROOT, imports_of
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def llama():
 
 def planned(architecture, size, longest=2048, update=65536, host=64, **options) -> Plan:
     training = options.pop("training", Training())
-    return plan(
+    return make_plan(
         architecture, training, gpu_spec(size), Workload(longest, update),
         host_bytes=int(host * GIB), **options,
     )  # fmt: skip
@@ -44,11 +44,11 @@ def planned(architecture, size, longest=2048, update=65536, host=64, **options) 
 def test_more_memory_is_never_slower_and_the_card_is_nearly_full(llama):
     plans = [planned(llama, f"{size} GB") for size in (8, 12, 16, 24, 48, 80)]
     assert all(made.fits for made in plans)
-    kept = [made.policy_counts.get("keep", 0) / made.micro_batch_tokens for made in plans]
+    kept = [made.activation_counts.get("keep", 0) / made.micro_batch_tokens for made in plans]
     assert kept[0] < kept[-1]
     for made in plans[:-1]:
         assert made.peak_bytes > 0.85 * made.gpu_bytes, made.describe()
-    assert plans[-1].policy_counts == {"keep": 32}
+    assert plans[-1].activation_counts == {"keep": 32}
     assert plans[-1].micro_batch_tokens > plans[2].micro_batch_tokens
 
 
@@ -58,7 +58,7 @@ def test_the_kept_layers_are_the_last_and_another_one_would_not_fit(llama):
     assert 1 < kept < 32
     assert made.activation_plan == ("recompute",) * (32 - kept) + ("keep",) * kept
     layout = MemoryLayout(
-        llama, Training(), Workload(2048, 65536).row(4096),
+        llama, Training(attention="varlen"), Workload(2048, 65536).shape(4096),
         MemoryStrategy(
             made.optimizer, made.embeddings_on_host, made.norm_tile_tokens, made.mlp_tile_tokens
         ),
@@ -110,7 +110,7 @@ def test_the_optimizer_is_changed_only_where_allowed_and_needed(llama):
 
 def test_no_recomputation_where_the_user_wants_none(llama):
     made = planned(llama, "24 GB", recompute=False)
-    assert made.policy_counts == {"keep": 32}
+    assert made.activation_counts == {"keep": 32}
     assert not planned(llama, "8 GB", recompute=False).fits
 
 
@@ -135,14 +135,6 @@ def test_tied_embeddings_stay_on_the_card():
     assert made.terms["head"] == 0
 
 
-def test_a_plan_survives_the_checkpoint(llama):
-    made = replace(planned(llama, "12 GB"), routes={"attention": "varlen"})
-    text = json.dumps(made.as_json())
-    assert Plan.from_json(json.loads(text)) == made
-    with pytest.raises(ValueError, match="moments missing or unknown"):
-        Plan.from_json({k: v for k, v in made.as_json().items() if k != "moments"})
-
-
 def test_predicted_and_measured_are_compared(llama):
     made = replace(planned(llama, "12 GB"), allocated_bytes=11 * GIB)
     said = compare(made, 10 * GIB)
@@ -162,7 +154,7 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     base = random_model(LlamaConfig(**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True)
     model = add_adapter(base, lora_config(4, 8, 0.0, ["q_proj", "v_proj"]))
     assert training_of(model, "adamw_torch") == Training(
-        "qlora", 2, 4, ("q_proj", "v_proj"), "adamw_torch", "varlen"
+        "qlora", 2, 4, ("q_proj", "v_proj"), "adamw_torch", "auto"
     )
     lengths = [group_tokens(group) for group in groups(6)]
     config = DPOConfig(str(tmp_path), use_cpu=True, optim="adamw_torch")
@@ -177,6 +169,46 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     made = plan_for_run(model, config, lengths, gpu=gpu_spec("1 GB"), host_bytes=GIB, **scored)
     assert made is not None
     assert made.micro_batch_tokens == 128
+
+
+def test_the_requested_attention_reaches_the_plan(tmp_path):
+    config = LlamaConfig(**SIZES | {"head_dim": 16})
+    base = random_model(config, dtype=torch.float32, device="cpu", load_in_4bit=False)
+    model = add_adapter(base, lora_config(4, 8, 0.0, None))
+
+    def allocated(**options):
+        run = {"pairs_per_update": 4, "scored_tokens": 300, "repeated_tokens": 500}
+        args = DPOConfig(str(tmp_path), use_cpu=True, **options)
+        made = plan_for_run(model, args, [900, 1000], gpu=gpu_spec("1 GB"), host_bytes=GIB, **run)
+        return made.allocated_bytes
+
+    auto = allocated()  # float32, which flash kernels do not take
+    assert auto == allocated(attention="flex") == allocated(packing="off")
+    assert allocated(attention="sdpa") > auto
+    with pytest.raises(ValueError, match="--attention varlen cannot be used here: dtype is"):
+        allocated(attention="varlen")
+    base.config.attention_dropout = 0.1
+    assert allocated() == auto
+    assert allocated(disable_dropout=False) == allocated(attention="sdpa")
+
+
+def test_the_planner_imports_no_model_code():
+    """So `python -m fastdpo.plan` answers quickly: what its modules import when they are loaded."""
+    seen, queue = set(), ["fastdpo.planner", "fastdpo.modeling.families"]
+    while queue:
+        module = queue.pop()
+        path = ROOT / module.replace(".", "/")
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if module in seen or not source.is_file():
+            continue
+        seen.add(module)
+        for each in imports_of(source.read_text(), module, path.is_dir()):
+            if not each.in_function:
+                top = each.target.split(".")[0]
+                assert top not in ("peft", "bitsandbytes", "fastdpo_kernels"), (module, each.target)
+                queue += [each.target, each.target.rpartition(".")[0]] if top == "fastdpo" else []
+    assert "fastdpo.modeling.attention_backends" in seen
+    assert not seen & {"fastdpo.modeling.attention", "fastdpo.modeling.adapters"}
 
 
 def test_pairs_that_do_not_fit_whole_are_planned_row_by_row(tmp_path):
@@ -195,7 +227,7 @@ def test_pairs_that_do_not_fit_whole_are_planned_row_by_row(tmp_path):
         gpu = replace(gpu, memory_bytes=size)
         whole = plan_for_run(model, config, [100_000], gpu=gpu, **run)
         assert whole is not None
-    split = plan_for_run(model, config, [100_000], longest_row_tokens=50_000, gpu=gpu, **run)
+    split = plan_for_run(model, config, [100_000], max_seqlen=50_000, gpu=gpu, **run)
     assert split is not None
     assert split.fits
     assert 50_000 <= split.micro_batch_tokens < 100_000

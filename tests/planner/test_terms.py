@@ -24,10 +24,10 @@ from fastdpo.planner import (
     architecture_named,
     architecture_of,
     gpu_spec,
-    plan,
+    make_plan,
     training_of,
 )
-from fastdpo.planner.activations import Row, layer_bytes
+from fastdpo.planner.activations import MicroBatchShape, layer_bytes
 from fastdpo.planner.architecture import architecture_of_config
 from fastdpo.planner.plan import pinned_bytes
 from fastdpo.planner.search import MemoryLayout, MemoryStrategy
@@ -65,11 +65,11 @@ def groups(count=2):
     ]
 
 
-def row_of(micro_batch) -> Row:
+def shape_of(micro_batch) -> MicroBatchShape:
     """What the planner needs to know of a micro-batch, counted from its segments."""
     segments = [s for s in micro_batch.segments if s.suffix_tokens]
     others = [(s.prefix_tokens, suffix) for s in segments for suffix in s.suffix_tokens[1:]]
-    return Row(
+    return MicroBatchShape(
         micro_batch.input_ids.shape[1],
         len(micro_batch.scored_positions),
         sum(prefix for prefix, _ in others),
@@ -114,7 +114,7 @@ def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit):
     saved = SavedBytes(model, micro_batch).by_layer
     training = training_of(model, "adamw_torch", "sdpa")
     assert training.tuning == ("qlora" if four_bit else "lora")
-    layer = layer_bytes(architecture_of(model, family), training, row_of(micro_batch))
+    layer = layer_bytes(architecture_of(model, family), training, shape_of(micro_batch))
     rotary = 2 * dtype.itemsize * 8 * micro_batch.input_ids.shape[1]
     assert saved[0] == layer.kept - layer.first_spared + rotary
     assert saved[1] == layer.kept
@@ -150,7 +150,7 @@ def test_the_peak_of_an_update_is_that_of_its_tensors(alias, tokens, policy, til
     layout = MemoryLayout(
         architecture_of_config(config, alias),
         Training("lora", dtype.itemsize, attention="sdpa"),
-        Row(tokens, 2 * suffix, prefix, suffix, suffix * (prefix + suffix)),
+        MicroBatchShape(tokens, 2 * suffix, prefix, suffix, suffix * (prefix + suffix)),
         MemoryStrategy("adamw_torch", mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1]),
     )
     predicted = layout.peak(policy) - sum(layout.resident.values())
@@ -162,7 +162,7 @@ def test_every_alias_is_counted_offline(alias):
     found = architecture_named(alias)
     assert found.parameters == PARAMETERS[alias]
     assert found.is_standard
-    assert found.attn_softcap == (alias == "gemma-2-9b")
+    assert found.attention.softcap == (alias == "gemma-2-9b")
     assert found.query_key_norms == (alias == "qwen3-8b")
 
 
@@ -270,7 +270,7 @@ def test_an_update_as_planned_is_the_same_update():
         torch.manual_seed(0)
         model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
         llama = architecture_of(model, "tiny")
-        made = plan(
+        made = make_plan(
             llama, Training(entry_bytes=4), gpu_spec("1"), Workload(256, 256), host_bytes=GIB
         )
         made = replace(

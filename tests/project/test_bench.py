@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import compare, contest, gpu, harness, inputs, memory, report
+from bench import compare, contest, gpu, harness, inputs, memory, rehearsal, report
 from bench.harness import MEASURED, MISSING, Recorder, Row
 from bench.measuring import PeakMemory, Stopwatch
 
@@ -229,12 +229,12 @@ class InProcessTurns(contest.Turns):
         self.left -= 1
         return self.left >= 0
 
-    def answer(self, metrics):
+    def answer(self, figures):
         if self.result is None:
-            facts = {k: v for k, v in metrics.items() if k != "outcome"}
-            self.result = contest.Result(metrics["outcome"], "", facts)
+            facts = {k: v for k, v in figures.items() if k != "outcome"}
+            self.result = contest.Result(figures["outcome"], "", facts)
         else:
-            self.result.turns.append(dict(metrics))
+            self.result.turns.append(dict(figures))
 
 
 def in_process(functions, cases, *, warm_up, rounds, **_):
@@ -247,31 +247,107 @@ def in_process(functions, cases, *, warm_up, rounds, **_):
         yield name, turns.result
 
 
-def test_the_gpu_plan_fits_and_goes_on_past_failures(tmp_path, monkeypatch, capsys):
+def test_the_gpu_plan_fits_and_goes_on_past_failures(tmp_path):
     steps = gpu.plan(tmp_path / "rows.jsonl")
     assert sum(step.limit_s for step in steps) <= gpu.LIMIT_S
-    assert steps[0].name == "gpu tests"
-    assert {"tests/gpu/test_kernels.py", "tests/gpu/test_attention.py"} <= set(steps[0].command)
-    assert "tests/data/test_normalize.py" not in steps[0].command, "it imports TRL"
-    some = gpu.only(steps, ["memory", "gpu_tests"])
-    assert [step.name for step in some] == ["gpu tests", "bench.memory", "report"]
-    assert sum(step.limit_s for step in some) == pytest.approx(gpu.LIMIT_S)
-    with pytest.raises(ValueError, match="no step speed: there are gpu_tests"):
+    names = [step.name for step in steps]
+    assert names[:4] == ["compile", "kernel tests", "bench.kernel ours", "bench.kernel rest"]
+    kernels, others = ({Path(name).name for name in names} for names in gpu.gpu_tests())
+    assert kernels == set(gpu.KERNEL_TESTS)
+    assert len(others) >= 4
+    assert "test_normalize.py" not in others, "it imports TRL"
+    some = gpu.only(steps, ["memory", "kernel"])
+    wanted = ["bench.kernel ours", "bench.kernel rest", "bench.memory", "report"]
+    assert [step.name for step in some] == wanted
+    with pytest.raises(ValueError, match="no step speed: there are compile, kernel_tests"):
         gpu.only(steps, ["speed"])
     python = sys.executable
+    write = "open('rows.jsonl', 'a').write('{}\\n'); print('here')"
     outcomes = gpu.carry_out(
         [
             gpu.Step("fails", (python, "-c", "raise SystemExit(3)"), 30),
             gpu.Step("hangs", (python, "-c", "import time; time.sleep(60)"), 1.2),
-            gpu.Step("passes", (python, "-c", "print('here')"), 30),
+            gpu.Step(
+                "passes", (python, "-c", f"import os; os.chdir({str(tmp_path)!r}); {write}"), 9
+            ),
         ],
         tmp_path,
+        limit_s=61.2,
     )
     assert [o.ended.split(" at ")[0] for o in outcomes] == ["failed (3)", "timed out", "passed"]
+    assert [o.rows for o in outcomes] == [0, 0, 1]
     assert "here" in (tmp_path / "bench.log").read_text()
-    late = gpu.carry_out([gpu.Step("late", (python, "-c", ""), 30)], tmp_path, limit_s=0.5)
-    assert late[0].ended == "no time left"
+    late = gpu.carry_out([gpu.Step("late", (python, "-c", ""), 30)], tmp_path, limit_s=0.0)
+    assert late[0].ended == gpu.NEVER
     assert "hangs" in gpu.short_table(outcomes, [row()])
+
+
+def test_the_gpu_run_is_cut_off_with_a_table_and_resumed(tmp_path, monkeypatch):
+    steps = [gpu.Step(name, ("true",), 10) for name in ("first", "second", "third", "report")]
+    done = tmp_path / "done" / "steps.json"
+    ran, cut = [], [True]
+
+    def run(step, log_path, limit_s):
+        ran.append((step.name, limit_s))
+        if step.name == "second" and cut:
+            raise KeyboardInterrupt
+        return "passed"
+
+    monkeypatch.setattr(gpu, "_run", run)
+    outcomes = gpu.carry_out(steps, tmp_path, limit_s=40, progress=gpu.Progress(done))
+    assert [o.ended for o in outcomes] == ["passed", "cut off", gpu.NEVER, gpu.NEVER]
+    assert [limit for _, limit in ran] == pytest.approx([10, 40 / 3], abs=0.2)
+    cut.clear()
+    ran.clear()
+    outcomes = gpu.carry_out(steps, tmp_path, limit_s=60, progress=gpu.Progress(done, resumes=True))
+    assert outcomes[0].ended.startswith("done before (20")
+    assert [o.ended for o in outcomes[1:]] == ["passed"] * 3
+    assert ran[0] == ("second", pytest.approx(20, abs=0.1)), "what is done leaves its time"
+    again = gpu.carry_out(steps, tmp_path, progress=gpu.Progress(done))
+    assert [o.ended for o in again] == ["passed"] * 4, "without RESUME all is run"
+
+
+def test_every_step_of_the_gpu_run_starts_in_time(tmp_path, monkeypatch):
+    """The rehearsal of `make gpu DRY=1`, its stand-ins on a clock that nobody waits for."""
+    now = [100.0]
+
+    def run(step, log_path, limit_s):
+        took_s = float(step.command[1])
+        now[0] += min(took_s, limit_s)
+        return "passed" if took_s < limit_s - gpu.GRACE_S else "timed out"
+
+    monkeypatch.setattr(gpu, "_run", run)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    steps = gpu.plan(tmp_path / "rows.jsonl")
+    for stuck in (False, True):
+        found = rehearsal.schedule(steps, speed=1.0, stuck=stuck)
+        rehearsal.check(found, stuck=stuck)
+        assert sum(one.seconds for one in found) == pytest.approx(gpu.LIMIT_S)
+        assert found[2].started_s < (60 if not stuck else 120), "bench.kernel, ours and TRL"
+    with pytest.raises(AssertionError, match="does not fit"):
+        rehearsal.check([gpu.Outcome("compile", "timed out", 30, 0.0)], stuck=False)
+    with pytest.raises(AssertionError, match="never reached"):
+        rehearsal.check([gpu.Outcome("report", gpu.NEVER)], stuck=True)
+
+
+def test_what_was_measured_before_is_passed_over_when_resumed(tmp_path, monkeypatch):
+    recorder = Recorder("step", tmp_path / "rows.jsonl")
+    recorder.add({"pairs": 2}, "fastdpo", "update_s", [0.25])
+    recorder.add({"pairs": 2}, "trl", "update_s", outcome=MISSING, note="not installed")
+    assert not recorder.has({"pairs": 2}, "fastdpo", "update_s")
+    monkeypatch.setenv("BENCH_RESUME", "1")
+    again = Recorder("step", tmp_path / "rows.jsonl")
+    assert again.has({"pairs": 2}, "fastdpo", "update_s")
+    assert not again.has({"pairs": 4}, "fastdpo", "update_s")
+    assert not again.has({"pairs": 2}, "trl", "update_s"), "it may be installed by now"
+
+
+def test_a_contender_that_does_not_answer_leaves_time_to_others(monkeypatch):
+    assert contest.left_s() == float("inf")
+    monkeypatch.setenv("BENCH_ENDS_AT", f"{time.time() + 50:.1f}")
+    assert 48 < contest.left_s() < 51
+    monkeypatch.setenv("BENCH_ENDS_AT", "0")
+    assert contest.left_s() == 1.0
 
 
 def test_python_m_bench_lists_the_questions():

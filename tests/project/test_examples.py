@@ -10,7 +10,7 @@ import yaml
 
 from fastdpo import train
 from fastdpo.losses import LOSSES
-from fastdpo.planner import Training, Workload, architecture_named, gpu_spec, plan
+from fastdpo.planner import Training, Workload, architecture_named, gpu_spec, make_plan
 from tests.taught_llama import taught_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -113,8 +113,8 @@ def test_sft_then_dpo(run):
     assert after_sft["eval_logps/chosen"] > base["eval_logps/chosen"]
     assert start["eval_logps/chosen"] == pytest.approx(after_sft["eval_logps/chosen"], abs=1e-4)
     assert start["eval_rewards/margins"] == 0.0 == dpo.first_update_margin
-    assert "frozen copy" in dpo.reference.reference.sentence
-    assert "adapter off" in sft.reference.reference.sentence
+    assert "frozen copy" in dpo.reference.reference.description
+    assert "adapter off" in sft.reference.reference.description
 
 
 def test_sweep(run):
@@ -155,7 +155,7 @@ def planned_line(path):
     """What the planner says of a file, in the words of its first line."""
     values = yaml.safe_load(path.read_text())
     length, batch = values["max_length"], values["per_device_train_batch_size"]
-    made = plan(
+    made = make_plan(
         architecture_named(values["model"]),
         Training(tuning="qlora", lora_r=values["lora_r"]),
         gpu_spec(path.stem),

@@ -79,8 +79,7 @@ def opens_to_write(call: ast.Call, last: str) -> bool:
 
 
 LENT = {
-    "fastdpo/ref_cache/archive.py": ("tarfile.open", "path.open"),
-    "fastdpo/merging/tensor_files.py": ("path.open",),
+    "fastdpo/ref_cache/archive.py": ("tarfile.open",),
     "fastdpo/evaluation/scored_rows.py": ("path.open",),
 }
 """Functions that are handed to `files.call_writer` or `files.write_atomically` by name."""

@@ -1,5 +1,6 @@
 """What a store says of itself: hit, partial or miss and why; spot checks; versions; no tokens."""
 
+import dataclasses
 import json
 import logging
 
@@ -9,20 +10,20 @@ import torch
 
 from fastdpo.batching import PairGroups, group_tokens
 from fastdpo.data import Pair, PairDataset
-from fastdpo.modeling import loading
-from fastdpo.modeling import weight_hash as weights_module
+from fastdpo.modeling import loading, weight_hash
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.reference_model import reference_from_base
-from fastdpo.modeling.weight_hash import HASH_CACHE_FILE
 from fastdpo.ref_cache import (
+    HASH_CACHE_FILE,
     ReferenceStore,
     RefLogpsProvider,
+    StoreOptions,
     compute,
-    load_identified,
+    hash_cache,
     reference_identity,
     reference_logps,
 )
-from fastdpo.ref_cache import run_notes as asked_module
+from fastdpo.ref_cache.run_notes import load_requests
 from fastdpo.ref_cache.spot_check import spot_check
 from fastdpo.ref_cache.store import group_keys
 from fastdpo.system.versions import difference, numeric_versions
@@ -32,6 +33,7 @@ from tests.ref_cache.test_store import keys_of, some_rows
 
 GROUPS = ALL_GROUPS[:9]
 NOW = {"torch": "2.13.0", "device": "cpu"}
+STRICT = StoreOptions(strict_versions=True)
 THEN = {"torch": "2.11.0", "device": "NVIDIA L4"}
 ASKED = {"data": "pairs.jsonl", "max_length": 1024, "truncation_mode": "keep_completion"}
 
@@ -54,8 +56,9 @@ def said(caplog):
     return lines
 
 
-def fill(model, groups, root, *, identity=IDENTITY, versions=NOW, strict=False, **options):
-    store = ReferenceStore(root, identity, versions=versions, strict_versions=strict)
+def fill(model, groups, root, *, identity=IDENTITY, versions=NOW, strict=False, check=0, **options):
+    store_options = StoreOptions(strict_versions=strict, spot_check_pairs=check)
+    store = ReferenceStore(root, identity, versions=versions, options=store_options)
     return reference_logps(
         reference_from_base(model), groups, store, layout=ExecutionLayout(128), **options
     )
@@ -109,7 +112,7 @@ def test_an_interrupted_pass_and_other_data_are_reasons_too(policy, tmp_path, sa
     folder = ReferenceStore(tmp_path, IDENTITY).folder
     for at, text in enumerate(("[]", "{", "[" * 100_000, '{"at": "x", "asked": {}}')):
         (folder / f"asked-{at}.json").write_text(text)
-    assert len(asked_module.notes(folder)) == 3
+    assert len(load_requests(folder)) == 3
 
 
 def test_notes_are_no_part_of_the_key(policy, tmp_path):
@@ -125,10 +128,16 @@ def test_notes_are_no_part_of_the_key(policy, tmp_path):
 # Spot checks
 
 
+def checking(store, pairs):
+    """The store as a run with another number of spot checks opens it."""
+    options = dataclasses.replace(store.options, spot_check_pairs=pairs)
+    return ReferenceStore(store.root, store.identity, versions=store.versions, options=options)
+
+
 def check(model, store, count, dtype=torch.float32):
-    keys = [group_keys(group) for group in GROUPS]
+    keys, store = [group_keys(group) for group in GROUPS], checking(store, count)
     options = {"compute_dtype": dtype, "layout": ExecutionLayout(128)}
-    return spot_check(reference_from_base(model), GROUPS, keys, store, count=count, **options)
+    return spot_check(reference_from_base(model), GROUPS, keys, store, **options)
 
 
 def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy, tmp_path, said):
@@ -146,13 +155,13 @@ def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy
     assert model_state(policy) == state
     assert torch.equal(torch.get_rng_state(), random_state)
     said()
-    fill(policy, GROUPS, tmp_path, spot_check_pairs=4)
+    fill(policy, GROUPS, tmp_path, check=4)
     assert "Spot check: 4 pairs scored again, at most 0 nats a token" in said()[-1]
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
-    store = ReferenceStore(tmp_path, IDENTITY, keep_token_logps=kept)
+    store = ReferenceStore(tmp_path, IDENTITY, options=StoreOptions(keep_token_logps=kept))
     reference_logps(reference_from_base(policy), GROUPS, store, layout=ExecutionLayout(128))
     other = base()
     with torch.no_grad():
@@ -161,19 +170,15 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
         check(other, store, 2)
     with pytest.raises(ValueError, match=r"at most 1e-05 in torch\.float32"):
         reference_logps(
-            reference_from_base(other),
-            GROUPS,
-            store,
-            layout=ExecutionLayout(128),
-            spot_check_pairs=2,
-        )  # fmt: skip
+            reference_from_base(other), GROUPS, checking(store, 2), layout=ExecutionLayout(128)
+        )
     with torch.no_grad():  # rounding: too much for fp32, allowed in bf16
         other.model.layers[0].mlp.up_proj.weight.div_(1.01).mul_(1.004)
     with pytest.raises(ValueError, match="1e-05"):
         check(other, store, 9)
     assert 1e-5 < check(other, store, 9, torch.bfloat16).largest_rms < 0.03
     reference_logps(
-        reference_from_base(other), GROUPS, store, layout=ExecutionLayout(128), spot_check_pairs=0
+        reference_from_base(other), GROUPS, checking(store, 0), layout=ExecutionLayout(128)
     )
 
 
@@ -230,7 +235,7 @@ def test_own_versions_win_whatever_the_shards_are_called(tmp_path):
     for versions, wanted in ((NOW, -2.0), (THEN, -1.0), (None, -1.0)):
         store = ReferenceStore(tmp_path, IDENTITY, versions=versions)
         assert store.lookup([row.key]).tolist() == [wanted]
-    other = ReferenceStore(tmp_path, IDENTITY, versions={"torch": "3"}, strict_versions=True)
+    other = ReferenceStore(tmp_path, IDENTITY, versions={"torch": "3"}, options=STRICT)
     assert np.isnan(other.lookup([row.key])).all()
     assert len(other) == 0
 
@@ -262,7 +267,7 @@ def test_without_token_logps_the_sums_stay_and_whoever_needs_tokens_says_so(poli
     tokens = kept.token_logps(keys)
     assert [len(each) for each in tokens] == [len(c) for g in GROUPS for c in g.completions]
     assert [each.astype(float).sum() for each in tokens] == pytest.approx(sums.reshape(-1))
-    bare = ReferenceStore(tmp_path / "bare", IDENTITY, keep_token_logps=False)
+    bare = ReferenceStore(tmp_path / "bare", IDENTITY, options=StoreOptions(keep_token_logps=False))
     found = reference_logps(reference_from_base(policy), GROUPS, bare, layout=ExecutionLayout(128))
     assert np.array_equal(found, sums)
     (small,), (large,) = shards(tmp_path / "bare"), shards(tmp_path / "kept")
@@ -279,34 +284,36 @@ def test_without_token_logps_the_sums_stay_and_whoever_needs_tokens_says_so(poli
 @pytest.fixture
 def hashed(monkeypatch):
     """How often all bytes of a model were hashed."""
-    calls, real = [], weights_module.tensors_hash
+    calls, real = [], hash_cache.tensors_hash
 
     def count(tensors):
         calls.append(len(tensors))
         return real(tensors)
 
-    monkeypatch.setattr(weights_module, "tensors_hash", count)
+    monkeypatch.setattr(hash_cache, "tensors_hash", count)
     return calls
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_unchanged_files_are_not_hashed_again(tmp_path, hashed, load_in_4bit):
-    folder, hash_cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
+    folder, cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
     options = {"dtype": torch.float32, "load_in_4bit": load_in_4bit}
 
-    def identity(load=load_identified, change=None, wrap=True):
-        model = load(str(folder), **options)
+    def identity(change=None, wrap=True, by_hand=False):
+        model = loading.load_model(str(folder), **options)
+        if by_hand:
+            weight_hash._records.pop(model)  # as if it had come as an object
         if change is not None:
             with torch.no_grad():
                 change(model)
-        return reference_identity(adapted(model) if wrap else model, torch.float32, hash_cache)
+        return reference_identity(adapted(model) if wrap else model, torch.float32, cache)
 
     first = identity()
     assert len(hashed) == 1
     assert identity() == identity(wrap=False) == first
     assert len(hashed) == 1, "known files were hashed"
-    assert identity(loading.load_model) == first, "a model handed over has another identity"
+    assert identity(by_hand=True) == first, "a model handed over has another identity"
     assert len(hashed) == 2, "a model handed over was believed"
     touched = identity(change=lambda model: model.model.norm.weight.mul_(2))
     assert touched["weights"] != first["weights"]
@@ -323,37 +330,38 @@ def test_unchanged_files_are_not_hashed_again(tmp_path, hashed, load_in_4bit):
 
 
 def test_a_damaged_memory_is_not_believed(tmp_path, hashed):
-    folder, hash_cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
+    folder, cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
 
     def identity():
-        model = load_identified(str(folder), dtype=torch.float32)
-        return reference_identity(model, torch.float32, hash_cache)
+        model = loading.load_model(str(folder), dtype=torch.float32)
+        return reference_identity(model, torch.float32, cache)
 
     first = identity()
-    content = json.loads(hash_cache.read_text())
+    content = json.loads(cache.read_text())
     (entry,) = content.values()
     entry["weights"] = "0" * 64
     for text in (json.dumps(content), "", "{", "[]", '{"a": 1}', "[" * 100_000):
-        hash_cache.write_text(text)
+        cache.write_text(text)
         assert identity() == first
     assert len(hashed) == 7
 
 
-def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, hashed):
-    folder, hash_cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
+def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, monkeypatch):
+    folder, cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
 
-    def load(name, **options):
-        model = loading.load_model(name, **options)
+    real = loading.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args, **options):
+        model = real(*args, **options)
         (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
         return model
 
-    from fastdpo.modeling.weight_hash import base_tensors, load_noting_files
-
-    model = load_noting_files(load, str(folder), base_tensors, dtype=torch.float32)
-    reference_identity(model, torch.float32, hash_cache)
-    assert not hash_cache.exists()
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model = loading.load_model(str(folder), dtype=torch.float32)
+    reference_identity(model, torch.float32, cache)
+    assert not cache.exists()
 
 
 # Progress and the source
@@ -367,10 +375,11 @@ def test_the_source_passes_its_options_on(policy, tmp_path, said, monkeypatch):
     for at in range(2):
         source = RefLogpsProvider(
             reference_from_base(policy), tmp_path, compute_dtype=torch.float32,
-            layout=ExecutionLayout(128), keep_token_logps=False, spot_check_pairs=2,
+            layout=ExecutionLayout(128),
+            store_options=StoreOptions(keep_token_logps=False, spot_check_pairs=2),
         )  # fmt: skip
         groups = PairGroups(PairDataset.from_pairs(pairs))
-        source.fill(groups, "eval", ASKED)
+        source.attach(groups, "eval", ASKED)
         assert np.isfinite(groups.ref_logps).all()
         assert any("Spot check: 2 pairs" in line for line in said()) == bool(at)
     ((tokens, description, unit),) = bars

@@ -21,11 +21,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from fastdpo.batching import PromptGroup
 from fastdpo.modeling import scoring
 from fastdpo.modeling.adapters import add_adapter, lora_config
-from fastdpo.modeling.families import PackingMode
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_model
+from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import reference_from_base
-from fastdpo.ref_cache import ReferenceStore, compute, reference_identity, reference_logps
+from fastdpo.ref_cache import (
+    ReferenceStore,
+    StoreOptions,
+    compute,
+    reference_identity,
+    reference_logps,
+)
 from fastdpo.ref_cache.store import group_keys, row_key
 from fastdpo.system import files
 from tests.modeling.test_packed_pairs import random_groups
@@ -69,8 +75,8 @@ def policy():
     return adapted()
 
 
-def fill(model, groups, root, tokens=128, **options):
-    store = ReferenceStore(root, IDENTITY)
+def fill(model, groups, root, tokens=128, store_options=None, **options):
+    store = ReferenceStore(root, IDENTITY, options=store_options or StoreOptions())
     return reference_logps(
         reference_from_base(model), groups, store, layout=ExecutionLayout(tokens), **options
     )
@@ -400,6 +406,8 @@ def test_identity_hangs_on_the_config(change):
 
 
 def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
+    from fastdpo.modeling import attention_backends
+
     model = base()
     identity = identity_of(model)
     assert identity_of(model, torch.bfloat16) != identity
@@ -407,10 +415,9 @@ def test_identity_hangs_on_dtype_tying_and_numerics(monkeypatch, tmp_path):
     untied = base()
     untied.load_state_dict(tied.state_dict())
     assert identity_of(tied) != identity_of(untied)
-    from fastdpo.modeling.attention import dispatch
     from fastdpo.ref_cache import identity as module
 
-    for room, name in ((dispatch, "CPU_ATTENTION_KEY"), (module, "NUMERICS_VERSION")):
+    for room, name in ((attention_backends, "CPU_ATTENTION_KEY"), (module, "NUMERICS_VERSION")):
         with monkeypatch.context() as patch:
             patch.setattr(room, name, "another")
             assert identity_of(model) != identity

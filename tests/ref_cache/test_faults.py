@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdpo.ref_cache import ReferenceStore, compute
+from fastdpo.ref_cache import ReferenceStore, StoreOptions, compute
 from fastdpo.ref_cache import shards as shards_module
 from fastdpo.ref_cache.store import group_keys
 from fastdpo.system import files
@@ -258,6 +258,9 @@ def test_a_shard_that_cannot_be_read_is_not_set_aside(tmp_path, monkeypatch, cod
     assert lookup(tmp_path, some_rows()).tolist() == logps_of(some_rows())
 
 
+CHECKED = StoreOptions(spot_check_pairs=2)
+
+
 def test_a_read_only_store_serves_a_hit(tmp_path, monkeypatch):
     model, groups = adapted(), MANY[:4]
     whole = fill(model, groups, tmp_path)
@@ -267,5 +270,5 @@ def test_a_read_only_store_serves_a_hit(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_write_bytes", refuse)
     monkeypatch.setattr(os, "utime", refuse)
-    found = fill(model, groups, tmp_path, requested={"max_length": 8}, spot_check_pairs=2)
+    found = fill(model, groups, tmp_path, requested={"max_length": 8}, store_options=CHECKED)
     assert np.array_equal(found, whole)

@@ -136,6 +136,14 @@ def test_links_and_other_kinds_are_refused(tmp_path, exported):
         tar.addfile(link)
     with pytest.raises(ArchiveError):
         import_store(path, tmp_path / "root")
+    sparse = tarfile.TarInfo("shard-0.safetensors")
+    sparse.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**31)}
+    sparse.size = 1
+    path = packed(tmp_path / "sparse.tar", [MANIFEST])
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse, io.BytesIO(b"x"))
+    with pytest.raises(ArchiveError, match="which belongs into none"):
+        import_store(path, tmp_path / "root")
     with pytest.raises(ArchiveError, match="no archive of a store"):
         import_store(written(tmp_path / "other", ROWS), tmp_path / "root")
     with pytest.raises(ValueError, match="holds no reference store"):

@@ -1,14 +1,13 @@
 """Attention over packed groups: each completion attends to its prompt and to itself."""
 
-from fastdpo.modeling.attention.dispatch import (
+from fastdpo.modeling.attention.dispatch import attends_packed, packed_attention
+from fastdpo.modeling.attention.segments import PackedSegments
+from fastdpo.modeling.attention_backends import (
     ATTENTIONS,
     CPU_ATTENTION_KEY,
     MODEL_ATTENTION,
-    attends_packed,
     attention_kind,
-    packed_attention,
 )
-from fastdpo.modeling.attention.segments import PackedSegments
 
 __all__ = [
     "ATTENTIONS",

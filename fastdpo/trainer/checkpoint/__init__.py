@@ -1,6 +1,6 @@
 """Checkpoints that are whole or do not exist: no pickle inside, a manifest with checksums last.
 
-A checkpoint folder is filled under a temporary name, sealed with `MANIFEST.json` (size and sha256
+A checkpoint folder is filled under a temporary name, completed by `MANIFEST.json` (size and sha256
 of every file) and renamed. Resuming takes the newest folder that verifies.
 """
 
@@ -8,9 +8,9 @@ from fastdpo.trainer.checkpoint.errors import CheckpointError
 from fastdpo.trainer.checkpoint.folders import (
     MANIFEST,
     Manifest,
-    commit,
     locked,
     newest_verified,
+    publish,
     remove_stale_tmp,
     rotate,
     verify,
@@ -19,12 +19,12 @@ from fastdpo.trainer.checkpoint.folders import (
 from fastdpo.trainer.checkpoint.preflight import require_room, require_unused, require_writable
 from fastdpo.trainer.checkpoint.same_run import require_same_run
 from fastdpo.trainer.checkpoint.training_state import (
+    load_extra_state,
     load_optimizer,
     load_rng_state,
-    load_tensors,
+    save_extra_state,
     save_optimizer,
     save_rng_state,
-    save_tensors,
 )
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "write_manifest",
     "verify",
     "newest_verified",
-    "commit",
+    "publish",
     "rotate",
     "locked",
     "remove_stale_tmp",
@@ -46,6 +46,6 @@ __all__ = [
     "load_optimizer",
     "save_rng_state",
     "load_rng_state",
-    "save_tensors",
-    "load_tensors",
+    "save_extra_state",
+    "load_extra_state",
 ]

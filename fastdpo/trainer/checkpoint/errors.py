@@ -1,4 +1,4 @@
-"""The error of this room."""
+"""The error that everything about checkpoints raises."""
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: sealed, named, verified, found again, and deleted when newer ones do."""
+"""Checkpoint folders: completed by a manifest, published, verified, found again, and rotated."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fastdpo.options import cache_folder
 from fastdpo.system import files
 from fastdpo.trainer.checkpoint.errors import CheckpointError
 
@@ -22,11 +23,11 @@ MAX_MANIFEST_BYTES = 2**24  # ours have about 3 KiB
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What the manifest of a whole checkpoint says beside its files.
+    """The manifest of a whole checkpoint, without its list of files.
 
     Attributes:
-        run: what a resumed run must share with the one that was stopped.
-        plan: how that one laid out its work; a resumed run follows it.
+        run: settings that a resumed run must share with the one that was stopped.
+        plan: how the stopped run laid out its work; a resumed run follows it.
     """
 
     run: dict[str, Any]
@@ -36,7 +37,7 @@ class Manifest:
 def write_manifest(
     folder: Path, run: Mapping[str, Any], plan: Mapping[str, Any] | None = None
 ) -> None:
-    """Make every file of a finished checkpoint durable and write its manifest, last of all.
+    """Make every file of a finished checkpoint durable and write its manifest as the last one.
 
     Args:
         folder: a checkpoint under its temporary name.
@@ -61,12 +62,12 @@ def write_manifest(
 
 
 def verify(folder: Path) -> Manifest:
-    """What the manifest says, of a checkpoint whose files are all as they were written.
+    """The manifest of a checkpoint, once all files have the sizes and sha256 that it lists.
 
     Raises:
         CheckpointError: names the first file that is missing or differs.
     """
-    sealed, contents = _read_manifest(folder)
+    manifest, contents = _read_manifest(folder)
     for name, (size, sha256) in contents.items():
         path = folder / name
         try:
@@ -76,11 +77,11 @@ def verify(folder: Path) -> Manifest:
                 raise CheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error})") from error
-    return sealed
+    return manifest
 
 
 def newest_verified(output_dir: Path) -> Path:
-    """The checkpoint of the highest step that verifies; what is skipped is said, with the reason.
+    """The checkpoint of the highest step that verifies; others are logged with the reason.
 
     Raises:
         CheckpointError: there is none.
@@ -100,8 +101,8 @@ def newest_verified(output_dir: Path) -> Path:
     )
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; what had that name before is deleted only then.
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished checkpoint its name; an older folder of that name is deleted afterwards.
 
     Raises:
         OSError: it cannot be renamed; the older folder then has its name back.
@@ -124,8 +125,9 @@ def commit(temporary: Path, final: Path) -> None:
 def rotate(output_dir: Path, keep: int | None, written: Path, protected: Path | None) -> None:
     """Delete the oldest checkpoints beyond `keep`, by step.
 
-    Never deleted are `written`, the one that was sealed a moment ago (those of higher steps are
-    what it has gone back behind: damaged, or passed over by the user), `protected`, and links.
+    Never deleted are links, `protected`, and `written`, the checkpoint that was finished a moment
+    ago. Ones of higher steps count as older: the run resumed behind them, as they were damaged or
+    the user passed them over.
 
     Raises:
         OSError: one cannot be deleted.
@@ -133,8 +135,8 @@ def rotate(output_dir: Path, keep: int | None, written: Path, protected: Path | 
     if keep is None or keep <= 0:
         return
     spared = {path.resolve() for path in (written, protected) if path is not None}
-    own = [folder for folder in checkpoints_in(output_dir) if not folder.is_symlink()]
-    newest_first = sorted(own, key=lambda folder: (folder != written, -_step_of(folder)))
+    folders = [folder for folder in checkpoints_in(output_dir) if not folder.is_symlink()]
+    newest_first = sorted(folders, key=lambda folder: (folder != written, -_step_of(folder)))
     for folder in newest_first[keep:]:
         if folder.resolve() not in spared:
             doomed = files.temporary_name(folder)
@@ -146,14 +148,14 @@ def rotate(output_dir: Path, keep: int | None, written: Path, protected: Path | 
 def locked(output_dir: Path) -> Iterator[None]:
     """Hold an existing folder as the only run that writes checkpoints into it.
 
-    What killed runs have left in it is deleted first, unless the file system has no locks to tell
-    that they are dead.
+    Temporary files of killed runs are deleted first, unless the file system has no locks to tell
+    that those runs are dead.
 
     Raises:
         CheckpointError: another process holds it.
     """
     try:
-        with files.exclusive_lock(output_dir) as alone:
+        with files.exclusive_lock(output_dir, cache_folder() / "locks") as alone:
             if alone:
                 remove_stale_tmp(output_dir)
             yield
@@ -165,7 +167,7 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 
 def remove_stale_tmp(output_dir: Path) -> None:
-    """Delete what killed runs have left under temporary names; only for who holds the folder."""
+    """Delete temporary files of killed runs; the caller must hold the folder."""
     for path in sorted(output_dir.iterdir()):
         if files.is_temporary(path):
             logger.info("Deleting %s, which an interrupted run has left", path)
@@ -173,24 +175,28 @@ def remove_stale_tmp(output_dir: Path) -> None:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The folders that are named like checkpoints, whole or not."""
+    """The folders whose names are those of checkpoints, whole or not."""
     if not output_dir.is_dir():
         return []
     return [path for path in output_dir.iterdir() if _step_of(path) >= 0 and path.is_dir()]
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
-    """The manifest's parts, their shape checked: what a file claims is believed no sooner."""
+    """The manifest, and size and sha256 of each file by name, after checking all their types.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another format, or names a file elsewhere.
+    """
     path = folder / MANIFEST
     try:
         with path.open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
         if len(content) > MAX_MANIFEST_BYTES:
             raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
-        manifest = json.loads(content)
-        written_in = manifest["format"]
-        sealed = Manifest(dict(manifest["run"]), dict(manifest.get("plan", {})))
-        contents = {name: (r["bytes"], r["sha256"]) for name, r in manifest["files"].items()}
+        read = json.loads(content)
+        written_in = read["format"]
+        manifest = Manifest(dict(read["run"]), dict(read.get("plan", {})))
+        contents = {name: (r["bytes"], r["sha256"]) for name, r in read["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} has no readable {MANIFEST} ({type(error).__name__}: {error})"
@@ -203,7 +209,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
     for name in contents:
         if not _stays_inside(name):
             raise CheckpointError(f"{path} names {name!r}, which is no file inside the checkpoint")
-    return sealed, contents
+    return manifest, contents
 
 
 def _stays_inside(name: str) -> bool:

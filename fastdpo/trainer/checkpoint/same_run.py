@@ -1,4 +1,4 @@
-"""Whether a checkpoint and the run that asks for it are one and the same."""
+"""A check that a checkpoint belongs to the run that resumes from it."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,11 +11,11 @@ _ABSENT = object()
 def require_same_run(
     saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()
 ) -> list[str]:
-    """Refuse to resume a run under settings that would make it another one.
+    """Refuse to resume under settings that would make the run another one.
 
     Args:
-        saved: what the checkpoint says of its run; values of any depth.
-        current: the same of this run.
+        saved: the settings in the checkpoint, nested to any depth.
+        current: the settings of this run.
         allowed: names that may differ, as the refusal spells them, or all that begin with one
             ("model" allows "model.dtype").
 
@@ -55,14 +55,14 @@ def _covers(allowed: str, name: str) -> bool:
 
 
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by dots; tuples as the lists that JSON gives back."""
-    found: dict[str, Any] = {}
+    """The settings by their nested names joined by dots, tuples as lists, which JSON reads back."""
+    flat: dict[str, Any] = {}
     for key, value in description.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a resumed run needs beside its weights: moments by parameter name, generators; no pickle."""
+"""State of a run beside its weights, without pickle: moments by parameter name, generators."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from fastdpo.trainer.checkpoint.errors import CheckpointError
 
 OPTIMIZER_TENSORS, OPTIMIZER_REST = "optimizer.safetensors", "optimizer.json"
 RNG_TENSORS, RNG_REST = "rng_state.safetensors", "rng_state.json"
-FURTHER_TENSORS = "further.safetensors"
+EXTRA_STATE = "further.safetensors"
 SEPARATOR = "::"
 """Between a parameter's name and the name of one of its moments, and where moments are nested."""
 
@@ -81,10 +81,10 @@ def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> dict
         moments = {label: tensors.get_tensor(label) for label in tensors.keys()}  # noqa: SIM118
     for label, value in (moments | rest["state"]).items():
         name, *outer, key = label.split(SEPARATOR)
-        place = state.setdefault(indices[name], {})
+        entry = state.setdefault(indices[name], {})
         for part in outer:
-            place = place.setdefault(part, {})
-        place[key] = value
+            entry = entry.setdefault(part, {})
+        entry[key] = value
     groups = _in_the_order_of(optimizer, names, rest["param_groups"])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return rest["scheduler"]
@@ -107,7 +107,7 @@ def save_rng_state(folder: Path) -> None:
 
 
 def load_rng_state(folder: Path) -> None:
-    """Put every generator back where it was."""
+    """Restore the state of every generator."""
     rest = json.loads((folder / RNG_REST).read_text())
     version, numbers, gauss = rest["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -120,8 +120,8 @@ def load_rng_state(folder: Path) -> None:
             torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write what else moves in training; no file where there is nothing.
+def save_extra_state(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write other tensors that training changes; without any there is no file.
 
     Raises:
         OSError: the disk is full or failing.
@@ -129,21 +129,21 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     if tensors:
         # Copies: tied weights share one tensor, which safetensors refuses.
         copies = {name: each.detach().to("cpu", copy=True) for name, each in tensors.items()}
-        files.call_writer(folder / FURTHER_TENSORS, lambda path: save_file(copies, path))
+        files.call_writer(folder / EXTRA_STATE, lambda path: save_file(copies, path))
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `save_tensors` wrote back into the tensors themselves.
+def load_extra_state(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors that `save_extra_state` wrote into the given ones.
 
     Raises:
         CheckpointError: the file has other tensors.
     """
     if not tensors:
         return
-    with safe_open(folder / FURTHER_TENSORS, framework="pt") as saved:
+    with safe_open(folder / EXTRA_STATE, framework="pt") as saved:
         if set(saved.keys()) != set(tensors):
             raise CheckpointError(
-                f"{folder / FURTHER_TENSORS} holds other tensors than this run moves: resume with "
+                f"{folder / EXTRA_STATE} holds other tensors than this run moves: resume with "
                 "the same model and adapter."
             )
         with torch.no_grad():
@@ -164,7 +164,7 @@ def _shapes(optimizer: Optimizer, model: nn.Module) -> dict[str, list[int]]:
 
 
 def _flat(moments: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Labels and values; bitsandbytes' optimizers put their moments into a dict of their own."""
+    """Labels and values of all moments; bitsandbytes' optimizers nest theirs in another dict."""
     for key, value in moments.items():
         label = f"{prefix}{SEPARATOR}{key}"
         if isinstance(value, dict):
@@ -176,10 +176,10 @@ def _flat(moments: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _in_the_order_of(
     optimizer: Optimizer, names: dict[int, str], saved: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The saved groups, each with its parameters, as the optimizer has them: torch goes by place.
+    """The saved groups in the optimizer's order, each with its parameters: torch goes by position.
 
     Raises:
-        CheckpointError: a group of the optimizer is none of the saved ones.
+        CheckpointError: a group of the optimizer is not among the saved ones.
     """
     by_members = {frozenset(group["params"]): group for group in saved}
     groups = []

@@ -273,7 +273,7 @@ def test_commit_replaces(tmp_path):
     final = tmp_path / "checkpoint-5"
     for seed in (1, 2):
         temporary = sealed(tmp_path / ".tmp-x", 5, {"seed": seed})
-        checkpoint.commit(temporary, final)
+        checkpoint.publish(temporary, final)
         assert checkpoint.verify(final).run == {"seed": seed}
         assert [path.name for path in tmp_path.iterdir() if path.name != ".tmp-x"] == [final.name]
 
@@ -282,7 +282,7 @@ def test_commit_replaces_a_link_and_not_what_it_points_to(tmp_path):
     precious, final = sealed(tmp_path / "elsewhere", 1), tmp_path / "checkpoint-5"
     for target in (precious, tmp_path / "nowhere"):
         final.symlink_to(target)
-        checkpoint.commit(sealed(tmp_path / ".tmp-x", 5, {"seed": 1}), final)
+        checkpoint.publish(sealed(tmp_path / ".tmp-x", 5, {"seed": 1}), final)
         assert checkpoint.verify(final).run == {"seed": 1}
         shutil.rmtree(final)
     assert checkpoint.verify(precious).run == RUN
@@ -299,6 +299,6 @@ def test_a_failing_commit_leaves_the_older_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.commit(temporary, final)
+        checkpoint.publish(temporary, final)
     assert checkpoint.verify(final).run == RUN
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-x", "checkpoint-5"]

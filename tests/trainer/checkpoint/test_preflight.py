@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +13,7 @@ from tests.ref_cache.test_faults import exit_code, in_a_child
 from tests.trainer.small_runs import build, whole  # noqa: F401
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
     trainer = build(tmp_path / "out")
     trainer.on_before_train = lambda: pytest.fail("work was begun")
     for code in (errno.EACCES, errno.EROFS, errno.EDQUOT, FULL):
@@ -24,10 +23,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, mo
     (tmp_path / "file").write_text("x")
     trainer.args.output_dir = str(tmp_path / "file" / "out")
     with pytest.raises(CheckpointError, match=r"--output_dir .*file/out cannot be written to"):
-        trainer.train()
-    trainer.args.output_dir = str(tmp_path / "out")
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"other bytes")
-    with pytest.raises(CheckpointError, match="its disk is failing"):
         trainer.train()
 
 
@@ -48,7 +43,7 @@ def test_the_estimate_is_above_what_a_checkpoint_takes(whole):  # noqa: F811
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path, whole):  # noqa: F811
     trainer = build(tmp_path / "out")
     with (
-        files.exclusive_lock(tmp_path / "out"),
+        files.exclusive_lock(tmp_path / "out", tmp_path / "locks"),
         pytest.raises(CheckpointError, match="another process is training into"),
     ):
         trainer.train()
@@ -60,5 +55,5 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path, whole):  # noqa:
 
 
 def hold_and_die(folder):
-    with files.exclusive_lock(folder):
+    with files.exclusive_lock(folder, folder.parent / "locks"):
         os.kill(os.getpid(), signal.SIGKILL)
