@@ -1,6 +1,6 @@
-"""What a chat template can show, and whether everything that a row says arrives in its text.
+"""Seeing to it that everything a row says arrives in the text that its chat template writes.
 
-Most templates have a branch for each role that they know and leave out the turn of any other one,
+Most templates know some roles and leave out the turn of any other one without a word,
 drop what they did not expect, or write an object as Python would. Nothing of this is an error to
 them. So what a template can do is tried out, once for each kind of turn, and after rendering the
 content of every turn is looked for in the text.
@@ -21,7 +21,7 @@ Render = Callable[[Messages], str]
 
 
 class TemplateAbilities:
-    """What one chat template can show; tried out as soon as a row asks for it.
+    """The abilities of one chat template, tried out as soon as a row asks for them.
 
     Args:
         template: its source, to see which roles it names.

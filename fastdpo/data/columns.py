@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastdpo.data.errors import ROW_SHAPE, DataError
-from fastdpo.data.forms import FORMS, find_form
+from fastdpo.data.forms import find_form
 from fastdpo.data.messages import (
     ASSISTANT,
     history_turns,
@@ -24,22 +24,22 @@ from fastdpo.data.messages import (
     with_system,
 )
 from fastdpo.data.normalize import PreferenceRow, preference_row
-from fastdpo.data.ranked import RATED_ALIKE, NoPreference, pairs_of_rated, rated_columns
+from fastdpo.data.ranked import (
+    RATED_ALIKE,
+    NoPreference,
+    is_rated_row,
+    pairs_of_rated,
+    rated_columns,
+)
 from fastdpo.data.scores import score_columns, score_margin
+from fastdpo.data.shapes import as_mapping, listed, unknown_shape
 from fastdpo.data.unread import COMPANIONS, refuse_unread_companions, refuse_unread_prompt
-from fastdpo.data.values import messages_of, number_of, refuse_quoted_messages
+from fastdpo.data.values import messages_of, refuse_quoted_messages
 from fastdpo.options.data import COLUMN_NAMES, NO_COLUMN
 
 _SIDES = ("chosen", "rejected")
 MEDIA = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
 _OPTIONAL = ("system", "tools", "chat_template_kwargs", "input", "history", "answer_start")
-RECOGNIZED = (
-    "prompt, chosen, rejected (text or messages; the prompt may be left out where both begin with "
-    "it); question or instruction (+ input, history, system), chosen, rejected; conversations, "
-    "chosen, rejected (ShareGPT); other names of the sides, such as chosen_response and "
-    "rejected_response, preferred and dispreferred, accepted and rejected; completions with "
-    f"ratings or ranks; {'; '.join(form.name for form in FORMS)}"
-)
 
 
 class SchemaReader:
@@ -66,7 +66,7 @@ class SchemaReader:
         columns: Mapping[str, str] | None = None,
         rated_pairs: str = "best_worst",
     ):
-        row = _as_mapping(first)
+        row = as_mapping(first)
         given = dict(columns or {})
         self._none = {r for r, c in given.items() if c == NO_COLUMN and NO_COLUMN not in row}
         self._given = {role: name for role, name in given.items() if role not in self._none}
@@ -108,32 +108,6 @@ class SchemaReader:
         """True where each row has one rated completion, and those of a prompt follow each other."""
         return self.name == _RATED_ROWS
 
-    def check_rated(self, row: Any) -> None:
-        """Refuse a row without a completion and its rating; of those that `join` takes.
-
-        Raises:
-            DataError: one is missing or of a wrong type.
-        """
-        row = _as_mapping(row)
-        for role in ("completions", "ratings"):
-            if self.columns[role] not in row:
-                raise DataError(f"field {self.columns[role]!r} is missing (it has {_listed(row)})")
-        text, rating = (row[self.columns[role]] for role in ("completions", "ratings"))
-        number_of(rating, f"column {self.columns['ratings']!r}")
-        if not isinstance(text, str):
-            raise DataError(f"column {self.columns['completions']!r} is {text!r:.40}, no string")
-
-    def join(self, rows: list[Any]) -> dict[str, Any]:
-        """Return the row of several completions that rows with one each make (see `joins_rows`)."""
-        several = {self.columns[role] for role in ("completions", "ratings")}
-        return {**rows[0], **{name: [row[name] for row in rows] for name in several}}
-
-    def prompt_key(self, row: Any) -> str:
-        """Return what is equal for rows of one prompt."""
-        names = ("prompt", "question", "conversations", "system", "input", "history")
-        known = row if isinstance(row, Mapping) else {}
-        return repr([known.get(self.columns.get(name, "")) for name in names])
-
     def describe(self) -> str:
         """Say in one sentence which shape was recognized, by which columns; what is not read."""
         made_of = self._form.columns if self._form else ()
@@ -156,7 +130,7 @@ class SchemaReader:
         Raises:
             DataError: the row is malformed, or of another shape than the first one.
         """
-        row = _as_mapping(row)
+        row = as_mapping(row)
         if self._first_keys is None or self.joins_rows:
             self._first_keys = row.keys()
         elif row.keys() != self._first_keys:
@@ -194,7 +168,7 @@ class SchemaReader:
         absent = [name for name in self._form.columns if name not in row]
         if absent:
             raise DataError(
-                f"field {absent[0]!r} is missing (the row has {_listed(row)}), and the first row "
+                f"field {absent[0]!r} is missing (the row has {listed(row)}), and the first row "
                 f"was read as {self._form.form.name}; correct the row or remove it"
             )
         return self._form.make(row)
@@ -206,7 +180,7 @@ class SchemaReader:
         if missing:
             raise DataError(
                 f"--columns names {', '.join(map(repr, missing))}, and the row has "
-                f"{_listed(row)}; correct the name"
+                f"{listed(row)}; correct the name"
             )
         roles: dict[str, str] = {}
 
@@ -223,11 +197,11 @@ class SchemaReader:
             elif rated := rated_columns(row, self._given.get("ratings")):
                 roles["completions"], roles["ratings"] = rated
             else:
-                raise DataError(_unknown(row))
+                raise DataError(unknown_shape(row))
         elif any(both) and not all(both):
             missing = "rejected" if both[0] else "chosen"
             raise DataError(
-                f"field {missing!r} is missing (the row has {_listed(row)}); a preference row "
+                f"field {missing!r} is missing (the row has {listed(row)}); a preference row "
                 f"looks like {ROW_SHAPE}, with strings or lists of messages; say which column is "
                 f"what with --columns {missing}=NAME, or pass a data set of preference pairs"
             )
@@ -257,7 +231,7 @@ class SchemaReader:
         if {"question", "conversations"} <= roles.keys():
             raise DataError(
                 f"both {roles['question']!r} and {roles['conversations']!r} could hold the prompt "
-                f"(the row has {_listed(row)}); say which, as in --columns "
+                f"(the row has {listed(row)}); say which, as in --columns "
                 f"question={roles['question']}"
             )
         if "question" in roles:
@@ -276,7 +250,7 @@ class SchemaReader:
         if len(known) > 1:
             raise DataError(
                 f"the columns {' and '.join(map(repr, known))} could both be the {role} (the row "
-                f"has {_listed(row)}); say which, as in --columns {role}={known[0]}"
+                f"has {listed(row)}); say which, as in --columns {role}={known[0]}"
             )
         return known[0] if known else None
 
@@ -302,7 +276,7 @@ class SchemaReader:
         )
         if required != first_required:
             raise DataError(
-                f"the row is of another shape: its columns are {_listed(row)}, and the first row's "
+                f"the row is of another shape: its columns are {listed(row)}, and the first row's "
                 f"were {', '.join(map(repr, self._first_keys))}; put rows of one shape into one "
                 "file"
             )
@@ -409,9 +383,7 @@ class SchemaReader:
         if self._form is not None:
             return self._form.form.name
         if "completions" in roles:
-            if isinstance(row[roles["completions"]], str) and _is_number(
-                row.get(roles.get("ratings"))
-            ):
+            if is_rated_row(row, roles):
                 return _RATED_ROWS
             return "rated completions" if roles["completions"] != "output" else "Alpaca ranking"
         if "conversations" in roles:
@@ -431,35 +403,3 @@ class SchemaReader:
 
 _MISSING: Any = object()
 _RATED_ROWS = "rated completions, one in each row, a prompt's rows one after another (HelpSteer2)"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_mapping(row: Any) -> Mapping[str, Any]:
-    if isinstance(row, Mapping):
-        return row
-    if isinstance(row, list | tuple) and len(row) == 3:
-        return dict(zip(("prompt", "chosen", "rejected"), row, strict=True))
-    raise DataError(
-        f"the row is a {type(row).__name__} ({row!r:.40}); an object like {ROW_SHAPE} is needed, "
-        "or a tuple (prompt, preferred, dispreferred)"
-    )
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "no fields"
-
-
-def _unknown(row: Mapping[str, Any]) -> str:
-    kind = ""
-    if "completion" in row and "label" in row:
-        kind = "these are single completions with a label (KTO), DPO needs two to compare; "
-    elif "messages" in row or "text" in row:
-        kind = "these are texts without a worse one beside them (SFT), DPO needs two to compare; "
-    return (
-        f"field 'chosen' is missing: the row has {_listed(row)}; {kind}recognised are: "
-        f"{RECOGNIZED}; say which column is what, as in --columns prompt=question chosen=good "
-        "rejected=bad"
-    )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fastdpo.data.errors import DataError
 from fastdpo.data.values import as_objects, message_role, messages_of, number_of
 
-Row = Mapping[str, Any]
+Columns = Mapping[str, Any]
 
 TIE = "a tie: neither answer is preferred"
 NO_VERDICT = "nothing says which answer is preferred"
@@ -69,7 +69,7 @@ class FoundForm(NamedTuple):
     form: Form
     columns: tuple[str, ...]
 
-    def make(self, row: Row) -> Made:
+    def make(self, row: Columns) -> Made:
         """Return the row with its other columns kept and those of the form made into the sides.
 
         Raises:
@@ -80,7 +80,7 @@ class FoundForm(NamedTuple):
         return Made([{**rest, **sides} for sides in made.rows], made.reason)
 
 
-def find_form(row: Row) -> FoundForm | None:
+def find_form(row: Columns) -> FoundForm | None:
     """Return the first form of `FORMS` whose columns a row has, or None."""
     for form in FORMS:
         names: list[str] = []
@@ -98,7 +98,7 @@ def find_form(row: Row) -> FoundForm | None:
     return None
 
 
-def _two_columns(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+def _two_columns(row: Columns, names: Sequence[str]) -> tuple[str, ...]:
     """Return the two columns of one of the names, in the order of their endings; () without."""
     for name in names:
         ends = {
@@ -112,14 +112,14 @@ def _two_columns(row: Row, names: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
-def _number(row: Row, column: str) -> float | None:
+def _number(row: Columns, column: str) -> float | None:
     return number_of(row[column], f"column {column!r}")
 
 
 # Two answers and a verdict
 
 
-def _by_name(row: Row, first: str, second: str, verdict: str) -> Made:
+def _by_name(row: Columns, first: str, second: str, verdict: str) -> Made:
     """Read a verdict that names the better answer: by its ending, its column, or its model."""
     value = row[verdict]
     if value is None:
@@ -140,7 +140,7 @@ def _by_name(row: Row, first: str, second: str, verdict: str) -> Made:
     )
 
 
-def _by_strength(row: Row, first: str, second: str, verdict: str) -> Made:
+def _by_strength(row: Columns, first: str, second: str, verdict: str) -> Made:
     """Read a number that is negative where the first answer is better, and 0 for a tie."""
     strength = _number(row, verdict)
     if not strength:
@@ -148,7 +148,7 @@ def _by_strength(row: Row, first: str, second: str, verdict: str) -> Made:
     return _ordered(row, first, second, 0 if strength < 0 else 1)
 
 
-def _by_label(row: Row, first: str, second: str, verdict: str) -> Made:
+def _by_label(row: Columns, first: str, second: str, verdict: str) -> Made:
     """Read a label that is 1 where the first answer is better and 0 where the second is."""
     label = _number(row, verdict)
     if label not in (0, 1, None):
@@ -157,7 +157,7 @@ def _by_label(row: Row, first: str, second: str, verdict: str) -> Made:
     return _ordered(row, first, second, None if label is None else 1 - int(label), reason)
 
 
-def _by_flags(row: Row, first: str, second: str, one: str, other: str) -> Made:
+def _by_flags(row: Columns, first: str, second: str, one: str, other: str) -> Made:
     """Read two flags, of which that of the better answer is set."""
     flags = [
         int(row[name]) if isinstance(row[name], bool) else _number(row, name)
@@ -168,7 +168,7 @@ def _by_flags(row: Row, first: str, second: str, one: str, other: str) -> Made:
     return _ordered(row, first, second, 0 if flags[0] else 1)
 
 
-def _by_scores(row: Row, first: str, second: str, one: str, other: str) -> Made:
+def _by_scores(row: Columns, first: str, second: str, one: str, other: str) -> Made:
     """Read a score for each answer, the higher the better."""
     scores = [_number(row, name) for name in (one, other)]
     if scores[0] is None or scores[1] is None:
@@ -178,13 +178,13 @@ def _by_scores(row: Row, first: str, second: str, one: str, other: str) -> Made:
     return _ordered(row, first, second, 0 if scores[0] > scores[1] else 1)
 
 
-def _of_a_post(row: Row, history: str, first: str, second: str, verdict: str) -> Made:
+def _of_a_post(row: Columns, history: str, first: str, second: str, verdict: str) -> Made:
     """Read two replies to a post, which is a user's turn, with a label (SHP)."""
     made = _by_label(row, first, second, verdict)
     return Made([sides | {"question": row[history]} for sides in made.rows], made.reason)
 
 
-def _ordered(row: Row, first: str, second: str, better: int | None, reason: str = TIE) -> Made:
+def _ordered(row: Columns, first: str, second: str, better: int | None, reason: str = TIE) -> Made:
     """Make the better of two answers the chosen one; None of them is: the reason says why."""
     sides = [row[column] for column in (first, second)]
     made: dict[str, Any] = {}
@@ -223,7 +223,7 @@ def _turns(prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any
 # A conversation and another end for it
 
 
-def _worse_ending(row: Row, messages: str, worse: str) -> Made:
+def _worse_ending(row: Columns, messages: str, worse: str) -> Made:
     """Read messages that end with the better answer, and the worse one or ones (ms-swift)."""
     turns, other = messages_of(row[messages]), messages_of(row[worse])
     if not isinstance(turns, list) or not turns or message_role(turns[-1]) != "assistant":
@@ -253,13 +253,13 @@ def _worse_ending(row: Row, messages: str, worse: str) -> Made:
     )
 
 
-def _worse_answer(row: Row, answer: str, worse: str) -> Made:
+def _worse_answer(row: Columns, answer: str, worse: str) -> Made:
     """Read an answer beside a rejected one, or several (ms-swift)."""
     others = row[worse] if isinstance(row[worse], list) else [row[worse]]
     return Made([{"chosen": row[answer], "rejected": other} for other in others])
 
 
-def _outputs(row: Row, asked: str, preferred: str, other: str) -> Made:
+def _outputs(row: Columns, asked: str, preferred: str, other: str) -> Made:
     """Read the input and the two outputs of OpenAI's preference fine-tuning."""
     given = row[asked]
     made: dict[str, Any] = {"chosen": row[preferred], "rejected": row[other]}
@@ -275,7 +275,7 @@ def _outputs(row: Row, asked: str, preferred: str, other: str) -> Made:
 # Summaries
 
 
-def _summaries(row: Row, info: str, summaries: str, choice: str) -> Made:
+def _summaries(row: Columns, info: str, summaries: str, choice: str) -> Made:
     """Read two summaries of a post or an article and the place of the better one."""
     source, both = row[info], as_objects(row[summaries])
     if not isinstance(source, Mapping) or not isinstance(both, list) or len(both) != 2:
@@ -286,7 +286,7 @@ def _summaries(row: Row, info: str, summaries: str, choice: str) -> Made:
     texts = [each.get("text") if isinstance(each, Mapping) else each for each in both]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{summaries!r} holds {both!r:.60}; objects with a text are needed")
-    texts = [text if text[:1].isspace() else f" {text}" for text in texts]
+    texts = [text if text[:1].isspace() else f" {text}" for text in map(str, texts)]
     post = source.get("post") or source.get("article")
     if not isinstance(post, str):
         raise DataError(f"{info!r} has neither a 'post' nor an 'article' ({source!r:.60})")

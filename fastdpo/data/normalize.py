@@ -138,10 +138,8 @@ def _prompt_beside_messages(
         return shared, chosen_rest, rejected_rest
     system = [message for message in shared if message["role"] == "system"]
     turns = [*system, {"role": "user", "content": prompt}]
-    return turns, *(
-        _without_repeated_prompt(turns, side[len(system) :], name)
-        for side, name in ((chosen, "chosen"), (rejected, "rejected"))
-    )
+    chosen = _without_repeated_prompt(turns, chosen[len(system) :], "chosen")
+    return turns, chosen, _without_repeated_prompt(turns, rejected[len(system) :], "rejected")
 
 
 def _prompt_beside_turns(
@@ -152,10 +150,8 @@ def _prompt_beside_turns(
         shared = [turn for turn in chosen[:1] if turn["role"] == "system" and turn in rejected[:1]]
         if shared:  # the system's turn stands in the completions alone
             prompt = [*shared, *prompt]
-    return prompt, *(
-        _without_repeated_prompt(prompt, side, name)
-        for side, name in ((chosen, "chosen"), (rejected, "rejected"))
-    )
+    chosen = _without_repeated_prompt(prompt, chosen, "chosen")
+    return prompt, chosen, _without_repeated_prompt(prompt, rejected, "rejected")
 
 
 def split_turns(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:

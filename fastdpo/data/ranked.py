@@ -41,6 +41,40 @@ def rated_columns(row: Mapping[str, Any], ratings: str | None = None) -> tuple[s
     return (texts[0], rated[0]) if texts and rated else None
 
 
+def is_rated_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """True where a row holds one completion and its rating, so that several rows make a pair."""
+    rating = row.get(columns.get("ratings", ""))
+    number = isinstance(rating, int | float) and not isinstance(rating, bool)
+    return number and isinstance(row.get(columns.get("completions", "")), str)
+
+
+def join_rated(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the row of several completions that rows with one each make."""
+    names = (columns["completions"], columns["ratings"])
+    return {**rows[0], **{name: [row[name] for row in rows] for name in names}}
+
+
+def check_rated(row: Any, columns: Mapping[str, str]) -> None:
+    """Refuse a row that `join_rated` can't take.
+
+    Raises:
+        DataError: its completion or its rating is missing or of a wrong type.
+    """
+    for name in (columns["completions"], columns["ratings"]):
+        if not isinstance(row, Mapping) or name not in row:
+            raise DataError(f"field {name!r} is missing in {row!r:.60}; correct the row")
+    number_of(row[columns["ratings"]], f"column {columns['ratings']!r}")
+    if not isinstance(text := row[columns["completions"]], str):
+        raise DataError(f"column {columns['completions']!r} is {text!r:.40}, a string is needed")
+
+
+def prompt_key(row: Any, columns: Mapping[str, str]) -> str:
+    """Return a text that is equal for rows of one prompt."""
+    roles = ("prompt", "question", "conversations", "system", "input", "history")
+    known = row if isinstance(row, Mapping) else {}
+    return repr([known.get(columns.get(role, "")) for role in roles])
+
+
 def pairs_of_rated(
     completions: Any, ratings: Any, ranks: Any, *, mode: str, rated_by_place: bool = False
 ) -> list[tuple[Any, Any]]:

@@ -11,7 +11,13 @@ from fastdpo.data.columns import SchemaReader
 from fastdpo.data.errors import ROW_SHAPE, DataError, UnknownSplitError
 from fastdpo.data.json_lines import MAX_LINE_MIB, read_json, read_json_lines
 from fastdpo.data.normalize import PreferenceRow
-from fastdpo.data.ranked import RATED_ALONE, NoPreference
+from fastdpo.data.ranked import (
+    RATED_ALONE,
+    NoPreference,
+    check_rated,
+    join_rated,
+    prompt_key,
+)
 from fastdpo.data.tables import (
     TABLE_ENDINGS,
     TransformedRows,
@@ -132,15 +138,17 @@ class Rows:
         descriptions: list[str] | None,
     ) -> Iterator[tuple[int, list[PreferenceRow]]]:
         """Read rows of one rated completion each: those that follow each other for one prompt."""
-        for _, group in groupby(rows, key=lambda numbered: reader.prompt_key(numbered[1])):
+        columns = reader.columns
+        for _, group in groupby(rows, key=lambda numbered: prompt_key(numbered[1], columns)):
             together = list(group)
             for number, row in together:
                 try:
-                    reader.check_rated(row)
+                    check_rated(row, columns)
                 except DataError as error:
                     raise DataError(f"{self.where(number)}: {error}") from error
             first = together[0][0]
-            preferences = self._read(reader, first, reader.join([r for _, r in together]), iter(()))
+            joined = join_rated([row for _, row in together], columns)
+            preferences = self._read(reader, first, joined, iter(()))
             if first == 0 and descriptions is not None:
                 descriptions.append(reader.describe())
             yield first, preferences if len(together) > 1 else NoPreference(RATED_ALONE)

@@ -23,7 +23,7 @@ ROLES = {
         ("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"
     ),
 }
-"""What the roles of public sets are called in a chat template; `developer` is its renderer's."""
+"""The name of a role in public sets -> its name in chat templates (`developer`: see `arrival`)."""
 
 
 def kind_of(value: Any) -> str:

@@ -34,7 +34,7 @@ A role is what a column can be to a preference row, and a name that --columns ta
 `answer_start` is the beginning that both answers share.
 """
 NO_COLUMN = "none"
-"""What --columns takes on its right where a set has no column of a role: prompt=none."""
+"""The word that --columns takes on its right where a set has no column of a role: prompt=none."""
 RATED_PAIRS = ("best_worst", "all")
 
 
