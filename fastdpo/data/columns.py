@@ -118,7 +118,7 @@ class SchemaReader:
         ]
         kind = ", rendered by the chat template" if self._conversational else ""
         kind = ", rendered as ready-made text" if self._conversational is False else kind
-        aside = f"; not read: {', '.join(self.ignored)}" if self.ignored else ""
+        aside = f"; not read: {', '.join(map(str, self.ignored))}" if self.ignored else ""
         return f"read as {self.name}{kind}, from the columns {', '.join([*made_of, *taken])}{aside}"
 
     def read(self, row: Any) -> list[PreferenceRow]:

@@ -104,7 +104,8 @@ def _two_columns(row: Columns, names: Sequence[str]) -> tuple[str, ...]:
         ends = {
             match[1].lower(): column
             for column in row
-            if (match := re.fullmatch(rf"{name}[_-]?(\d|[a-z])", column, re.IGNORECASE))
+            if isinstance(column, str)
+            and (match := re.fullmatch(rf"{name}[_-]?(\d|[a-z])", column, re.IGNORECASE))
         }
         for first, second in (("0", "1"), ("1", "2"), ("a", "b")):
             if ends.keys() == {first, second}:

@@ -80,7 +80,13 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     call = plain_value(call)
     if isinstance(call.get("function"), str) and call["function"].lstrip().startswith("{"):
         call["function"] = _json(call["function"], f"{place}.function is a string", "an object")
-    for function in (call, call.get("function")):
+    named = call.get("function", call)
+    if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
+        raise DataError(
+            f"{place} is {kind_of(call)}, which has no name of a function; "
+            '{"type": "function", "function": {"name": "...", "arguments": {...}}} is needed'
+        )
+    for function in (call, named):
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             name = f"{place} has 'arguments' that are a string"
             function["arguments"] = _json(function["arguments"] or "{}", name, "an object")

@@ -54,7 +54,7 @@ def refuse_unread_prompt(
         for name, value in row.items()
         if name not in read and _is_text(value) and not _is_in(value, texts)
     }
-    likely = [name for name in unread if not _NOT_TEXT.fullmatch(name)]
+    likely = [name for name in unread if not _NOT_TEXT.fullmatch(str(name))]
     if not (unread if missing else likely):
         return
     name = [*likely, *unread][0]

@@ -220,6 +220,8 @@ def test_what_is_no_tool_call_or_result_is_explained():
         ({"chosen": [call("f(1)")]}, r"chosen\[0\]\.tool_calls\[0\] has 'arguments'.*not JSON"),
         ({"chosen": [turn("assistant", "", tool_calls=3)]}, r"tool_calls is a number \(3\)"),
         ({"chosen": [turn("assistant", "", tool_calls=[3])]}, r"tool_calls\[0\] is a number"),
+        ({"chosen": [turn("assistant", "", tool_calls=[{"function": "f"}])]}, "has no name of a"),
+        ({"chosen": [turn("assistant", "", function_call=3)]}, "has no name of a function"),
         ({"tools": ["{"]}, r"tools\[0\] is a string that is not JSON"),
         ({"tools": [3]}, r"tools\[0\] is a number"),
         ({"tools": [{"name": "f", "parameters": "{"}]}, r"tools\[0\]\.parameters"),

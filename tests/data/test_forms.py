@@ -542,6 +542,7 @@ def test_the_columns_that_the_errors_name_are_taken():
     # A copy of what is read is no loss, nor is what only describes the row.
     copies = {"prompt": "It is noon. Sky?", "context": "It is noon.", **SIDES}
     assert read(copies)[1][0] == "It is noon. Sky?"
+    assert read({1: 2, "prompt": "Sky?", **SIDES})[1] == TEXTS  # a column without a name
     about = {"chosen": "Say: a", "rejected": "Say: b", "source": "x", "prompt_id": "y"}
     assert read(about)[1] == ("Say:", " a", " b")
 
