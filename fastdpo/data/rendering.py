@@ -1,6 +1,5 @@
 """Rendering a preference row as the three texts whose tokens make its pair."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +8,22 @@ from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.data.template_variables import TemplateVariables
+from fastdpo.data.tokenizer_bounds import check_growth, explaining_panics
 from fastdpo.options import TokenizationOptions
+from fastdpo.system.limits import TooSlowError, cpu_seconds, more_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+
+MOST_SECONDS = 10.0
+"""CPU seconds that the chat template has for one row; usual ones take a thousandth of one."""
+MOST_BYTES = 2**30
+"""Memory that it has for one row."""
+MOST_LETTERS = 2**26
+"""Letters that it may make of one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +62,11 @@ class Renderer:
         self.tokenizer = tokenizer
         self._options = options
         self._report = report
-        self._looked_for: set[str] = set()
+        self._variables = TemplateVariables(tokenizer)
         self._special_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        check_growth(tokenizer)
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
         self._adds_bos = bool(probe) and probe[0] == self._bos_id
         self._adds_eos = bool(probe) and probe[-1] == self._eos_id
@@ -74,7 +84,6 @@ class Renderer:
                     "the tokenizer has no chat template: the plain one of fastdpo is used and will "
                     "be saved with the tokenizer (roles as text, EOS after each assistant turn)"
                 )
-            self._note_unused("tools" if row.tools else None, *row.chat_template_kwargs)
             return self._render_messages(index, row)
         return self._render_strings(index, row)
 
@@ -87,10 +96,11 @@ class Renderer:
         for (conversational, sentinel), indices in kinds.items():
             texts = [text for index in indices for text in rows[index].texts]
             special = not conversational
-            if sentinel is None:
-                ids = _encode(self.tokenizer, texts, add_special_tokens=special)
-            else:
-                ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
+            with explaining_panics():
+                if sentinel is None:
+                    ids = _encode(self.tokenizer, texts, add_special_tokens=special)
+                else:
+                    ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
             if not conversational:
                 ids = [self._bos_and_eos_once(text_ids) for text_ids in ids]
             for nth, index in enumerate(indices):
@@ -121,16 +131,30 @@ class Renderer:
         return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, sentinel)
 
     def _render_messages(self, index: int, row: PreferenceRow) -> RenderedRow:
-        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, row.chat_template_kwargs]
+        variables = self._variables.taken_from(row, self._report.notes)
+        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, variables]
         sentinel = self._sentinel_for("literal", content)
         if sentinel is not None:
             content = self._special_tokens.escape(content, sentinel)
         prompt, chosen, rejected, tools, variables = content
-        texts = (
-            self._apply_template(prompt, tools, variables, add_generation_prompt=True),
-            self._apply_template(prompt + chosen, tools, variables),
-            self._apply_template(prompt + rejected, tools, variables),
-        )
+        try:
+            with cpu_seconds(MOST_SECONDS), more_memory(MOST_BYTES):
+                texts = (
+                    self._apply_template(prompt, tools, variables, add_generation_prompt=True),
+                    self._apply_template(prompt + chosen, tools, variables),
+                    self._apply_template(prompt + rejected, tools, variables),
+                )
+        except (TooSlowError, MemoryError) as error:
+            raise DataError(
+                f"the chat template takes more than {MOST_SECONDS:g} s of computing or "
+                f"{MOST_BYTES / 2**20:g} MiB for this row ({str(error) or 'out of memory'}); set "
+                "another tokenizer.chat_template, or correct the row"
+            ) from error
+        if (length := max(map(len, texts))) > MOST_LETTERS:
+            raise DataError(
+                f"the chat template makes a text of {length:,} letters of this row, more than "
+                f"{MOST_LETTERS:,}; set another tokenizer.chat_template, or correct the row"
+            )
         return RenderedRow(index, texts, True, sentinel)
 
     def _apply_template(
@@ -149,6 +173,8 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
+        except (TooSlowError, MemoryError):
+            raise
         except Exception as error:  # a template is foreign code and may raise anything
             roles = [message["role"] for message in messages]
             raise DataError(
@@ -158,18 +184,6 @@ class Renderer:
             ) from error
         assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
         return text
-
-    def _note_unused(self, *names: str | None) -> None:
-        """Note, once for each variable, that the template never looks at it."""
-        template = self.tokenizer.chat_template
-        for name in names:
-            if name is None or name in self._looked_for or not isinstance(template, str):
-                continue
-            self._looked_for.add(name)
-            if not re.search(rf"\b{re.escape(name)}\b", template):
-                self._report.notes.append(
-                    f"warning: the chat template does not use {name!r}, which rows give it"
-                )
 
     def _sentinel_for(self, default_mode: str, content: Any) -> str | None:
         """Count a row that spells special tokens; return what breaks them, None to let them be."""
