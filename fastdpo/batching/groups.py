@@ -74,6 +74,13 @@ def shared_prefix_length(group: PromptGroup) -> int:
     return len(group.prompt_ids) + common
 
 
+def longest_sequence(groups: Sequence[PromptGroup]) -> int:
+    """Count the tokens of the longest prompt + completion; 0 without groups."""
+    return max(
+        (len(group.prompt_ids) + max(map(len, group.completions)) for group in groups), default=0
+    )
+
+
 def group_tokens(group: PromptGroup, *, shared_prefix: bool = True, packing: bool = True) -> int:
     """How many tokens the group takes in a micro-batch."""
     lengths = [len(group.prompt_ids) + len(completion) - 1 for completion in group.completions]

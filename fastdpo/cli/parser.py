@@ -41,10 +41,12 @@ class Parsed:
     Attributes:
         groups: one instance for each dataclass that was parsed, DPOConfig included.
         explicit: names of the options that the user set, on the command line or in the YAML file.
+        config_file: the YAML file, if there is one.
     """
 
     groups: Mapping[type, Any]
     explicit: frozenset[str]
+    config_file: str | None = None
 
     def group(self, kind: type[T]) -> T:
         """The instance of one of the dataclasses that were parsed."""
@@ -111,7 +113,8 @@ def parse(
                 f"--{useless[0]} changes nothing here: leave it out. The adapter's folder says how "
                 "it was made; --qlora loads the base in 4 bits as in training."
             )
-        return Parsed(_build(groups, training, values), frozenset(values))
+        built = _build(groups, training, values)
+        return Parsed(built, frozenset(values), parser.config_file)
     except (ValueError, OSError) as error:
         print_error(f"error: {' '.join(format_error(error).split())}")
         raise SystemExit(EXIT_BAD_OPTION) from None

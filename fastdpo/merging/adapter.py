@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from fastdpo.merging.model_files import model_file
 from fastdpo.merging.tensor_files import StoredTensor, check_mergeable, tensors_of
 from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.finite import nonfinite_adapter, nonfinite_tensors, require_finite_scale
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(
@@ -93,9 +94,13 @@ def read_adapter(folder: Path) -> Adapter:
     if not isinstance(config, dict):
         raise ValueError(f"{config_file} holds a {type(config).__name__}, no object.")
     _refuse_other_kinds(config, config_file)
+    require_finite_scale(config, str(config_file))
     parts: dict[str, dict[str, StoredTensor]] = {}
     whole = {}
-    for key, tensor in tensors_of(weights).items():
+    stored = tensors_of(weights)
+    if wrong := [name for name, each in stored.items() if nonfinite_tensors({name: each.read()})]:
+        raise ValueError(nonfinite_adapter(str(folder), wrong, len(stored)))
+    for key, tensor in stored.items():
         name = key.removeprefix(_PREFIX)
         check_mergeable(tensor)
         if match := _LOW_RANK.fullmatch(name):

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.system.oom import oom_message
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,8 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         trainable: whether the adapter will be trained further.
 
     Raises:
-        ValueError: there is no adapter there, or its weights do not fit this base.
+        ValueError: there is no adapter there, its weights do not fit this base, or they or their
+            scale are not finite.
     """
     base_model_name(folder)
     replace_lora_forward(model)
@@ -201,7 +203,7 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """Load the adapter of a folder under another name, beside the one that the model has.
 
     Raises:
-        ValueError: its weights do not fit this base.
+        ValueError: its weights do not fit this base, or they or their scale are not finite.
     """
     with _strict_load(model, folder) as load:
         load(model, name)
@@ -214,16 +216,19 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
     It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
     a matrix whose name it does not find as it was drawn, with a warning.
     """
+    config = _read_config(folder).to_dict()
     names = [name for name, _ in base.named_modules()]
-    check_patterns(_read_config(folder).to_dict(), names, folder)
+    check_patterns(config, names, folder)
     if Path(folder).is_dir() and not list(Path(folder).glob("adapter_model.*")):
         raise AdapterError(
             f"the adapter in {folder} has no weights: adapter_model.safetensors is missing; copy "
             "or download the folder again."
         )
+    require_finite_scale(config, f"the adapter in {folder}")
 
     def load(model: PeftModel, name: str, **options: Any) -> None:
         result = model.load_adapter(folder, adapter_name=name, **options)
+        require_finite_adapter(model, name, folder)
         surplus = [key for key in result.unexpected_keys if ".lora_" in key]
         for problem, keys in (("lacks", result.missing_keys), ("has no place for", surplus)):
             if keys:
