@@ -1,6 +1,7 @@
 """Rendering a preference row as the three texts whose tokens make its pair."""
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,23 @@ from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.ready_made import ReadyMadeText, check_is_text
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.data.template_variables import TemplateVariables
+from fastdpo.data.tokenizer_bounds import check_growth, explaining_panics
 from fastdpo.options import TokenizationOptions
+from fastdpo.system.limits import TooSlowError, cpu_seconds, more_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+MOST_SECONDS = 10.0
+"""CPU seconds that the chat template has for one row; usual ones take a thousandth of one."""
+MOST_BYTES = 2**30
+"""Memory that it has for one row."""
+MOST_LETTERS = 2**26
+"""Letters that it may make of one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self._options = options
         self._report = report
-        self._looked_for: set[str] = set()
+        self._variables = TemplateVariables(tokenizer)
         self._special_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -65,6 +76,7 @@ class Renderer:
             ("eos_token", self._eos, self._eos_id),
         ):
             self._check_is_token(name, text, token)
+        check_growth(tokenizer)
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
         self._adds_bos = bool(probe) and probe[0] == self._bos_id
         self._abilities: TemplateAbilities | None = None
@@ -84,7 +96,7 @@ class Renderer:
                     "be saved with the tokenizer (roles as text, EOS after each assistant turn)"
                 )
             names = {key for turn in (*row.chosen, *row.rejected) for key in turn} & set(_THOUGHTS)
-            self._note_unused("tools" if row.tools else None, *row.chat_template_kwargs, *names)
+            self._variables.note_unread_fields(row, names, self._report.notes)
             rendered = self._render_messages(index, row)
         else:
             rendered = self._render_strings(index, row)
@@ -100,10 +112,11 @@ class Renderer:
         for (conversational, sentinel), indices in kinds.items():
             texts = [text for index in indices for text in rows[index].texts]
             special = not conversational
-            if sentinel is None:
-                ids = _encode(self.tokenizer, texts, add_special_tokens=special)
-            else:
-                ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
+            with explaining_panics():
+                if sentinel is None:
+                    ids = _encode(self.tokenizer, texts, add_special_tokens=special)
+                else:
+                    ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
             if not conversational:
                 ids = [
                     self._bos_and_eos_once(text_ids, text, ends=nth % 3 > 0)
@@ -148,7 +161,8 @@ class Renderer:
         return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, sentinel)
 
     def _render_messages(self, index: int, row: PreferenceRow) -> RenderedRow:
-        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, row.chat_template_kwargs]
+        variables = self._variables.taken_from(row, self._report.notes)
+        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, variables]
         sentinel = self._sentinel_for("literal", content)
         if sentinel is not None:
             content = self._special_tokens.escape(content, sentinel)
@@ -157,18 +171,39 @@ class Renderer:
         def render(messages: Messages) -> str:
             return self._apply_template(messages, tools, variables)
 
-        if self._abilities is None:
-            self._abilities = TemplateAbilities(
-                self.tokenizer.chat_template, lambda turns: self._apply_template(turns, None, {})
-            )
-        prompt, chosen, rejected = map(self._abilities.adapt, (prompt, chosen, rejected))
-        start = self._apply_template(prompt, tools, variables, add_generation_prompt=True)
         ends = []
-        for side in (chosen, rejected):
-            text = render(prompt + side)
-            self._abilities.check(prompt + side, text, render)
-            ends.append(self._one_eos_at_the_end(text))
-        return RenderedRow(index, (start, ends[0], ends[1]), True, sentinel)
+        with self._bounded():
+            if self._abilities is None:
+                self._abilities = TemplateAbilities(
+                    self.tokenizer.chat_template,
+                    lambda turns: self._apply_template(turns, None, {}),
+                )
+            prompt, chosen, rejected = map(self._abilities.adapt, (prompt, chosen, rejected))
+            start = self._apply_template(prompt, tools, variables, add_generation_prompt=True)
+            for side in (chosen, rejected):
+                text = render(prompt + side)
+                self._abilities.check(prompt + side, text, render)
+                ends.append(self._one_eos_at_the_end(text))
+        texts = (start, ends[0], ends[1])
+        if (length := max(map(len, texts))) > MOST_LETTERS:
+            raise DataError(
+                f"the chat template makes a text of {length:,} letters of this row, more than "
+                f"{MOST_LETTERS:,}; set another tokenizer.chat_template, or correct the row"
+            )
+        return RenderedRow(index, texts, True, sentinel)
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Bound what the template, which is foreign code, may take for one row."""
+        try:
+            with cpu_seconds(MOST_SECONDS), more_memory(MOST_BYTES):
+                yield
+        except (TooSlowError, MemoryError) as error:
+            raise DataError(
+                f"the chat template takes more than {MOST_SECONDS:g} s of computing or "
+                f"{MOST_BYTES / 2**20:g} MiB for this row ({str(error) or 'out of memory'}); set "
+                "another tokenizer.chat_template, or correct the row"
+            ) from error
 
     def _one_eos_at_the_end(self, text: str) -> str:
         """Remove the EOS that follows another one at the end, white space aside."""
@@ -195,6 +230,8 @@ class Renderer:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
+        except (TooSlowError, MemoryError):
+            raise
         except Exception as error:  # a template is foreign code and may raise anything
             roles = [message["role"] for message in messages]
             raise DataError(
@@ -204,18 +241,6 @@ class Renderer:
             ) from error
         assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
         return text
-
-    def _note_unused(self, *names: str | None) -> None:
-        """Note, once for each variable, that the template never looks at it."""
-        template = self.tokenizer.chat_template
-        for name in names:
-            if name is None or name in self._looked_for or not isinstance(template, str):
-                continue
-            self._looked_for.add(name)
-            if not re.search(rf"\b{re.escape(name)}\b", template):
-                self._report.notes.append(
-                    f"warning: the chat template does not use {name!r}, which rows give it"
-                )
 
     def _sentinel_for(self, default_mode: str, content: Any) -> str | None:
         """Count a row that spells special tokens; return what breaks them, None to let them be."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 512
+_BATCH_LETTERS = 2**25
 _PROGRESS_FROM_ROWS = 2_000
 _PROMPT_FROM_LETTERS = 16
 
@@ -70,12 +71,15 @@ def prepare_pairs(
         raise ValueError(f"limit is {limit}, at least 1 is needed, or None for no limit")
     preparation = _Preparation(rows, tokenizer, options or TokenizationOptions(), vocabulary_size)
     batch: list[RenderedRow] = []
+    letters = 0
     for row, preferences in _with_progress(preparation.preferences(), rows, progress):
+        known = len(batch)
         batch += preparation.render(row, preferences)
         wanted = _BATCH_ROWS if limit is None else min(_BATCH_ROWS, limit - preparation.kept)
-        if len(batch) >= wanted:
+        letters += sum(len(text) for each in batch[known:] for text in each.texts)
+        if len(batch) >= wanted or letters > _BATCH_LETTERS:
             preparation.add(batch[:wanted])
-            batch = batch[wanted:]
+            batch, letters = batch[wanted:], 0
         if preparation.kept == limit:
             return preparation.finish(
                 f"reading stopped at {limit:,} pairs, all that were asked for"
