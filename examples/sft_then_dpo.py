@@ -29,7 +29,7 @@ def train(model, inputs, folder, peft_config, **options):
         eval_dataset=read_held_out(inputs.eval_dataset),
         peft_config=peft_config,
     )
-    print(f"\n{trainer.reference.reference.sentence}")
+    print(f"\n{trainer.reference.reference.description}")
     before = trainer.evaluate()
     trainer.train()
     trainer.save_model()

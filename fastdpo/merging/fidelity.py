@@ -1,6 +1,5 @@
 """How far a merge moves log-probs: the adapter on its base against the merged weights."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,18 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdpo.batching import PromptGroup
 from fastdpo.merging.plan import MergePlan
-from fastdpo.modeling.scoring import score_groups
+from fastdpo.modeling.scoring import ScoredPairs
 from fastdpo.system.console import table
-
-
-@dataclass(frozen=True, eq=False)
-class Logps:
-    """Log-probs of n pairs; nats."""
-
-    completions: np.ndarray  # (n, 2) float64
-    tokens: np.ndarray  # (M,) float32: pair by pair, chosen and rejected
 
 
 @dataclass(frozen=True)
@@ -74,15 +64,6 @@ class Fidelity:
         return text
 
 
-def logps_of(model: nn.Module, groups: Sequence[PromptGroup], description: str) -> Logps:
-    """Log-probs of the pairs under a model as it is; `description` labels the progress bar."""
-    scored = sorted(
-        score_groups(model, groups, description=description), key=lambda group: group.index
-    )
-    each = [part for group in scored for part in group.token_logps]
-    return Logps(np.stack([group.logps for group in scored]), np.concatenate(each))
-
-
 def put_in_place(model: nn.Module, plan: MergePlan, written: MergePlan) -> None:
     """Give a loaded result of `written` the weights of another plan for the same merge."""
     with torch.no_grad():
@@ -90,19 +71,19 @@ def put_in_place(model: nn.Module, plan: MergePlan, written: MergePlan) -> None:
             model.get_parameter(name).copy_(plan.tensor(stored))
 
 
-def compare(adapter: Logps, merged: dict[str, Logps], *, in_4bit: bool) -> Fidelity:
+def compare(adapter: ScoredPairs, merged: dict[str, ScoredPairs], *, in_4bit: bool) -> Fidelity:
     """The report from log-probs of the same pairs."""
     return Fidelity(
         in_4bit,
-        adapter.completions.tolist(),
-        {kind: logps.completions.tolist() for kind, logps in merged.items()},
-        {kind: _shift(adapter, logps) for kind, logps in merged.items()},
+        adapter.logps.tolist(),
+        {kind: scored.logps.tolist() for kind, scored in merged.items()},
+        {kind: _shift(adapter, scored) for kind, scored in merged.items()},
     )
 
 
-def _shift(before: Logps, after: Logps) -> Shift:
-    tokens = np.abs(after.tokens.astype(np.float64) - before.tokens)
-    moved = after.completions - before.completions
+def _shift(before: ScoredPairs, after: ScoredPairs) -> Shift:
+    tokens = (after.token_logps.double() - before.token_logps).abs()
+    moved = after.logps - before.logps
     margins = np.abs(moved[:, 0] - moved[:, 1])
     return Shift(
         float(tokens.mean()),

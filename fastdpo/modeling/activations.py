@@ -1,9 +1,22 @@
-"""What each decoder layer leaves for the backward: everything, its input, or its input on the host.
+"""Activation plans: each decoder layer keeps everything for its backward, or recomputes.
 
 A layer is kept whole (fastest), recomputed from its input on the GPU, or recomputed from its input
-in pinned host memory. The gradients are the same bit for bit. It hangs on the per-layer hook of
+in pinned host memory. The gradients are the same bit for bit. This uses the per-layer hook of
 transformers' `GradientCheckpointingLayer`, so no forward is replaced; as there, a layer outside
 train mode is kept whole.
+
+Offloaded inputs travel on a stream of their own beside the computation. With three offloaded
+layers, F and B being forward and backward of a layer, o a copy of its input out to the host and i
+the copy back in:
+
+    compute stream     F1   F2   F3   ...   B3    B2    B1
+    copy stream        o1   o2   o3         i2    i1
+    inputs on the GPU  1    2    3    3     3, 2  2, 1  1
+
+An input is released when the next one is offloaded, so the last one stays; the copy back begins
+when the backward of the layer above does. So at most two of them lie on the GPU. `wait_stream`
+makes a copy wait for the computation that wrote its source; `wait_event` makes the computation wait
+for a copy before it reads the result or reuses the memory.
 """
 
 import functools
@@ -20,75 +33,78 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastdpo.modeling.head import get_backbone
 
 KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
-"""What a layer leaves for its backward: everything, its input, or its input in host memory."""
+"""A layer leaves for its backward: everything, its input, or its input in host memory."""
 
 ACTIVATIONS = (KEEP, RECOMPUTE, OFFLOAD)
 PAGE_BYTES = 2**24
-"""Pinned memory is taken in pages of this size: torch rounds each piece up to a power of two."""
+"""Size of the pieces in which pinned memory is taken: torch rounds each up to a power of two."""
 
 
 def supports_checkpointing(model: nn.Module) -> bool:
-    """Whether the decoder has layers to which a policy can be applied."""
+    """Tell whether the decoder has layers to which an activation plan can be applied."""
     return any(isinstance(m, GradientCheckpointingLayer) for m in get_backbone(model).modules())
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers of the decoder, in order, to which a policy can be applied.
+    """The repeated layers of the decoder, in order, to which an activation plan can be applied.
 
     Raises:
         ValueError: the model's layers do not have transformers' hook.
     """
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in get_backbone(model).modules():
         if isinstance(module, GradientCheckpointingLayer) and module not in inside:
-            found.append(module)
+            layers.append(module)
             inside.update(module.modules())
-    if not found:
+    if not layers:
         raise ValueError(
             f"{type(model).__name__}'s layers cannot be recomputed one by one: they are no "
             "GradientCheckpointingLayer of transformers. Leave every layer kept, or choose another "
             "model."
         )
-    return found
+    return layers
 
 
-def apply_activation_plan(model: nn.Module, policy: Sequence[str]) -> None:
-    """Let every decoder layer keep, recompute or offload, until another policy is applied.
+def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> None:
+    """Let every decoder layer keep, recompute or offload, until another plan is applied.
 
     It takes the place of any checkpointing that the model has; whatever enables checkpointing
     afterwards (`activation_checkpointing_enable`, which Trainer calls where its arguments say so)
-    takes the place of the policy.
+    takes the place of the plan.
 
     Args:
         model: a causal LM or a PeftModel on it.
-        policy: one of `ACTIVATIONS` per decoder layer, first layer first.
+        activation_plan: one of `ACTIVATIONS` for each decoder layer, first layer first.
 
     Raises:
         ValueError: a wrong number of layers, or a word that is none of `ACTIVATIONS`.
     """
     layers: list[Any] = decoder_layers(model)
-    if len(policy) != len(layers):
+    if len(activation_plan) != len(layers):
         raise ValueError(
-            f"the policy has {len(policy)} entries and the model {len(layers)} decoder layers: "
-            "need one of each."
+            f"the activation plan has {len(activation_plan)} entries and the model {len(layers)} "
+            "decoder layers: need one for each."
         )
-    if unknown := sorted(set(policy) - set(ACTIVATIONS)):
-        raise ValueError(f"the policy has {unknown}: need {', '.join(ACTIVATIONS)}.")
+    if unknown := sorted(set(activation_plan) - set(ACTIVATIONS)):
+        raise ValueError(f"the activation plan has {unknown}: need {', '.join(ACTIVATIONS)}.")
     modules: list[Any] = list(get_backbone(model).modules())
     for module in modules:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
-    host = ActivationOffloader()
-    for index, (layer, choice) in enumerate(zip(layers, policy, strict=True)):
+    offloader = ActivationOffloader()
+    for index, (layer, choice) in enumerate(zip(layers, activation_plan, strict=True)):
         layer.gradient_checkpointing = choice != KEEP
         layer._gradient_checkpointing_func = (
-            functools.partial(host.recompute, index) if choice == OFFLOAD else recompute
+            functools.partial(offloader.recompute, index) if choice == OFFLOAD else recompute
         )
 
 
 def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function(*inputs)`, of which only the inputs are saved; random numbers are drawn again."""
+    """Call `function(*inputs)` and save the inputs only; its backward calls it again.
+
+    The second call draws the random numbers of the first.
+    """
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
@@ -101,7 +117,7 @@ class ActivationOffloader:
         self._newest: weakref.ref[OffloadedActivation] | None = None
 
     def recompute(self, layer: int, function: Callable[..., Any], *inputs: Any) -> Any:
-        """As the function `recompute`, with the first input, the hidden states, on the host."""
+        """Do as the function `recompute` does, the first input (hidden states) on the host."""
         if not torch.is_grad_enabled():
             return function(*inputs)
         shape = inputs[0].shape
@@ -128,14 +144,10 @@ class ActivationOffloader:
 class OffloadedActivation:
     """One layer's input in host memory; on its way there and back it is on the GPU too.
 
-    The copies run on a stream of their own. On the way out the GPU's tensor is held until the next
-    layer's input leaves; the way back begins when the backward of the layer above does. So of all
-    offloaded layers two inputs lie on the GPU.
-
     Args:
-        layer: its index.
-        tensor: contiguous; on the CPU it is copied at once.
-        before: the input that left just before, which the backward wants next.
+        layer: index of the layer.
+        tensor: the input, contiguous; on the CPU it is copied at once.
+        before: the input that was offloaded just before, which the backward wants next.
     """
 
     def __init__(
@@ -157,18 +169,18 @@ class OffloadedActivation:
             self._on_gpu = None
 
     def release_gpu(self) -> None:
-        """Give the GPU's memory back, to work that comes after the copy."""
+        """Free the GPU's memory for whatever is computed after the copy."""
         self._wait()
         self._on_gpu = None
 
     def fetch(self) -> None:
-        """Begin the copy back to the GPU."""
+        """Begin the copy back to the GPU, unless it has begun."""
         if self._on_gpu is None:
             self._on_gpu = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._copied = self._copy(to_host=False)
 
     def load(self) -> Tensor:
-        """The input on the GPU; the one that the backward wants next is sent for."""
+        """The input on the GPU; the copy of the one that the backward wants next begins."""
         self.fetch()
         self._wait()
         tensor, self._on_gpu = self._on_gpu, None
@@ -179,7 +191,7 @@ class OffloadedActivation:
         return tensor
 
     def __del__(self) -> None:
-        # A backward that broke off: nothing may use the GPU's memory before the copy has ended.
+        # After an aborted backward too, nothing may reuse the GPU's memory before the copy ends.
         self._wait()
 
     def _wait(self) -> None:
@@ -187,7 +199,7 @@ class OffloadedActivation:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def _copy(self, to_host: bool) -> Any:
-        """Copy page by page, on CUDA beside the computation; what to wait for."""
+        """Copy page by page, on CUDA beside the computation; returns the event to wait for."""
         assert self._on_gpu is not None, "one end of the copy"
         parts = self._on_gpu.view(-1).view(torch.uint8).split(PAGE_BYTES)
         stream = _copy_stream(self._device) if self._device.type == "cuda" else None

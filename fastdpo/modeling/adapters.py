@@ -21,9 +21,23 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
+from fastdpo.system.oom import oom_message
+
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+TRAINING_ARGUMENTS = "training_args.json"
+"""File beside a trained adapter or model: the options of its run."""
+
+BASE_IN_4BIT = "base_in_4bit"
+"""Its key, beside the options, for whether the weights below the adapter were 4-bit ones."""
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, or does not fit its base."""
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
@@ -34,7 +48,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out) in x's dtype."""
+        """The layer's output (..., out) for x (..., in), in x's dtype."""
         return lora_linear(x, self.weight, bias=_cast(self.bias, x))
 
 
@@ -72,7 +86,7 @@ class FusedLoraLinear4bit(_FusedForward, PeftLinear4bit):
 
 
 def replace_lora_forward(model: nn.Module) -> None:
-    """Give every LoRA and 4-bit linear layer its fused forward, in place; twice does no harm."""
+    """Give every LoRA and 4-bit linear layer its fused forward, in place; may be called again."""
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = FrozenLinear4bit
@@ -86,7 +100,7 @@ def replace_lora_forward(model: nn.Module) -> None:
 
 
 def _unfused_reason(layer: Any) -> str | None:
-    """What about an adapter layer `lora_linear` cannot do."""
+    """Why `lora_linear` cannot compute an adapter layer, or None."""
     if type(layer) not in (FusedLoraLinear, FusedLoraLinear4bit):
         return f"{type(layer).__name__} on {type(layer.get_base_layer()).__name__}"
     if layer.lora_variant:
@@ -99,7 +113,7 @@ def _unfused_reason(layer: Any) -> str | None:
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether the adapter is LoRA and nothing more: no variant such as DoRA, no bias of its own."""
+    """Tell whether an adapter is LoRA and no more: no variant such as DoRA, no trained bias."""
     return adapter not in layer.lora_variant and not layer.lora_bias.get(adapter, False)
 
 
@@ -108,7 +122,7 @@ def _is_frozen(base: Any) -> bool:
 
 
 def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> PeftModel:
-    """A new adapter on the model, its weights in fp32 whatever the base's dtype.
+    """Put a new adapter on the model, its weights in fp32 whatever the base's dtype.
 
     Raises:
         ValueError: the model has an adapter already.
@@ -133,7 +147,7 @@ def lora_config(
     use_rslora: bool = False,
     use_dora: bool = False,
 ) -> LoraConfig:
-    """LoRA on the named modules, by default on every linear layer but the head."""
+    """PEFT's config of LoRA on the named modules, by default every linear layer but the head."""
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -154,9 +168,9 @@ def check_base_frozen(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    own = (f".{model.base_model.prefix}", ".modules_to_save.")
+    adapter_marks = (f".{model.base_model.prefix}", ".modules_to_save.")
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(mark in name for mark in own):
+        if parameter.requires_grad and not any(mark in name for mark in adapter_marks):
             raise ValueError(
                 f"{name} belongs to the base and is trained: with the adapter off it would still "
                 "differ, and the reference is the base. Set bias='none' in the LoraConfig, and "
@@ -165,14 +179,20 @@ def check_base_frozen(model: nn.Module) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False) -> PeftModel:
-    """The adapter of a folder on its base, with the fused forward; `trainable` to train it on.
+    """Load the adapter of a folder onto its base, with the fused forward.
+
+    Args:
+        model: the base.
+        folder: an --output_dir or any PEFT folder.
+        trainable: whether the adapter will be trained further.
 
     Raises:
-        ValueError: there is no adapter there, or its weights do not fit this base.
+        ValueError: there is no adapter there, its weights do not fit this base, or they or their
+            scale are not finite.
     """
     base_model_name(folder)
     replace_lora_forward(model)
-    with _strict_load(folder) as load:
+    with _strict_load(model, folder) as load:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
     replace_lora_forward(adapted)
@@ -180,28 +200,39 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
 
 
 def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
-    """The adapter of a folder under another name, beside the one that is there.
+    """Load the adapter of a folder under another name, beside the one that the model has.
 
     Raises:
-        ValueError: its weights do not fit this base.
+        ValueError: its weights do not fit this base, or they or their scale are not finite.
     """
-    with _strict_load(folder) as load:
+    with _strict_load(model, folder) as load:
         load(model, name)
 
 
 @contextmanager
-def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
-    """Load weights of a folder by the function that is given: all of them, or a ValueError.
+def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Callable[..., None]]:
+    """Yield a function (model, name) that loads the folder's weights, all of them.
 
-    PEFT leaves a matrix whose name it does not find as it was drawn, with a warning.
+    It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
+    a matrix whose name it does not find as it was drawn, with a warning.
     """
+    config = _read_config(folder).to_dict()
+    names = [name for name, _ in base.named_modules()]
+    check_patterns(config, names, folder)
+    if Path(folder).is_dir() and not list(Path(folder).glob("adapter_model.*")):
+        raise AdapterError(
+            f"the adapter in {folder} has no weights: adapter_model.safetensors is missing; copy "
+            "or download the folder again."
+        )
+    require_finite_scale(config, f"the adapter in {folder}")
 
     def load(model: PeftModel, name: str, **options: Any) -> None:
-        found = model.load_adapter(folder, adapter_name=name, **options)
-        surplus = [key for key in found.unexpected_keys if ".lora_" in key]
-        for problem, keys in (("lacks", found.missing_keys), ("has no place for", surplus)):
+        result = model.load_adapter(folder, adapter_name=name, **options)
+        require_finite_adapter(model, name, folder)
+        surplus = [key for key in result.unexpected_keys if ".lora_" in key]
+        for problem, keys in (("lacks", result.missing_keys), ("has no place for", surplus)):
             if keys:
-                raise ValueError(
+                raise AdapterError(
                     f"the adapter in {folder} does not fit this base: it is of another model or "
                     f"another version of PEFT, and {problem} {keys[0]} ({len(keys)} such). Pass "
                     "the base that it was trained on."
@@ -209,14 +240,21 @@ def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
 
     try:
         yield load
-    except RuntimeError as error:  # of torch: the shapes differ
-        raise ValueError(
-            f"the adapter in {folder} does not fit this base: {str(error).splitlines()[-1].strip()}"
+    except (AdapterError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # torch: the shapes differ; safetensors: damaged; PEFT: anything
+        if isinstance(error, RuntimeError) and oom_message(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise AdapterError(
+            f"the adapter in {folder} does not fit this base, or is damaged "
+            f"({type(error).__name__}: {reason}): pass the base that it was trained on, or copy or "
+            "download the adapter again."
         ) from error
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter rather than a model."""
+    """Tell whether a folder holds an adapter rather than a model."""
     folder = Path(name)
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
@@ -227,21 +265,32 @@ def base_model_name(folder: str) -> str:
     Raises:
         ValueError: the folder holds no adapter, or one that does not say.
     """
-    try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} holds no adapter: need a folder with adapter_config.json and "
-            "adapter_model.safetensors, such as the --output_dir of a run with --lora or --qlora."
-        ) from error
+    base = _read_config(folder).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not name its base: pass it as --model.")
     return base
 
 
+def _read_config(folder: str) -> PeftConfig:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        ValueError: the folder holds no adapter, or a damaged one.
+    """
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except Exception as error:  # PEFT raises what its parsing of the file happens to meet
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise AdapterError(
+            f"{folder} holds no adapter ({type(error).__name__}: {reason}): need a folder with "
+            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
+            "with --lora or --qlora."
+        ) from error
+
+
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The reference: adapters disabled, and everything as before afterwards, come what may.
+    """Turn all adapters off, which makes the reference; on exit everything is as before.
 
     PEFT's own context turns `requires_grad` on for every LoRA parameter when it ends, frozen ones
     too; the flags are put back here. A model without adapters is its own reference.
@@ -260,10 +309,3 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 def _cast(bias: Tensor | None, like: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(like.dtype)
-
-
-TRAINING_ARGUMENTS = "training_args.json"
-
-
-BASE_IN_4BIT = "base_in_4bit"
-"""In it, beside the options: whether the weights below the adapter were 4-bit ones."""

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 MODEL_ATTENTION = "own"
-"""In place of one of `ATTENTIONS`: the model's own attention stays, for padded sequences only."""
+"""Stands for one of `ATTENTIONS` where a model's own attention stays: in padded sequences."""
 
 CPU_ATTENTION_KEY = "sdpa-per-segment"
-"""What attends on the CPU; part of the reference store's key, see `attention_kind`."""
+"""Names the attention on the CPU in the reference store's key, see `attention_kind`."""
 
 Capability = tuple[int, int]
 """CUDA compute capability, (major, minor)."""
@@ -29,7 +29,7 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What an attention layer asks of its backend.
+    """The features of an attention layer that decide which backends can compute it.
 
     Attributes:
         head_dim: entries of one head's queries and keys.
@@ -92,7 +92,7 @@ _FLASH = {
     "capability": (8, 0), "half_only": True, "head_dims": range(8, 257, 8), "takes_sinks": False,
     "gathers_keys": True, "copies_output": False, "flash_backward": True,
 }  # fmt: skip
-"""What torch's flash kernel and the packages' have in common."""
+"""The properties that torch's flash kernel and the packages' have in common."""
 
 BACKENDS = {
     "sdpa": Backend(
@@ -106,13 +106,13 @@ BACKENDS = {
     "flash_attention_2": Backend("fastdpo_fa2", "varlen.attend_flash_attention_2", **_FLASH),
     "flash_attention_3": Backend("fastdpo_fa3", "varlen.attend_flash_attention_3", **_FLASH),
 }  # fmt: skip
-"""By the names that `--attention` takes."""
+"""The backends by the names that `--attention` takes."""
 
 AUTO_ORDER = ("varlen", "flex")
-"""What `--attention auto` tries, in this order; "sdpa", which can do everything, comes last."""
+"""The order in which `--attention auto` tries backends; "sdpa", which can do all, comes last."""
 
 ATTENTIONS = {"auto": "fastdpo"} | {name: each.interface_name for name, each in BACKENDS.items()}
-"""What `--attention` takes, and its name in transformers' interface."""
+"""The values of `--attention`, and their names in transformers' interface."""
 
 
 class Selected(NamedTuple):
@@ -123,7 +123,7 @@ class Selected(NamedTuple):
 
 
 def attention_needs(config: "PreTrainedConfig", *, dropout: bool = False) -> AttentionNeeds:
-    """What the attention layers of a model ask of their backend, by its text config.
+    """The `AttentionNeeds` of a model's layers, by its text config.
 
     Args:
         config: the text config.
@@ -185,11 +185,11 @@ def _unsupported_reason(
     capability: Capability | None,
     assume_installed: bool,
 ) -> str:
-    """What keeps a backend from doing this, or nothing."""
+    """Why a backend cannot compute such a layer, in a few words, or an empty string."""
     backend = BACKENDS[name]
     major, minor = backend.capability
     checks = (
-        (needs.packed or backend.takes_all, "rows are padded"),
+        (needs.packed or backend.takes_all, "sequences are padded"),
         (capability is not None or backend.on_cpu, "not on a CUDA device"),
         (not needs.dropout or backend.takes_all, "attention dropout is on"),
         (

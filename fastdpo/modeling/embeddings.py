@@ -1,4 +1,4 @@
-"""Embedding rows served from host memory: a frozen table that the GPU needs a few rows of."""
+"""Embeddings served from host memory: a frozen table of which the GPU needs few vectors."""
 
 import logging
 from typing import Any
@@ -14,21 +14,22 @@ logger = logging.getLogger(__name__)
 class HostEmbedding(nn.Embedding):
     """A frozen embedding whose table lies in host memory, pinned where there is CUDA.
 
-    Rows are gathered there and sent to the ids' device, so the numbers are those of the table on
-    the GPU. The table is no parameter any more (it says nothing about where the model computes,
-    and `.to(device)` must not move it back), but keeps its name and place in the state dict.
+    The vectors of a batch's ids are gathered there and sent to the ids' device, so the numbers are
+    those of the table on the GPU. The table is no parameter any more (it says nothing about where
+    the model computes, and `.to(device)` must not move it back), but keeps its name and place in
+    the state dict.
     """
 
     weight: Tensor  # (V, H), on the CPU  # pyrefly: ignore
 
     def forward(self, input: Tensor) -> Tensor:
-        """(...) ids to (..., H) on their device."""
+        """The embeddings (..., H) of ids (...), on the ids' device."""
         ids = input.cpu()
-        rows = torch.empty(
+        vectors = torch.empty(
             ids.numel(), self.embedding_dim, dtype=self.weight.dtype, pin_memory=input.is_cuda
         )
-        torch.index_select(self.weight, 0, ids.view(-1), out=rows)
-        sent = rows.to(input.device, non_blocking=True)
+        torch.index_select(self.weight, 0, ids.view(-1), out=vectors)
+        sent = vectors.to(input.device, non_blocking=True)
         return sent.view(*input.shape, self.embedding_dim)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -52,13 +53,13 @@ def embeddings_to_host(model: nn.Module) -> int:
     if type(table) is HostEmbedding:
         return 0
     if reason := _why_not(table, causal_lm.get_output_embeddings()):
-        logger.warning("The embedding rows stay on the GPU: %s.", reason)
+        logger.warning("The embeddings stay on the GPU: %s.", reason)
         return 0
     weight = table.weight.detach()
     del table.weight
     table.__class__ = HostEmbedding
-    rows = weight.cpu()
-    table.weight = rows.pin_memory() if torch.cuda.is_available() else rows
+    on_host = weight.cpu()
+    table.weight = on_host.pin_memory() if torch.cuda.is_available() else on_host
     return weight.nbytes
 
 

@@ -1,4 +1,4 @@
-"""What families of models do in their own way: one table, read by every room.
+"""The peculiarities of model families: one table, read by every room.
 
 `Family`'s defaults are the names and shapes that transformers' families share. A family that
 differs has an entry in `FAMILIES` under its config's `model_type`, and a new quirk is one edit
@@ -216,7 +216,7 @@ def rotary_limit(config: "PreTrainedConfig") -> int | None:
 
 
 def is_gated_mlp(module: nn.Module, family: Family) -> bool:
-    """Whether a module is a gated MLP of this family: it has the linear layers of one."""
+    """Tell whether a module is a gated MLP of this family, by its linear layers."""
     return any(
         all(isinstance(getattr(module, name, None), nn.Module) for name in names)
         for names in family.gated_mlps
@@ -224,7 +224,7 @@ def is_gated_mlp(module: nn.Module, family: Family) -> bool:
 
 
 def is_norm(module: nn.Module, family: Family) -> bool:
-    """Whether a module is a norm with one weight per entry of the last axis."""
+    """Tell whether a module is a norm with one weight for each entry of the last axis."""
     weight = getattr(module, "weight", None)
     named = type(module).__name__.endswith(family.norm_suffix)
     return named and isinstance(weight, nn.Parameter) and weight.ndim == 1

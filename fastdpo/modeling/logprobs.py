@@ -23,8 +23,8 @@ class PackedLogprobs:
 
     logps: Tensor  # (C,) float64, nats, summed over each completion's tokens
     token_logps: Tensor  # (M,) float32, nats; completion by completion, tokens in order
-    extras: dict[str, Tensor]  # (M,) metrics without gradient, by the names asked for
-    aux_loss: Tensor | None = None  # () float32, of the routers over real tokens, when asked for
+    extras: dict[str, Tensor]  # (M,) metrics without gradient, by the requested names
+    aux_loss: Tensor | None = None  # () float32, the routers' loss over real tokens, if requested
 
 
 def packed_logprobs(
@@ -37,8 +37,8 @@ def packed_logprobs(
     """Run one micro-batch through backbone and head.
 
     Args:
-        model: a causal LM or a PeftModel on it; for packed rows inside `packed_attention` of its
-            config. Padded rows run with whatever attends.
+        model: a causal LM or a PeftModel on it; for packed sequences inside `packed_attention` of
+            its config. Padded ones run with whatever attends.
         micro_batch: on the model's device.
         outputs: extra per-token metrics, as `linear_logprobs` names them.
         aux_loss: also give the load-balancing loss of the model's routers.
@@ -48,7 +48,7 @@ def packed_logprobs(
 
     Raises:
         ValueError: the model cannot do this exactly: not all of its layers attend through
-            transformers' interface, or it has no routers and their loss is asked for.
+            transformers' interface, or it has no routers and their loss is requested.
     """
     states, aux = _last_states(model, micro_batch, aux_loss)
     head = get_lm_head(model)
@@ -75,7 +75,7 @@ def packed_logprobs(
 def _last_states(
     model: nn.Module, micro_batch: MicroBatch, aux_loss: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(R, L, H) and the routers' loss."""
+    """The last hidden states (R, L, H), and the routers' loss where it is requested."""
     causal_lm = unwrap_model(model)
     config = causal_lm.config
     options: dict[str, Any] = {"output_router_logits": True} if aux_loss else {}
@@ -84,17 +84,17 @@ def _last_states(
         options |= {"position_ids": micro_batch.position_ids, "packed": packed}
     elif micro_batch.segments:
         raise ValueError(
-            "packed rows need packed_attention(model.config) around them; under the model's own "
-            "attention they would leak into each other."
+            "packed sequences need packed_attention(model.config) around them; under the model's "
+            "own attention they would leak into each other."
         )
     limit = rotary_limit(config.get_text_config())
     if limit is not None and micro_batch.max_seqlen > limit:
         raise ValueError(
-            f"a row of {micro_batch.max_seqlen} tokens is beyond the {limit} up to which "
-            f"{config.model_type}'s rotary frequencies do not depend on the other rows: use "
+            f"a sequence of {micro_batch.max_seqlen} tokens is beyond the {limit} up to which "
+            f"{config.model_type}'s rotary frequencies do not depend on the other sequences: use "
             f"--max_length {limit}."
         )
-    found = get_backbone(model)(input_ids=micro_batch.input_ids, use_cache=False, **options)
+    output = get_backbone(model)(input_ids=micro_batch.input_ids, use_cache=False, **options)
     layers = config.get_text_config().num_hidden_layers
     if micro_batch.segments and packed.layers_run < layers:
         raise ValueError(
@@ -102,18 +102,18 @@ def _last_states(
             f"{packed.layers_run} of its {layers} layers, so packed pairs would leak into each "
             "other: use --packing off."
         )
-    return found.last_hidden_state, _aux_loss(found, config, micro_batch) if aux_loss else None
+    return output.last_hidden_state, _aux_loss(output, config, micro_batch) if aux_loss else None
 
 
-def _aux_loss(found: Any, config: PreTrainedConfig, micro_batch: MicroBatch) -> Tensor:
-    logits = getattr(found, "router_logits", None)
-    chosen = experts_per_token(config.get_text_config())
-    if not logits or chosen is None:
+def _aux_loss(output: Any, config: PreTrainedConfig, micro_batch: MicroBatch) -> Tensor:
+    logits = getattr(output, "router_logits", None)
+    experts = experts_per_token(config.get_text_config())
+    if not logits or experts is None:
         raise ValueError(
             f"{config.model_type} gives no router logits, so there is no load to balance: leave "
             "--router_aux_loss_coef out."
         )
-    return load_balancing_loss(tuple(logits), micro_batch.token_mask.flatten(), chosen)
+    return load_balancing_loss(tuple(logits), micro_batch.token_mask.flatten(), experts)
 
 
 def completion_sums(per_token: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -33,7 +33,7 @@ class PackingMode:
 
     def describe(self) -> str:
         """One sentence for the log."""
-        sequences = "packed rows" if self.packing else "padded rows of one completion each"
+        sequences = "packed sequences" if self.packing else "padded sequences of one completion"
         shared = "each prompt computed once" if self.shared_prefix else "no prompt shared"
         because = f": {self.reason}" if self.reason else ""
         return f"Pairs run in {sequences}, {shared}{because}."
@@ -58,7 +58,8 @@ def choose_packing(
     obstacle = why_not_packable(causal_lm)
     if obstacle and attention != "auto":
         raise ValueError(
-            f"--attention {attention} is for packed rows, and {obstacle}. Leave --attention out."
+            f"--attention {attention} is for packed sequences, and {obstacle}. Leave --attention "
+            "out."
         )
     if obstacle:
         return PackingMode(False, False, MODEL_ATTENTION, obstacle)

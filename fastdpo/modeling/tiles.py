@@ -1,8 +1,20 @@
-"""Modules that work on each token alone, run tile by tile along the row.
+"""Modules that work on each token alone, run tile by tile along the sequence.
 
 What is inside such a module is then never there for all tokens. Its forward saves its input only;
-its backward runs a tile forward and backward again before it takes the next. The input is saved
-before anything is computed, so in a layer that is recomputed the module is not run a third time.
+its backward runs a tile forward and backward again before it takes the next.
+
+One call is two autograd nodes, joined by a proxy: a tensor of the output's shape that holds one
+number (expanded, so it costs nothing) and exists for dL/dout to travel along.
+
+    forward       hidden ----> _TiledBackward ----> proxy ----> _TiledForward ----> out
+                               saves hidden                     computes out, tile by tile,
+                                                                and saves nothing
+    backward   dL/dhidden <--- _TiledBackward <--- dL/dout <--- _TiledForward <--- dL/dout
+               dL/dweights     runs the tiles again             hands it on as it is
+
+A single node would work too, but not in a layer that is recomputed: checkpointing stops the second
+forward as soon as all saved tensors are there again. With the input saved before anything is
+computed, the recomputation ends before the tiles run, so they run twice in all and not three times.
 """
 
 import functools
@@ -21,15 +33,15 @@ from fastdpo.system.rng import RNGState
 
 
 def run_in_tiles(modules: Iterable[Any], tile_tokens: int | None) -> int:
-    """Run the modules over at most so many tokens at once, in place; may be called again.
+    """Run modules over at most `tile_tokens` tokens at once, in place; may be called again.
 
     Args:
-        modules: each token's output depends on that token's input alone. Those whose forward takes
-            more than the hidden states stay as they are.
-        tile_tokens: most tokens of a tile; None runs them over the whole row again.
+        modules: modules in which each token's output depends on that token's input alone. Those
+            whose forward takes more than the hidden states stay as they are.
+        tile_tokens: most tokens of a tile; None runs them over all tokens at once again.
 
     Returns:
-        How many were taken.
+        How many modules run in tiles from now on.
     """
     count = 0
     for module in modules:
@@ -57,8 +69,8 @@ class _TiledModule:
         differentiable = any(t.requires_grad for t in (hidden_states, *parameters))
         if not (torch.is_grad_enabled() and differentiable):
             return tiles.value(hidden_states)
-        port = _TiledBackward.apply(tiles, hidden_states, *parameters)
-        return _TiledForward.apply(port, tiles, hidden_states.detach())
+        proxy = _TiledBackward.apply(tiles, hidden_states, *parameters)
+        return _TiledForward.apply(proxy, tiles, hidden_states.detach())
 
 
 @functools.cache
@@ -67,7 +79,7 @@ def _tiled(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Tiles:
-    """One call: what is run, over tiles of which size, under the autocast and random state of now.
+    """One call of a tiled module, with the autocast and random state that it began under.
 
     Autocast keeps no cast weights here: one made without gradient would be reused with it.
     """
@@ -84,7 +96,14 @@ class _Tiles:
         )
 
     def value(self, hidden_states: Tensor) -> Tensor:
-        """(T, H), (1, T, H) or (1, T, heads, H) to the same shape, no gradient."""
+        """Compute the output without gradients, tile by tile.
+
+        Args:
+            hidden_states: (T, H), (1, T, H) or (1, T, heads, H).
+
+        Returns:
+            A tensor of that shape.
+        """
         out = None
         with torch.no_grad(), self._autocast():
             for tokens in self._slices(hidden_states):
@@ -92,13 +111,18 @@ class _Tiles:
                 if out is None:
                     out = tile.new_empty(hidden_states.shape)
                 out[tokens] = tile
-        assert out is not None, "a row of more tokens than a tile has some"
+        assert out is not None, "more tokens than a tile are some"
         return out
 
     def gradients(
         self, hidden_states: Tensor, parameters: tuple[Tensor, ...], grad_out: Tensor
     ) -> list[Tensor | None]:
-        """Of hidden states and parameters, None where not asked for; random numbers as before."""
+        """Run every tile forward and backward, drawing the forward's random numbers again.
+
+        Returns:
+            The gradient of the hidden states, or None where they need none, and one for each
+            parameter, or None where the module does not use it.
+        """
         totals: list[Tensor | None] = [None] * len(parameters)
         needs_input = hidden_states.requires_grad
         grad_hidden = torch.empty_like(hidden_states) if needs_input else None
@@ -109,12 +133,12 @@ class _Tiles:
             with torch.enable_grad(), self._autocast():
                 tile = self.run(leaf)
             leaves = ([leaf] if needs_input else []) + list(parameters)
-            found = list(torch.autograd.grad(tile, leaves, grad_out[tokens], allow_unused=True))
+            grads = list(torch.autograd.grad(tile, leaves, grad_out[tokens], allow_unused=True))
             if grad_hidden is not None:
-                grad_hidden[tokens] = found.pop(0)
-            for index, part in enumerate(found):
-                before = totals[index]
-                totals[index] = part if before is None else before.add_(part)
+                grad_hidden[tokens] = grads.pop(0)
+            for index, grad in enumerate(grads):
+                total = totals[index]
+                totals[index] = grad if total is None else total.add_(grad)
         after.restore()
         return [grad_hidden, *totals]
 
@@ -126,12 +150,12 @@ class _Tiles:
 
 
 def _axis(hidden_states: Tensor) -> int:
-    """Which axis the tokens of a row lie along: the second where there is a batch."""
+    """The axis that tokens lie along: the second where there is a batch."""
     return 1 if hidden_states.ndim > 2 else 0
 
 
 class _TiledBackward(torch.autograd.Function):
-    """Saves, and computes every gradient; its output is a port through which dL/dout arrives."""
+    """Saves the input and computes every gradient; its output is the proxy."""
 
     @staticmethod
     def forward(ctx: Any, tiles: _Tiles, hidden_states: Tensor, *parameters: Tensor) -> Tensor:
@@ -148,10 +172,10 @@ class _TiledBackward(torch.autograd.Function):
 
 
 class _TiledForward(torch.autograd.Function):
-    """The value. Saves nothing; hands the gradient on to the port."""
+    """Computes the output and saves nothing; hands dL/dout on to the proxy."""
 
     @staticmethod
-    def forward(ctx: Any, port: Tensor, tiles: _Tiles, hidden_states: Tensor) -> Tensor:
+    def forward(ctx: Any, proxy: Tensor, tiles: _Tiles, hidden_states: Tensor) -> Tensor:
         return tiles.value(hidden_states)
 
     @staticmethod
@@ -163,12 +187,13 @@ class _TiledForward(torch.autograd.Function):
 def tile_mlps(model: nn.Module, tile_tokens: int | None) -> int:
     """Run the MLPs of the decoder over tiles, in place; a later call changes the size.
 
-    Exact to rounding, the products having fewer rows. The inside of an MLP (the two projections up,
-    the activation and their product, with their gradients) exists for one tile at a time.
+    Exact to rounding: the matrix products are smaller. The inside of an MLP (the two
+    projections up, the activation and their product, with their gradients) exists for one tile at a
+    time.
 
     Args:
         model: a causal LM or a PeftModel on it.
-        tile_tokens: most tokens of a tile; None runs every MLP over the whole row again.
+        tile_tokens: most tokens of a tile; None runs every MLP over all tokens at once again.
 
     Returns:
         How many MLPs there are: gated ones; others stay as they are.
@@ -192,7 +217,7 @@ def tile_norms(model: nn.Module, tile_tokens: int | None) -> int:
 
     Args:
         model: a causal LM or a PeftModel on it.
-        tile_tokens: most tokens of a tile; None runs every norm over the whole row again.
+        tile_tokens: most tokens of a tile; None runs every norm over all tokens at once again.
 
     Returns:
         How many norms there are.

@@ -1,7 +1,7 @@
 """The planner: predicts the memory of a run and chooses how it fills the GPU; allocates nothing.
 
 `architecture` counts a model from its config, `terms` and `activations` are the formulas,
-`choosing` makes a `Plan` of them, `GPUs` and `speed` say what a GPU has and how fast it is.
+`search` makes a `Plan` of them, `gpus` and `speed` tell what a GPU has and how fast it is.
 """
 
 from fastdpo.planner.architecture import Architecture, architecture_named, architecture_of

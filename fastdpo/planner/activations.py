@@ -141,7 +141,7 @@ def layer_bytes(
 
 @dataclass(frozen=True)
 class _Norms:
-    """How norms run: over the whole row in fp32, or tile by tile."""
+    """How norms run: over all tokens at once in fp32, or tile by tile."""
 
     training: Training
     tokens: int
@@ -157,13 +157,13 @@ class _Norms:
 
     @property
     def keep_input(self) -> bool:
-        """Whether what is saved is the input itself, no copy of it."""
+        """Tells whether norms save the input itself, not a copy of it."""
         return self.tiled or self.stream_bytes == 4
 
     def saved(self, width: int, size: int | None = None) -> int:
-        """The input in fp32 and a number for each vector of `size`; tiled, the input as it is.
+        """Bytes saved: the input in fp32 and a number for each vector of `size`.
 
-        A trained weight wants what it multiplies too.
+        Tiled it is the input as it is. A trained weight needs what it multiplies too.
         """
         entries = width * self.tokens
         if self.tiled:
@@ -172,7 +172,10 @@ class _Norms:
         return 4 * entries + 4 * (entries // (size or width)) + normed
 
     def backward(self, width: int) -> int:
-        """Besides what was saved: fp32 tensors, of the row or of a tile and the row's gradient."""
+        """Bytes that the backward adds: fp32 tensors of all tokens, or of a tile.
+
+        Tiled, the gradient of all tokens comes on top.
+        """
         if not self.tiled:
             return NORM_TEMPORARIES * 4 * width * self.tokens
         assert self.tile_tokens is not None, "tiled"
@@ -181,7 +184,7 @@ class _Norms:
 
 
 def _attention(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
-    """Saved between the first norm and the residual sum, what the linear layers read left out."""
+    """Bytes saved between the first norm and the residual sum, inputs of linear layers left out."""
     d = training.entry_bytes
     queries, keys = architecture.query_width, architecture.key_width
     saved = 2 * d * queries * shape.tokens  # queries, and the output, which o_proj reads
@@ -201,10 +204,10 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
 def _attention_backward(
     architecture: Architecture, training: Training, shape: MicroBatchShape
 ) -> int:
-    """Gradients of output, queries, keys and values, and what the flash kernel holds meanwhile.
+    """Bytes of the gradients of output, queries, keys and values, and of a flash kernel's backward.
 
-    That is the sum of the queries' gradient in fp32 and, where heads share keys and values, their
-    gradients for every query head.
+    The latter is the sum of the queries' gradient in fp32 and, where heads share keys and values,
+    their gradients for every query head.
     """
     d, queries, keys = training.entry_bytes, architecture.query_width, architecture.key_width
     gathered = shape.tokens + shape.repeated_tokens
@@ -221,7 +224,7 @@ def head_bytes(
     shape: MicroBatchShape,
     norm_tile_tokens: int | None = None,
 ) -> int:
-    """What last norm and head take, forward or backward, whichever is more.
+    """Bytes of the last norm and the head, in forward or backward, whichever takes more.
 
     Forward: the norm's input and output, the scored states, U in their place, and the kernel's
     buffers. A trained head sums its gradient in fp32 and casts it twice, (V, H) each.
@@ -239,10 +242,10 @@ def head_bytes(
 
 
 def _head_buffers(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
-    """What `linear_logprobs` may take, or the less that all rows want.
+    """Bytes of the buffers of `linear_logprobs`: their bound, or less where all states need less.
 
-    That is the exponentials in d, and two fp32 numbers a tile of 128 columns, whose place the fp32
-    product takes.
+    They need the exponentials in d, and two fp32 numbers a tile of 128 columns, whose place the
+    fp32 product takes.
     """
     scratch = max(architecture.vocabulary / 16, 4 * architecture.hidden)
     wanted = shape.scored_tokens * (architecture.vocabulary * training.entry_bytes + scratch)
@@ -250,14 +253,14 @@ def _head_buffers(architecture: Architecture, training: Training, shape: MicroBa
 
 
 def table_bytes(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
-    """Rotary tables, token ids, positions, scored positions and targets; masks of "sdpa"."""
+    """Bytes of rotary tables, token ids, positions, scored positions, targets and masks."""
     rotary = 2 * training.entry_bytes * architecture.head_size * shape.tokens
     masks = shape.mask_entries if BACKENDS[training.attention].keeps_masks else 0
     return rotary + masks + 8 * (2 * shape.tokens + 4 * shape.scored_tokens)
 
 
 def scoring_bytes(architecture: Architecture, training: Training, shape: MicroBatchShape) -> int:
-    """A pass without gradients, the reference's: it needs most inside an MLP."""
+    """Bytes of a pass without gradients, the reference's, which needs most inside an MLP."""
     d = training.entry_bytes
     widest = (2 * architecture.hidden + 3 * architecture.intermediate) * shape.tokens * d
     scratch = max(

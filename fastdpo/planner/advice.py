@@ -1,4 +1,4 @@
-"""What a reader of a plan should know: what it assumes, and what would make it fit."""
+"""Notes for the reader of a plan: what it assumes, and what would make it fit."""
 
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.gpus import SIZES_GIB
@@ -7,7 +7,7 @@ from fastdpo.planner.terms import GIB, Training, binary_size
 
 
 def notes_on(plan: Plan, architecture: Architecture, training: Training) -> tuple[str, ...]:
-    """Sentences, the most important first."""
+    """The notes on a plan, whole sentences, the most important first."""
     notes = []
     if plan.peak_bytes > plan.gpu_bytes:
         notes.append(_missing(plan, architecture, training))
@@ -41,7 +41,7 @@ def _missing(plan: Plan, architecture: Architecture, training: Training) -> str:
         f"a GPU of {larger} GiB" if larger else f"a GPU above {SIZES_GIB[-1]} GiB or less model"
     )
     return (
-        f"{architecture.name} does not fit: with every means it needs "
+        f"{architecture.name} does not fit: with all savings it needs "
         f"{binary_size(plan.peak_bytes)} of {binary_size(plan.gpu_bytes)}; the largest term is "
         f"{name} with {binary_size(plan.terms[name])}. What helps: {', '.join(remedies)}."
     )

@@ -1,4 +1,4 @@
-"""What a model's config says about its size: layers, linear layers, heads, vocabulary, no weights.
+"""The sizes of a model, from its config alone: layers, linear layers, heads, vocabulary.
 
 The model is built on the meta device, where tensors have shapes and no bytes, and counted; so any
 family that transformers knows is counted right, and a loaded model is read in the same way.
@@ -240,16 +240,16 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
 
 
 def _linears(module: nn.Module) -> tuple[LinearShape, ...]:
-    found: Counter[tuple[str, int, int, bool]] = Counter()
+    counts: Counter[tuple[str, int, int, bool]] = Counter()
     for path, part in module.named_modules():
         if isinstance(part, nn.Linear) and "lora_" not in path:  # a 4-bit one is a Linear too
             name = path.removesuffix(".base_layer").rpartition(".")[2]
-            found[name, part.in_features, part.out_features, part.bias is not None] += 1
-    return tuple(LinearShape(*kind, count) for kind, count in found.items())
+            counts[name, part.in_features, part.out_features, part.bias is not None] += 1
+    return tuple(LinearShape(*kind, count) for kind, count in counts.items())
 
 
 def _is_linear(model: nn.Module, path: str) -> bool:
-    """Whether a parameter is the weight matrix of a linear layer (its bias is not)."""
+    """Tell whether a parameter is the weight matrix of a linear layer (its bias is not)."""
     owner, _, name = path.rpartition(".")
     return name == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
 

@@ -20,7 +20,7 @@ class Plan:
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch.
         activation_plan: for each decoder layer, first to last: keep, recompute or offload.
-        embeddings_on_host: whether the embedding rows are served from pinned host memory.
+        embeddings_on_host: whether the embeddings are served from pinned host memory.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over all tokens at once.
         norm_tile_tokens: likewise of the norms.
         optimizer: `--optim` that the bytes are for.
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether GPU and host have what it takes."""
+        """Tells whether GPU and host have the memory that the plan takes."""
         return self.peak_bytes <= self.gpu_bytes and self.pinned_host_bytes <= self.host_bytes
 
     @property
@@ -76,7 +76,7 @@ class Plan:
         )
         extras = []
         if self.embeddings_on_host:
-            extras.append("embedding rows come from host memory")
+            extras.append("embeddings come from host memory")
         tiles = {"norms": self.norm_tile_tokens, "MLPs": self.mlp_tile_tokens}
         extras += [
             f"{what} run in tiles of {tokens:,} tokens" for what, tokens in tiles.items() if tokens

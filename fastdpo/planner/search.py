@@ -227,8 +227,8 @@ class MemoryLayout:
 
     def pinned(self, activation_plan: tuple[str, ...]) -> int:
         """Bytes of pinned host memory."""
-        rows = self.training.entry_bytes * self.architecture.embedding_parameters
-        embeddings = pinned_bytes(rows) if self.strategy.embeddings_on_host else 0
+        table = self.training.entry_bytes * self.architecture.embedding_parameters
+        embeddings = pinned_bytes(table) if self.strategy.embeddings_on_host else 0
         return embeddings + offloaded_bytes(activation_plan, self.layer.input)
 
     def activation_plans(self) -> Iterator[tuple[str, ...]]:

@@ -14,7 +14,7 @@ from fastdpo.planner.architecture import Architecture, LinearShape
 GIB, MIB = 2**30, 2**20
 
 CONTEXT_BYTES = int(0.6 * GIB)
-"""What CUDA itself takes of a GPU before the first tensor: context and kernels."""
+"""Bytes that CUDA itself takes of a GPU before the first tensor: context and kernels."""
 
 WORKSPACE_BYTES = 32 * MIB
 """Workspace that torch hands to cuBLAS, from its own allocator (8 MiB before Hopper)."""
@@ -58,14 +58,14 @@ class Training:
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether the base is frozen."""
+        """Tells whether an adapter is trained and the base is frozen."""
         return self.tuning != "full"
 
 
 def resolve_attention(
     architecture: Architecture, training: Training, capability: Capability
 ) -> Training:
-    """The same training with the backend that attends in place of the requested one.
+    """Put the backend that attends in place of the requested one.
 
     Args:
         architecture: of the model.

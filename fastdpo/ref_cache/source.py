@@ -13,7 +13,7 @@ from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.modeling.scoring import score_groups
+from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
 from fastdpo.ref_cache.compute import reference_logps
 from fastdpo.ref_cache.hash_cache import HASH_CACHE_FILE
@@ -94,8 +94,10 @@ class RefLogpsProvider:
         )
         if not self.loss.weighs_tokens:
             return logps
-        keys = [key for group in groups for key in group_keys(group)]
-        return self._weighted(logps, store.token_logps(keys))
+        token_logps = store.token_logps([key for group in groups for key in group_keys(group)])
+        tokens = np.array([len(each) for each in token_logps], dtype=np.int64).reshape(-1, 2)
+        flat = torch.from_numpy(np.concatenate(token_logps))
+        return self._weighted(ScoredPairs(logps, tokens, flat, {}))
 
     def attach(
         self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
@@ -122,32 +124,22 @@ class RefLogpsProvider:
         return self._store
 
     def _computed(self, groups: Sequence[PromptGroup], name: str) -> np.ndarray:
-        model = self.reference.model
+        description = f"Reference of {name}"
         with self.reference.active():
-            scored = sorted(
-                score_groups(model, groups, description=f"Reference of {name}", **self.options),
-                key=lambda each: each.index,
+            scored = score_pairs(
+                self.reference.model, groups, description=description, **self.options
             )
-        logps = np.stack([each.logps for each in scored])
         if not self.loss.weighs_tokens:
-            return logps
-        return self._weighted(logps, [part for each in scored for part in each.token_logps])
+            return scored.logps
+        return self._weighted(scored)
 
-    def _weighted(self, logps: np.ndarray, token_logps: Sequence[np.ndarray]) -> np.ndarray:
-        """Log-probs of n pairs with their tokens weighed as the loss weighs the policy's.
-
-        Args:
-            logps: (n, 2) float64, nats: plain sums.
-            token_logps: those of chosen and rejected of each pair in turns.
-
-        Returns:
-            (n, 2) float64, nats.
-        """
-        lengths = torch.tensor([len(each) for each in token_logps])
-        scored = TokenLogps(
-            torch.from_numpy(logps).flatten(),
-            torch.from_numpy(np.concatenate(token_logps)),
-            lengths,
-            lengths.view(-1, 2).repeat_interleave(2, dim=0),
+    def _weighted(self, scored: ScoredPairs) -> np.ndarray:
+        """(n, 2) float64 in nats, with tokens weighed as the loss weighs the policy's."""
+        lengths = torch.from_numpy(scored.tokens)
+        tokens = TokenLogps(
+            torch.from_numpy(scored.logps).flatten(),
+            scored.token_logps,
+            lengths.flatten(),
+            lengths.repeat_interleave(2, dim=0),
         )
-        return weighted_logps(scored, self.loss).view(-1, 2).numpy()
+        return weighted_logps(tokens, self.loss).view(-1, 2).numpy()

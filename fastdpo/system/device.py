@@ -1,4 +1,4 @@
-"""What the GPU of this process can do."""
+"""Capabilities of the GPU that this process uses."""
 
 import torch
 
@@ -7,5 +7,5 @@ BF16_CAPABILITY = (8, 0)
 
 
 def cuda_has_bf16() -> bool:
-    """Whether there is a CUDA GPU with bfloat16 units, not one that emulates them (T4, RTX 20)."""
+    """Tell whether there is a CUDA GPU with bfloat16 units; T4 and RTX 20 only emulate them."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,11 +1,13 @@
-"""Finds updates whose loss or gradient is not finite, names their rows; or whose gradient is 0."""
+"""Finds what is wrong with an update: loss or gradient not finite, no gradient; weights after it."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 
 from fastdpo.batching import PromptGroup
+from fastdpo.modeling.finite import named, nonfinite_tensors, saved_tensors, trained_tensors
 from fastdpo.trainer.metrics import UpdateResult
 
 MAX_LISTED_ROWS = 8
@@ -59,6 +61,35 @@ def require_gradient(policy: nn.Module) -> None:
         f"the gradient of the first update is exactly 0, so nothing would be trained: {why}. Train "
         "an adapter inside the decoder's layers (LoRA), all weights, or with another loss."
     )
+
+
+def require_finite_step(policy: nn.Module, update: int) -> None:
+    """Look at an adapter after an optimizer step; all weights of a model only before a save.
+
+    Raises:
+        FloatingPointError: it is not finite, and nothing can bring it back.
+    """
+    if isinstance(policy, PeftModel):
+        _require_finite(trained_tensors(policy), update)
+
+
+def require_finite_weights(policy: nn.Module, update: int) -> None:
+    """Look at everything that a save would write.
+
+    Raises:
+        FloatingPointError: a tensor is not finite.
+    """
+    _require_finite(saved_tensors(policy), update)
+
+
+def _require_finite(tensors: dict[str, Tensor], update: int) -> None:
+    if wrong := nonfinite_tensors(tensors):
+        raise FloatingPointError(
+            f"the weights after update {update} are not finite: {named(wrong, len(tensors))}. None "
+            "of them were saved; checkpoints of earlier updates are as they were. Loss and "
+            "gradient were finite, so look at the optimizer: lower the learning rate, and leave "
+            "--adam_epsilon above 0."
+        )
 
 
 def _rows(groups: Sequence[PromptGroup]) -> str:

@@ -335,7 +335,7 @@ def test_masks_and_layouts_are_made_once_a_micro_batch():
         flex.attend_flex(query, key, value, segments, AttentionParams())
         flex.attend_flex(query, key, value, segments, AttentionParams(window=6))
         varlen.attend_varlen(query, key, value, segments, AttentionParams(), lambda q, *_: q)
-    assert sorted(map(str, segments._made)) == ["('flex', 6)", "('flex', None)", "varlen"]
+    assert sorted(map(str, segments._cache)) == ["('flex', 6)", "('flex', None)", "varlen"]
 
 
 # Choice

@@ -164,13 +164,14 @@ def test_the_future_and_the_rejected_change_nothing(family):
 def test_packable_families_say_nothing_and_options_are_followed():
     model = model_of("llama")
     assert (
-        choose_packing(model).describe() == "Pairs run in packed rows, each prompt computed once."
+        choose_packing(model).describe()
+        == "Pairs run in packed sequences, each prompt computed once."
     )
     assert not choose_packing(model, shared_prefix="off").shared_prefix
     off = choose_packing(model, packing="off", attention="sdpa")
     assert (off.packing, off.attention) == (False, "sdpa")
     assert "--packing is off" in off.describe()
-    with pytest.raises(ValueError, match="--attention varlen is for packed rows"):
+    with pytest.raises(ValueError, match="--attention varlen is for packed sequences"):
         choose_packing(unpacked_model("mamba"), attention="varlen")
 
 

@@ -169,10 +169,10 @@ def test_tr_dpo_follows_the_policy(train_on, model, monkeypatch):
             if FROZEN_ADAPTER not in name and ("lora" in name or model == "base")
         }
 
-    real = type(reference).follow
+    real = type(reference).update_ema
     expected = {n.replace(".default.", "."): t for n, t in policy_now().items()}
 
-    def follow(self, policy, alpha):
+    def update_ema(self, policy, alpha):
         assert trainer.state.global_step % 2 == 0
         for name, tensor in policy_now().items():
             key = name.replace(".default.", ".")
@@ -181,7 +181,7 @@ def test_tr_dpo_follows_the_policy(train_on, model, monkeypatch):
         steps.append(trainer.state.global_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(reference), "follow", follow)
+        patch.setattr(type(reference), "update_ema", update_ema)
         trainer.train()
     assert steps == [2, 4]
     own = reference.tensors()

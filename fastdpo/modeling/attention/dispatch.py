@@ -50,7 +50,7 @@ def packed_attention(config: PreTrainedConfig, attention: str = "auto") -> Itera
 
 
 def attends_packed(config: PreTrainedConfig) -> bool:
-    """Whether the model of this config is inside `packed_attention`."""
+    """Tell whether the model of this config is inside `packed_attention`."""
     return config._attn_implementation in ATTENTIONS.values()
 
 

@@ -1,4 +1,4 @@
-"""FlexAttention over the whole row: capped scores, sinks and windows in one compiled kernel.
+"""FlexAttention over a whole packed sequence: caps, sinks and windows in one compiled kernel.
 
 The mask is a function of token indices, never a (T, T) tensor: per block of 128 queries and keys
 it is known whether all, some or none are allowed, and only the second kind asks the function.
@@ -17,18 +17,22 @@ from fastdpo.batching import Segment
 from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 
 BLOCK_TOKENS = 128
-MOST_KERNELS = 256
-"""Of one process: one for each window, cap, size and count of heads, dtype, with and without
-gradient, and before lengths are seen to vary. At torch's own limit of 8 `fullgraph` raises."""
+MAX_KERNELS = 256
+"""Kernels of one process: one for each window, cap, size and count of heads, dtype, with and
+without gradient, and before lengths are seen to vary. At torch's own limit of 8 `fullgraph`
+raises."""
 
 Allowed = Callable[[Any, Any, Any, Any], Tensor]
-"""(batch, head, query index, key index) to whether the query sees the key."""
+"""Tells of (batch, head, query index, key index) whether the query sees the key."""
 
 
 def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.device) -> Allowed:
-    """Whether a query sees a key: a token of its prefix or of its own suffix, not after it."""
+    """The mask of a packed sequence as a function.
+
+    A query sees the keys of its prefix and of its own suffix that do not come after it.
+    """
     group, suffix, position = (
-        torch.from_numpy(row).to(device, non_blocking=True) for row in _coordinates(segments)
+        torch.from_numpy(values).to(device, non_blocking=True) for values in _coordinates(segments)
     )
 
     def allowed(_batch: Any, _head: Any, query: Any, key: Any) -> Tensor:
@@ -42,22 +46,22 @@ def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.
 
 
 def _coordinates(segments: tuple[Segment, ...]) -> np.ndarray:
-    """(3, T) int32: group, suffix (0 for the prefix) and position of every token of a row."""
+    """Group, suffix (0 for the prefix) and position of every token, (3, T) int32."""
     columns = []
     for group, segment in enumerate(segments):
         for suffix, tokens in enumerate((segment.prefix_tokens, *segment.suffix_tokens)):
             first = segment.prefix_tokens if suffix else 0
-            places = np.arange(first, first + tokens)
-            columns.append(np.stack([np.full(tokens, group), np.full(tokens, suffix), places]))
+            positions = np.arange(first, first + tokens)
+            columns.append(np.stack([np.full(tokens, group), np.full(tokens, suffix), positions]))
     return np.concatenate(columns, axis=1).astype(np.int32)
 
 
 def block_mask_of(
     segments: tuple[Segment, ...], window: int | None, device: torch.device
 ) -> BlockMask:
-    """Which blocks are seen fully, in part or not, a block of queries at a time.
+    """Find which blocks of keys each block of queries sees fully, in part or not at all.
 
-    So building it takes BLOCK_TOKENS * T booleans at once, not T * T.
+    It is built a block of queries at a time, so that takes BLOCK_TOKENS * T booleans, not T * T.
     """
     allowed = allowed_by(segments, window, device)
     tokens = sum(segment.tokens for segment in segments)
@@ -71,23 +75,30 @@ def block_mask_of(
         every = seen.all(dim=2).all(dim=0) & (len(queries) == BLOCK_TOKENS)
         partial.append(seen.any(dim=2).any(dim=0) & ~every)
         full.append(every)
-    counts_and_indices = [_ordered(torch.stack(rows)) for rows in (partial, full)]
-    (some, some_at), (every, every_at) = counts_and_indices
+    num_partial, partial_indices = _ordered(torch.stack(partial))
+    num_full, full_indices = _ordered(torch.stack(full))
     return BlockMask.from_kv_blocks(
-        some, some_at, every, every_at, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=allowed,
+        num_partial, partial_indices, num_full, full_indices, BLOCK_SIZE=BLOCK_TOKENS,
+        mask_mod=allowed,
         seq_lengths=(tokens, tokens),
     )  # fmt: skip
 
 
 def _ordered(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks, blocks) bool to how many are seen a row and which, the seen ones first."""
+    """From (blocks, blocks) bool, how many key blocks each query block sees, and their indices.
+
+    The indices of those that it does not see follow.
+    """
     indices = torch.argsort(seen.int(), dim=1, descending=True, stable=True).to(torch.int32)
     return seen.sum(dim=1, dtype=torch.int32)[None, None], indices[None, None]
 
 
 @cache
 def capped_by(softcap: float) -> Callable[..., Tensor]:
-    """Scores to softcap * tanh(score / softcap): one function a value, to be compiled once."""
+    """A function that caps a score s: softcap * tanh(s / softcap).
+
+    One object for each cap, so that it is compiled once.
+    """
 
     def capped(score: Tensor, *_: Any) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -103,7 +114,7 @@ def _kernel(compiled: bool) -> Callable[..., Any]:
     function = torch.compile(flex_attention, fullgraph=True)
 
     def call(*args: Any, **options: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=MOST_KERNELS):
+        with torch._dynamo.config.patch(recompile_limit=MAX_KERNELS):
             return function(*args, **options)
 
     return call
@@ -116,12 +127,16 @@ def attend_flex(
     packed: PackedSegments,
     params: AttentionParams,
 ) -> Tensor:
-    """The whole row by one call, (1, Hq, T, D); on the CPU uncompiled and without gradient."""
+    """Attend over the whole packed sequence by one call; on the CPU uncompiled, without gradient.
+
+    Returns:
+        (1, Hq, T, D).
+    """
     mask = packed.cached(
         ("flex", params.window), lambda: block_mask_of(packed.segments, params.window, query.device)
     )
     options: dict[str, Any] = {} if params.sinks is None else {"return_aux": AuxRequest(lse=True)}
-    found = _kernel(query.is_cuda)(
+    result = _kernel(query.is_cuda)(
         query, key, value,
         score_mod=None if params.softcap is None else capped_by(params.softcap),
         block_mask=mask,
@@ -130,8 +145,8 @@ def attend_flex(
         **options,
     )  # fmt: skip
     if params.sinks is None:
-        return found
-    out, further = found
+        return result
+    out, further = result
     # One more key of score s and value 0: all weights shrink by exp(lse) / (exp(lse) + exp(s)).
     share = torch.sigmoid(further.lse - params.sinks.float()[None, :, None])
     return (out.float() * share[..., None]).to(out.dtype)

@@ -1,7 +1,7 @@
-"""Attention segment by segment: on every device, in every dtype, with all params.
+"""Attention segment by segment: on every device, in every dtype, with everything a model asks for.
 
-The other backends are tested against it. A row sees only its own shape, so on the CPU its bits
-depend on neither place nor neighbours.
+The other backends are tested against it. Each call has the shapes of one segment, so on the CPU a
+segment's bits depend on neither its place nor its neighbours.
 """
 
 import torch
@@ -19,10 +19,10 @@ def attend_segments(
     packed: PackedSegments,
     params: AttentionParams,
 ) -> Tensor:
-    """Each prefix with its first suffix, then every further suffix over prefix and itself.
+    """Attend in each prefix with its first suffix, then in every further suffix over both.
 
     Returns:
-        (R, Hq, T, Dv); R is 1 unless the rows are padded ones.
+        (R, Hq, T, Dv); R is 1 unless the sequences are padded ones.
     """
     if not packed.segments:
         return _attend(query, key, value, packed, params)
@@ -30,14 +30,14 @@ def attend_segments(
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     blocks: list[Tensor] = []
     for segment in packed.segments:
-        at, prefix = len(blocks), segment.prefix_tokens
-        blocks.append(_attend(queries[at], keys[at], values[at], packed, params))
-        for suffix in range(at + 1, at + max(1, len(segment.suffix_tokens))):
+        first, prefix = len(blocks), segment.prefix_tokens
+        blocks.append(_attend(queries[first], keys[first], values[first], packed, params))
+        for suffix in range(first + 1, first + max(1, len(segment.suffix_tokens))):
             if queries[suffix].shape[2] == 0:
                 blocks.append(values[suffix].new_zeros(*queries[suffix].shape[:3], value.shape[3]))
                 continue
-            k = torch.cat([keys[at][:, :, :prefix], keys[suffix]], dim=2)
-            v = torch.cat([values[at][:, :, :prefix], values[suffix]], dim=2)
+            k = torch.cat([keys[first][:, :, :prefix], keys[suffix]], dim=2)
+            v = torch.cat([values[first][:, :, :prefix], values[suffix]], dim=2)
             blocks.append(_attend(queries[suffix], k, v, packed, params))
     return torch.cat(blocks, dim=2)
 
@@ -46,17 +46,17 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, packed: PackedSegments, params: AttentionParams
 ) -> Tensor:
     """Causal attention of the last q of k positions."""
-    requested, keys = q.shape[2], k.shape[2]
-    window = params.window if params.window and keys > params.window else None
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    window = params.window if params.window and num_keys > params.window else None
     if params.softcap is not None or params.sinks is not None:
-        return _eager(q, k, v, packed.mask(requested, keys, window, q.device), params)
-    causal = requested == keys and window is None
-    mask = None if causal else packed.mask(requested, keys, window, q.device)
+        return _eager(q, k, v, packed.mask(num_queries, num_keys, window, q.device), params)
+    causal = num_queries == num_keys and window is None
+    mask = None if causal else packed.mask(num_queries, num_keys, window, q.device)
     if q.is_cuda and not causal:
         # A mask together with grouped heads falls to the kernel that writes all scores to memory.
         duplicates = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(duplicates, dim=1) for x in (k, v))
-        mask = causal_lower_right(requested, keys) if window is None else mask
+        mask = causal_lower_right(num_queries, num_keys) if window is None else mask
     return F.scaled_dot_product_attention(
         q, k, v, mask, params.dropout, is_causal=causal, scale=params.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
