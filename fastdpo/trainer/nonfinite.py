@@ -1,4 +1,4 @@
-"""Finds what is not finite: an update's loss or gradient, with its rows; weights after it."""
+"""Finds what is wrong with an update: loss or gradient not finite, no gradient; weights after it."""
 
 from collections.abc import Sequence
 
@@ -39,6 +39,28 @@ def nonfinite_reason(
     if not check_gradient or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
         return ""
     return f"gradient is not finite ({_rows(groups)})"
+
+
+def require_gradient(policy: nn.Module) -> None:
+    """Refuse to go on where the first update has no gradient at all: no later one would have.
+
+    Raises:
+        ValueError: every gradient is exactly 0, or nothing that is trained had a part in the loss.
+    """
+    trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    if any(grad is not None and bool(grad.any()) for grad in trained.values()):
+        return
+    unused = [name for name, grad in trained.items() if grad is None]
+    why = (
+        f"{len(unused)} of {len(trained)} trained tensors ({unused[0]} ...) have no part in the "
+        "loss: the log-probs come from the decoder's layers and the head"
+        if unused
+        else "the loss does not change with the policy"
+    )
+    raise ValueError(
+        f"the gradient of the first update is exactly 0, so nothing would be trained: {why}. Train "
+        "an adapter inside the decoder's layers (LoRA), all weights, or with another loss."
+    )
 
 
 def require_finite_step(policy: nn.Module, update: int) -> None:
