@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
+from fastdpo.cli.exit_codes import EXIT_DOES_NOT_FIT
+from fastdpo.cli.parser import command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import Options, check_choice, number, option, whole
 from fastdpo.options.passes import ATTENTION_BACKENDS

@@ -13,7 +13,12 @@ from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
 from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
-from fastdpo.trainer.from_options import make_trainer, resume_of, run, without_output
+from fastdpo.trainer.from_options import (
+    make_trainer,
+    resume_of,
+    run,
+    without_output,
+)
 
 if TYPE_CHECKING:
     from fastdpo.trainer import DPOTrainer
@@ -49,8 +54,10 @@ def main(argv: Sequence[str]) -> None:
         with without_output(parsed.training) as config:
             trainer = make_trainer(parsed.model, parsed.data, config)
             show(trainer, parsed)
-            start = resume_of(parsed.training.resume_from_checkpoint)
-            trainer.check_start(Path(str(parsed.training.output_dir)), start)
+            trainer.check_start(
+                Path(str(parsed.training.output_dir)),
+                resume_of(parsed.training.resume_from_checkpoint),
+            )
     else:
         run(parsed.model, parsed.data, parsed.training)
 
@@ -80,7 +87,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.layout.micro_batch_tokens:,} tokens.\n"
     )
-    print_line(show_pairs(groups.pairs, trainer.tokenizer))
+    print_line(show_pairs(groups.pairs, trainer.tokenizer), colored=True)
 
 
 def _written(value: Any) -> str:

@@ -117,7 +117,7 @@ class ResumableTrainer(Trainer):
             KeyboardInterrupt: after Ctrl-C and a checkpoint.
         """
         output_dir = Path(str(self.args.output_dir))
-        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path or "")
+        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
         with checkpoints.claimed(output_dir), signals.graceful_shutdown() as self._stop:
             self._run = self._describe_run()
             folder = self.checkpoint_to_resume(resume_from_checkpoint)
@@ -144,23 +144,21 @@ class ResumableTrainer(Trainer):
             self._stop.raise_if_requested()
             return output
 
-    def check_start(
-        self, output_dir: Path, resume_from_checkpoint: str | bool | None = None
-    ) -> None:
-        """Refuse what `train` would refuse of its output folder and its checkpoint; for a dry run.
+    def check_start(self, output_dir: Path, resume_from_checkpoint: str | bool | None) -> None:
+        """Refuse what `train` would refuse of an output folder and a checkpoint; for a dry run.
 
         Args:
-            output_dir: the folder that `train` would write into; it is left as it is.
-            resume_from_checkpoint: as in `train`.
+            output_dir: the folder that the run would write into; nothing stays in it.
+            resume_from_checkpoint: as `train` takes it.
 
         Raises:
             CheckpointError: as `train`.
         """
-        self.args.output_dir = str(output_dir)
+        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
         with checkpoints.claimed(output_dir):
             if resume_from_checkpoint:
                 self._run = self._describe_run()
-                self.checkpoint_to_resume(resume_from_checkpoint)
+                self.checkpoint_to_resume(resume_from_checkpoint, output_dir)
             self._require_place(output_dir, starts_anew=not resume_from_checkpoint)
 
     def _require_place(self, output_dir: Path, *, starts_anew: bool) -> None:
@@ -170,8 +168,14 @@ class ResumableTrainer(Trainer):
                 checkpoints.require_unused(output_dir)
             checkpoints.require_room(output_dir, self._checkpoint_bytes())
 
-    def checkpoint_to_resume(self, requested: str | bool | None) -> Path | None:
+    def checkpoint_to_resume(
+        self, requested: str | bool | None, output_dir: Path | None = None
+    ) -> Path | None:
         """The checkpoint folder to resume from; for True, the newest one that verifies.
+
+        Args:
+            requested: a checkpoint folder, or True.
+            output_dir: where True looks; None is the run's own.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another run.
@@ -179,7 +183,7 @@ class ResumableTrainer(Trainer):
         if not requested:
             return None
         if requested is True:
-            folder = checkpoints.newest_verified(Path(str(self.args.output_dir)))
+            folder = checkpoints.newest_verified(output_dir or Path(str(self.args.output_dir)))
         else:
             folder = Path(requested)
             if not folder.is_dir():
@@ -317,7 +321,7 @@ class ResumableTrainer(Trainer):
         if self._saving_into is not None:
             self._write_model(folder, state_dict)
             return
-        checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path or "")
+        checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path)
         with signals.deferred(), checkpoints.claimed(folder):
             results.publish(folder, lambda staged: self._write_model(staged, state_dict))
 

@@ -139,6 +139,25 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
     assert requested["load_in_4bit"] is True
 
 
+def test_a_dry_run_finds_what_a_run_would_refuse_of_its_folder(workplace, capsys):
+    """An earlier run's checkpoints, nothing to resume from, a checkpoint of another run."""
+    few = ["--config", "run.yaml", "--lora", "--output_dir", "out", "--max_steps", "1"]
+    few += ["--save_strategy", "steps", "--save_steps", "1"]
+    train.main([*few, "--dry_run"])
+    assert not (workplace / "out").exists()
+    train.main(few)
+    before = sorted(path.name for path in (workplace / "out").rglob("*"))
+    for more, words in (
+        ([], "checkpoints of an earlier run"),
+        (["--resume_from_checkpoint", "nowhere"], "no folder nowhere"),
+        (["--resume_from_checkpoint", "true", "--beta", "0.5"], "beta"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.main([*few, *more, "--dry_run"])
+    train.main([*few, "--resume_from_checkpoint", "true", "--dry_run"])
+    assert sorted(path.name for path in (workplace / "out").rglob("*")) == before
+
+
 def test_evaluation_refuses_options_that_would_change_nothing(workplace, capsys):
     with pytest.raises(SystemExit) as ended:
         evaluate.main(["--adapter", "out", "--dataset", "dev.jsonl", "--lora_r", "8"])

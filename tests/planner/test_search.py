@@ -179,7 +179,7 @@ def test_cards_by_size_and_name():
     ],
 )
 def test_a_name_is_known_as_people_and_nvidia_smi_write_it(written, name, gib):
-    """With the memory that torch sees, which is less than what is sold; a size stays a size."""
+    """The memory is what a driver leaves, less than what is sold; a size stays a size."""
     found = gpu_spec(written)
     assert (found.name, found.memory_bytes / GIB) == (name, pytest.approx(gib, abs=0.01))
     assert found.memory_bytes < found.sold_gib * GIB

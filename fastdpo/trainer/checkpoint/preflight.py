@@ -50,17 +50,17 @@ def _unwritable(output_dir: Path, error: OSError) -> CheckpointError:
     )
 
 
-def require_other_folder(output_dir: Path, model: str) -> None:
+def require_other_folder(output_dir: Path, model: str | None) -> None:
     """Refuse to write a result into the folder of the model that training starts from.
 
     Args:
         output_dir: a folder, or what does not exist yet.
-        model: the folder or hub id that the model was loaded from; "" for none.
+        model: the folder or hub id that the model was loaded from; None or "" for none.
 
     Raises:
         CheckpointError: it is that folder.
     """
-    start = Path(model)
+    start = Path(model or "")
     if not model or not (start / "config.json").is_file() or not output_dir.is_dir():
         return
     if output_dir.samefile(start):
