@@ -88,7 +88,7 @@ def _require_finite(tensors: dict[str, Tensor], update: int) -> None:
             f"the weights after update {update} are not finite: {named(wrong, len(tensors))}. None "
             "of them were saved; checkpoints of earlier updates are as they were. Loss and "
             "gradient were finite, so look at the optimizer: lower the learning rate, and leave "
-            "--adam_epsilon above 0."
+            "--adam_epsilon near 1e-8."
         )
 
 
