@@ -5,9 +5,10 @@ straight from hidden states and the rows of `lm_head`, without the (N, V) logits
 `linear_cross_entropy` is the same behind the signature of torch's own. `lora_linear` is a frozen
 linear layer, dense or 4-bit, with its LoRA branch as one autograd node, `lora_linears` several of
 them on one input. `rms_norm`, `rotary` and `gated_activation` are what lies between the linear
-layers of Llama and its relatives.
+layers of Llama and its relatives. `missing_for_triton` says why they run their torch twins.
 """
 
+from ._backend import missing_for_triton
 from .gated_activation import gated_activation
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import LinearLogprobs, linear_logprobs
@@ -26,4 +27,5 @@ __all__ = [
     "rms_norm",
     "rotary",
     "gated_activation",
+    "missing_for_triton",
 ]
