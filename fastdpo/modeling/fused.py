@@ -8,7 +8,8 @@ runs the fused op while its `backend` is set and transformers' forward otherwise
     decoder layer      the residual sum in one pass with the norm after it
     attention          transformers' own code with its rotary embedding replaced; norms of queries
                        and keys are folded into that, their modules hand on what they are given
-    MLP                act(gate) * up, whose gradients are written over gate and up
+    MLP                act(gate) * up, whose gradients are written over gate and up, in one node
+                       with the LoRA layer down
     q, k, v; gate, up  LoRA branches stacked, in `SharedInput`
 """
 
@@ -19,7 +20,13 @@ from collections import Counter
 from types import FunctionType
 from typing import Any
 
-from fastdpo_kernels import gated_activation, missing_for_triton, rms_norm, rotary
+from fastdpo_kernels import (
+    gated_activation,
+    gated_lora_linear,
+    missing_for_triton,
+    rms_norm,
+    rotary,
+)
 from torch import Tensor, nn
 
 from fastdpo.modeling.families import FusedForms, family_of
@@ -84,7 +91,12 @@ class _MLP(FusedModule):
             gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         # Nothing else reads what the projections return.
         options = {"kind": self.kind, "overwrite": True, "backend": self.backend}
-        return self.down_proj(gated_activation(gate, up, **options))
+        down: Any = self.down_proj
+        hooked = down._forward_hooks or down._forward_pre_hooks
+        plain = None if hooked or not hasattr(down, "plain_lora") else down.plain_lora(gate)
+        if plain is None:
+            return down(gated_activation(gate, up, **options))
+        return gated_lora_linear(gate, up, plain[0], dropout=plain[1], **options)
 
 
 class _Attention(FusedModule):
@@ -228,7 +240,7 @@ def use_kernels(model: nn.Module, requested: str = "auto", *, backend: str = "au
             len(each.layers) for m in modules if (each := getattr(m, "shared_input", None))
             and isinstance(m, FusedModule)
         )  # fmt: skip
-    if before == "eager" or own:
+    if before == "eager":
         _log(fused, list(own), requested)
 
 

@@ -46,7 +46,7 @@ from fastdpo.planner.terms import (
     SLACK_SHARE,
     Training,
     resident_bytes,
-    resolve_attention,
+    resolve_backends,
 )
 
 ROUNDING_TOKENS = 128
@@ -298,7 +298,7 @@ def make_plan(
             the last strategy.
         recompute: whether layers may be recomputed or offloaded; else all are kept.
     """
-    training = resolve_attention(architecture, training, gpu.capability)
+    training = resolve_backends(architecture, training, gpu.capability)
     lengths = workload.lengths()
     if micro_batch_tokens is not None:
         lengths = [_rounded(max(micro_batch_tokens, workload.longest_group_tokens))]

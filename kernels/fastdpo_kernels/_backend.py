@@ -87,4 +87,6 @@ def missing_for_triton(x: Tensor) -> str | None:
 
 @cache
 def _say_fallback(reason: str) -> None:
-    logger.warning("The ops of fastdpo_kernels run their slower torch twins on this GPU: %s.", reason)
+    logger.warning(
+        "The ops of fastdpo_kernels run their slower torch twins on this GPU: %s.", reason
+    )
