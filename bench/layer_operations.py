@@ -1,8 +1,8 @@
 """What one decoder layer launches on a GPU, counted without one: operations, their bytes, by phase.
 
-The layer of a QLoRA model runs on the meta device, where tensors have shapes and no values: forward,
-recomputed and backward, as an update does it. Tensors are said to be on CUDA, so the project's own
-launch code runs; what Triton would launch is noted in its place. Nothing here is a measurement.
+The layer of a QLoRA model runs on the meta device, where tensors have shapes and no values:
+forward, recomputed and backward, as an update does it. Tensors are said to be on CUDA, so the
+project's own launch code runs; what Triton would launch is noted in its place. Nothing here is a measurement.
 
 Bytes are those that an operation must read and write, each tensor once, without reuse in a cache.
 Two things stand in: an attention kernel that reads q, k and v and writes its output (that is the
@@ -10,6 +10,7 @@ same before and after, and no mask or gathering of keys is counted), and the deq
 weights, three kernels and the bytes of both forms.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,7 +19,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastdpo_kernels import lora_linear as _  # noqa: F401 (binds the module below)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -121,10 +121,10 @@ def _pretended(noting: _Noting) -> Iterator[None]:
         )
         return weight
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any
+    ) -> Any:
         return _Attend.apply(query, key, value, noting), None
-
-    import sys
 
     is_meta = property(lambda tensor: tensor.device.type == "meta")
     AttentionInterface.register(ATTENTION, attend)

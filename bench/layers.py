@@ -3,7 +3,8 @@
 Operations: launches and bytes of one layer with transformers' modules and with the fused ops, by
 `bench.layer_operations`. Nothing of it is a measurement.
 
-Step: one training step of a Llama-3.1-8B-shaped stack: packed and shared, packed, padded as TRL pads.
+Step: one training step of a Llama-3.1-8B-shaped stack: packed and shared, packed, padded as TRL
+pads.
 
 Forward and backward of all weights, a few layers of the real width under a small head. How much
 faster packing can be is arithmetic: the products that padding and repeated prompts cost more. It is

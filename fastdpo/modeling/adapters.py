@@ -50,7 +50,7 @@ class _FusedForward:
     """A LoRA layer's forward as one autograd node where it is plain LoRA; PEFT's elsewhere."""
 
     shared_input: SharedInput | None = None
-    """The layers that read the same input, whose branches are stacked, this one among them."""
+    """The layers that read the same input, whose adapters are stacked, this one among them."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
@@ -66,7 +66,7 @@ class _FusedForward:
         return lora_linear(x, **module._asdict(), dropout=dropout)
 
     def plain_lora(self: Any, x: Tensor) -> tuple[LoraModule, float] | None:
-        """What `lora_linear` computes now on x, and its dropout; None where it is more than LoRA.
+        """The arguments of `lora_linear` for x now, and its dropout; None where it is more than LoRA.
 
         Without adapter while adapters are off.
         """

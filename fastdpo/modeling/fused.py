@@ -10,7 +10,7 @@ runs the fused op while its `backend` is set and transformers' forward otherwise
                        and keys are folded into that, their modules hand on what they are given
     MLP                act(gate) * up, whose gradients are written over gate and up, in one node
                        with the LoRA layer down
-    q, k, v; gate, up  LoRA branches stacked, in `SharedInput`
+    q, k, v; gate, up  adapters stacked, in `SharedInput`
 """
 
 import functools
@@ -43,6 +43,9 @@ ACTIVATION_KINDS = {
 }
 """Kind of `gated_activation` by the class of transformers' or torch's activation."""
 
+TRANSFORMERS = "transformers.models."
+"""How the modules begin whose classes are those of the table; remote code has others."""
+
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 """Name by which every attention of the table calls its rotary embedding."""
 
@@ -53,7 +56,7 @@ class FusedModule:
     Attributes:
         backend: of the op, as `fastdpo_kernels` takes it; None runs the module's own forward.
         forms: how the op computes what the module does.
-        shared_input: the LoRA layers in it whose branches are stacked, or None.
+        shared_input: the LoRA layers in it whose adapters are stacked, or None.
     """
 
     backend: str | None = None
@@ -188,13 +191,12 @@ def kernels_of(model: nn.Module) -> str:
 
 
 def choose_kernels(model: nn.Module, requested: str) -> str:
-    """What `--kernels` comes to for a model: `fused` or `eager`.
+    """Choose `fused` or `eager` for a model, by `--kernels`.
 
     Args:
         model: a causal LM or a PeftModel on it.
-        requested: auto, fused or eager. auto is fused where the Triton kernels run: on the CPU
-            transformers' own modules are the faster, on tiny models by far, and an older GPU would
-            run the torch twins.
+        requested: auto, fused or eager. auto is fused where the Triton kernels run: on the CPU it
+            gains nothing, and tiny models lose; an older GPU would run the slower torch twins.
     """
     if requested != "auto":
         return requested
@@ -236,7 +238,7 @@ def use_kernels(model: nn.Module, requested: str = "auto", *, backend: str = "au
                         own[f"{forms.prefix}{name or forms.norm_class}: {reason}"] = None
                     else:
                         fused[_WORDS[mixin]] += 1
-        fused["LoRA branches stacked"] = sum(
+        fused["LoRA layers stacked"] = sum(
             len(each.layers) for m in modules if (each := getattr(m, "shared_input", None))
             and isinstance(m, FusedModule)
         )  # fmt: skip
@@ -261,7 +263,7 @@ _CLASSES: dict[str, type[FusedModule]] = {
     "Attention": _Attention,
     "DecoderLayer": _DecoderLayer,
 }
-"""What becomes of a class of transformers, by its name less the family's prefix; "" is the norm."""
+"""The mixin of a class of transformers, by its name less the family's prefix; "" is the norm."""
 
 _WORDS = {
     _Norm: "norms",
@@ -274,7 +276,7 @@ _WORDS = {
 def _class_name(module: nn.Module) -> str:
     """The name of the module's class in transformers, ours on top of it left out."""
     for kind in type(module).__mro__:
-        if kind.__module__.startswith("transformers.models."):
+        if kind.__module__.startswith(TRANSFORMERS):
             return kind.__name__
         if kind.__module__.split(".")[0] != "fastdpo":
             return ""
@@ -380,19 +382,23 @@ def _eps(norm: Any) -> float:
 
 @functools.cache
 def _fused(mixin: type[FusedModule], kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a class of transformers; of one that runs it in tiles, below the tiles."""
+    if not kind.__module__.startswith(TRANSFORMERS):
+        outer, inner = kind.__bases__
+        return type(kind.__name__, (outer, _fused(mixin, inner)), {"__module__": kind.__module__})
     return type(f"Fused{kind.__name__}", (mixin, kind), {"__module__": __name__})
 
 
 @functools.cache
 def _own_forward(kind: type[nn.Module]) -> FunctionType:
     """The forward that a class of ours is put on."""
-    beneath = next(c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
+    beneath = next(c for c in kind.__mro__ if c.__module__.startswith(TRANSFORMERS))
     own: Any = inspect.unwrap(beneath.forward)  # pyrefly: ignore
     return own
 
 
 def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    """The same code, for which one global name means something else."""
+    """Copy a function, for whose code one global name means something else."""
     names = {**function.__globals__, name: value}
     copied = FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__

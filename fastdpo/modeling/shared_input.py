@@ -1,4 +1,4 @@
-"""LoRA layers that read one input: the first that is called computes them all, branches stacked.
+"""LoRA layers that read one input: the first that is called computes them all, adapters stacked.
 
 The attention's forward stays as it is: it calls q, k and v one after another on the same tensor,
 and the second and third call find their output waiting.
@@ -50,7 +50,7 @@ class SharedInput:
         self._input = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput":
-        """Of the copied layers, with nothing waiting."""
+        """A group of the copied layers, with nothing waiting."""
         from copy import deepcopy
 
         made = SharedInput([])

@@ -64,7 +64,7 @@ class BatchingOptions(Options):
     )
     kernels: str = option(
         "auto",
-        "What computes norms, rotary embeddings, MLP activations and LoRA branches: fused ops where "
+        "What computes norms, rotary embeddings, activations and LoRA: fused ops where "
         "the model's family is known, or eager, transformers' own modules. auto: fused on a GPU "
         "that runs the Triton kernels.",
         choices=list(KERNELS),

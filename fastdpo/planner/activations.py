@@ -3,8 +3,9 @@
 Counted along the autograd graph as transformers and `lora_linear` build it: a norm saves its input
 in fp32 and one number a token, `lora_linear` its input (which layers that read the same tensor
 share), attention its queries, keys, values, output and one number a head, SiLU and product the
-three tensors that they read. Fused, a norm saves its input as it is, and the MLP gate and up,
-in whose place its gradients are written; all weights trained, what the layer down reads besides. `tests/planner/test_terms.py` counts the same on real models, to the
+three tensors that they read. Fused, a norm saves its input as it is, and the MLP gate and up, in
+whose place its gradients are written; where all weights are trained, also what the layer down
+reads. `tests/planner/test_terms.py` counts the same on real models, to the
 byte.
 """
 
@@ -140,7 +141,7 @@ def layer_bytes(
 
 @dataclass(frozen=True)
 class _Norms:
-    """How norms run: over all tokens at once in fp32, or tile by tile; or fused, row by row."""
+    """How norms run: over all tokens at once in fp32, or tile by tile; or fused, token by token."""
 
     training: Training
     tokens: int

@@ -47,6 +47,7 @@ from fastdpo.planner.terms import (
     Training,
     resident_bytes,
     resolve_backends,
+    runs_fused,
 )
 
 ROUNDING_TOKENS = 128
@@ -263,7 +264,8 @@ def strategies(
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
             found.append(replace(found[-1], embeddings_on_host=True))
-        found.append(replace(found[-1], norm_tile_tokens=NORM_TILE_TOKENS))
+        if not runs_fused(architecture, training):  # those hold nothing that tiles would bound
+            found.append(replace(found[-1], norm_tile_tokens=NORM_TILE_TOKENS))
         found += [replace(found[-1], mlp_tile_tokens=tokens) for tokens in TILES_TOKENS]
     if change_optimizer and "8bit" not in training.optimizer:
         found.append(replace(found[-1], optimizer=EIGHT_BIT))

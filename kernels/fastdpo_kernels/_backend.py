@@ -73,7 +73,7 @@ def next_power_of_two(number: int) -> int:
 
 
 def missing_for_triton(x: Tensor) -> str | None:
-    """What the Triton kernels lack to run on x, in words; None where they run."""
+    """The reason why the Triton kernels cannot run on x, in words; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if x.dtype == torch.float64:

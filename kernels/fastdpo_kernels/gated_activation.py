@@ -94,7 +94,7 @@ class Options:
     def gradients(
         self, grad: Tensor, gate: Tensor, up: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Of gate and up as they are given, from that of the product; in their place if allowed."""
+        """Gradients of gate and up as they are given, in their place if that is allowed."""
         given = [t for t in (gate, up) if t is not None]
         written = [_rows(t) for t in given]
         if not self.overwrite:

@@ -1,4 +1,4 @@
-"""The second half of a gated MLP as one node: act(gate) * up, and the linear layer that reads it."""
+"""The second half of a gated MLP as one node: act(gate) * up, and the layer that reads it."""
 
 from __future__ import annotations
 

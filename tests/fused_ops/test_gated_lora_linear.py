@@ -1,4 +1,4 @@
-"""gated_lora_linear against the two ops that it is made of: bits, what is saved, what is refused."""
+"""gated_lora_linear against the two ops that it is made of: bits, saved tensors, refusals."""
 
 import pytest
 import torch
@@ -57,6 +57,6 @@ def test_what_does_not_fit_is_named():
     gate, up = halves(leaf, False)
     with pytest.raises(ValueError, match="does not fit weight"):
         gated_lora_linear(gate[..., 1:], up[..., 1:], module, backend="torch")
+    trained = module._replace(weight=module.weight.clone().requires_grad_())
     with pytest.raises(ValueError, match="freeze it"):
-        trained = module._replace(weight=module.weight.clone().requires_grad_())
         gated_lora_linear(gate, up, trained, backend="torch")

@@ -138,8 +138,10 @@ def test_tiles_and_fused_layers_in_either_order():
         assert tile_norms(model, 16) == 0  # a fused norm holds nothing that a tile would bound
         assert tile_mlps(model, 16) == 2
         seen = []
-        down = unwrap_model(model).model.layers[0].mlp.gate_proj
-        hook = down.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[-2]))
+        gate = unwrap_model(model).model.layers[0].mlp.gate_proj
+        hook = gate.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0].shape[-2])
+        )
         found, fused = run(model)
         hook.remove()
         assert max(seen) == 16
@@ -162,7 +164,7 @@ def test_what_is_fused_and_what_is_not_is_said_once(caplog):
         use_kernels(model, "fused")
     said = [r.message for r in caplog.records if "Fused in the layers" in r.message]
     assert said == [
-        "Fused in the layers: 5 norms, 1 MLPs, 1 rotary embeddings, 5 LoRA branches stacked. As "
+        "Fused in the layers: 5 norms, 1 MLPs, 1 rotary embeddings, 5 LoRA layers stacked. As "
         "transformers computes it: Olmo2DecoderLayer: no norm reads the residual sum in the middle."
     ]
 
@@ -280,7 +282,8 @@ def test_a_run_fused_is_the_run_eager_to_rounding(tmp_path, tuning):
         torch.manual_seed(0)
         args = DPOConfig(
             str(tmp_path / kernels), per_device_train_batch_size=8, max_steps=3, logging_steps=1,
-            learning_rate=1e-2, use_cpu=True, disable_tqdm=True, report_to="none", ref_cache="off",
+            learning_rate=1e-2, use_cpu=True, disable_tqdm=True, report_to="none",
+            ref_cache=str(tmp_path / "store"),
             save_strategy="no", kernels=kernels,
         )  # fmt: skip
         trainer = DPOTrainer(
