@@ -2,7 +2,8 @@
 
 The layer of a QLoRA model runs on the meta device, where tensors have shapes and no values:
 forward, recomputed and backward, as an update does it. Tensors are said to be on CUDA, so the
-project's own launch code runs; what Triton would launch is noted in its place. Nothing here is a measurement.
+project's own launch code runs; what Triton would launch is noted in its place. Nothing here is
+a measurement.
 
 Bytes are those that an operation must read and write, each tensor once, without reuse in a cache.
 Two things stand in: an attention kernel that reads q, k and v and writes its output (that is the

@@ -66,7 +66,7 @@ class _FusedForward:
         return lora_linear(x, **module._asdict(), dropout=dropout)
 
     def plain_lora(self: Any, x: Tensor) -> tuple[LoraModule, float] | None:
-        """The arguments of `lora_linear` for x now, and its dropout; None where it is more than LoRA.
+        """The arguments of `lora_linear` for x now, and the dropout; None if it is more than LoRA.
 
         Without adapter while adapters are off.
         """
