@@ -8,8 +8,9 @@ from typing import Any, Self
 from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
-from fastdpo.options.checks import check_printable, option
+from fastdpo.options.checks import check_finite, check_keys, check_printable, option
 from fastdpo.options.removed import suggest_option
+from fastdpo.options.running import INHERITED_CHECKS
 from fastdpo.system.device import cuda_has_bf16
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "train_sampling_strategy",
         ("random", "sequential"),
-        "rows are packed by tokens without padding, so sorting by length gains nothing and "
+        "pairs are packed by tokens without padding, so sorting by length gains nothing and "
         "biases the updates; use random",
     ),
     (
@@ -202,6 +203,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         PreferenceOptions.__post_init__(self)  # and, by the order of the bases, TrlOptions
+        self._check_inherited()
         self._apply_trl_aliases()
         check_printable("output_dir", self.output_dir)
         self._check_unsupported()
@@ -209,7 +211,15 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         self._resolve_checkpointing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and cuda_has_bf16()
-        TrainingArguments.__post_init__(self)
+        try:
+            TrainingArguments.__post_init__(self)
+        except (TypeError, AttributeError, KeyError) as error:  # of a value of the wrong kind
+            raise ValueError(
+                f"transformers cannot use one of the training options ({error}): compare "
+                "--accelerator_config and the other dicts with its documentation."
+            ) from error
+        for entry in fields(self):  # dicts that were JSON text until here
+            check_finite(entry.name, getattr(self, entry.name))
         if self.activation_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}):
             raise ValueError(
                 f"--activation_checkpointing_kwargs is {self.activation_checkpointing_kwargs}, "
@@ -218,6 +228,15 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
             )
         # Trainer wraps the model in nn.DataParallel where this is above 1.
         self._n_gpu = min(self._n_gpu, 1)
+
+    def _check_inherited(self) -> None:
+        """Refuse values of inherited options that would fail late, or train something else."""
+        for name, check in INHERITED_CHECKS.items():
+            if getattr(self, name) is not None or name not in ("eval_steps", "data_seed"):
+                check(name, getattr(self, name))
+        for entry in fields(self):
+            if isinstance(value := getattr(self, entry.name), dict):
+                check_keys(entry.name, value)
 
     def _check_unsupported(self) -> None:
         for name, unset, reason in _REFUSED:

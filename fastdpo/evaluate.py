@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdpo.cli.outputs import require_new_file
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -52,9 +53,10 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
+    require_new_file(parsed, "--output_file", Path(options.output_file))
     evaluation = run(parsed.model, parsed.data, rows, compared, options)
-    files.write_json(Path(options.output_file), evaluation.as_json())
     print_line(evaluation.describe())
+    files.write_json(Path(options.output_file), evaluation.as_json())
     print_line(f"\nwritten to {options.output_file}")
 
 
@@ -70,7 +72,6 @@ def run(
     Raises:
         ValueError: an option is missing, or the model or data cannot be loaded.
     """
-    from fastdpo.batching import PairGroups
     from fastdpo.evaluation.evaluate_pairs import Completion, evaluate_scored, generate_completions
     from fastdpo.evaluation.load_both import (
         read_pairs,
@@ -78,19 +79,15 @@ def run(
         sources_of,
         tokenizer_of,
     )
-    from fastdpo.modeling.scoring import ScoredPairs, score_pairs
+    from fastdpo.evaluation.scored_rows import score_finite
+    from fastdpo.modeling.scoring import ScoredPairs
 
     tokenizer = tokenizer_of(model, compared)
     read, pairs = read_pairs(data, rows, tokenizer)
-    groups = PairGroups(pairs)
     prompts = [pair.prompt_ids for pair in pairs[: options.num_completions]]
 
     def work(scorer: "PreTrainedModel | PeftModel", side: str) -> tuple[ScoredPairs, list[str]]:
-        scored = score_pairs(
-            scorer,
-            groups,
-            description=f"Scoring with the {side}",
-        )
+        scored = score_finite(scorer, read, pairs, side)
         texts = generate_completions(
             scorer, tokenizer, prompts, max_new_tokens=options.max_new_tokens
         )

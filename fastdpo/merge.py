@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdpo.cli.outputs import complete_inputs
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
         "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
         refused=TRAINING_OPTIONS,
     )
+    complete_inputs(parsed)
     run(parsed.model, parsed.group(MergingOptions), parsed.data, parsed.group(TokenizationOptions))
 
 
@@ -79,26 +81,27 @@ def run(
     """Merge, write the folder and report.
 
     Raises:
-        ValueError: the adapter, its base or the data cannot be loaded or do not fit, or
-            something else lies in the folder.
+        ValueError: the adapter, its base or the data cannot be loaded or do not fit, a weight is
+            not finite, something else lies in the folder, or another process is merging into it.
     """
-    from fastdpo.merging import claim_folder, finish_folder, write_folder
+    from fastdpo.merging import claim_folder, finish_folder, hold_folder, write_folder
     from fastdpo.planner.terms import binary_size
 
     adapter, base = _read(model, options)
     plan, *others = _plans(base, adapter, model, options)
     folder = Path(options.output_dir)
     groups = _groups(model, options, data, rows, base.name)
-    claim_folder(folder, base, adapter, overwrite=options.overwrite)
-    merged = write_folder(plan, folder)
-    if groups:
-        fidelity = _measure(model, options, plan, others, groups)
-        finish_folder(merged, fidelity.as_json())
-        print_line(fidelity.describe(options.onto))
-    else:
-        print_line(
-            "Log-probs were not compared: pass --dataset to see how far the merge moves them."
-        )
+    with hold_folder(folder):
+        claim_folder(folder, base, adapter, overwrite=options.overwrite)
+        merged = write_folder(plan, folder)
+        if groups:
+            fidelity = _measure(model, options, plan, others, groups)
+            print_line(fidelity.describe(options.onto))
+            finish_folder(merged, fidelity.as_json())
+        else:
+            print_line(
+                "Log-probs were not compared: pass --dataset to see how far the merge moves them."
+            )
     print_line(f"\nThe merged model lies in {folder} ({binary_size(merged.bytes)}).")
     if plan.unties:
         print_line("Its embedding and head were one tensor in the base and are two now.")
@@ -109,6 +112,7 @@ def run(
 
 def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Base"]:
     from fastdpo.merging import find_base, read_adapter
+    from fastdpo.modeling.base_names import require_base
 
     adapter = read_adapter(Path(options.adapter or ""))
     name = model.model_name_or_path or adapter.config.get("base_model_name_or_path")
@@ -116,6 +120,8 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
         raise ValueError(
             f"the adapter in {adapter.folder} does not name its base: pass it as --model."
         )
+    if model.model_name_or_path is None:
+        require_base(name, str(adapter.folder))
     name, sentence = resolve_model(name)
     if sentence:
         print_line(sentence)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastdpo.cli.parser import EXIT_DOES_NOT_FIT, command, parse
+from fastdpo.cli.exit_codes import EXIT_DOES_NOT_FIT
+from fastdpo.cli.parser import command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import Options, check_choice, number, option, whole
 from fastdpo.options.passes import ATTENTION_BACKENDS, KERNELS
@@ -35,7 +36,7 @@ class PlanningOptions(Options):
     max_length: int = option(
         1024,
         "Most tokens of prompt + completion, as in training; the longest pair is taken to be two "
-        "such rows that share nothing.",
+        "such sequences that share nothing.",
         check=whole(8, "1024 is usual"),
     )
     pairs_per_update: int = option(
@@ -233,7 +234,8 @@ def longest_pairs(
         )
     limit = f"at most {binary_size(host_bytes)} of pinned host memory"
     header = ["GPU", "longest pair", "GPU used", "pinned host", "with"]
-    return f"The longest pair that fits, its rows sharing nothing; {limit}:\n{table(header, rows)}"
+    title = f"The longest pair that fits, its two sequences sharing nothing; {limit}:"
+    return f"{title}\n{table(header, rows)}"
 
 
 if __name__ == "__main__":

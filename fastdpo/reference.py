@@ -10,6 +10,7 @@ from fastdpo.options import DataOptions, ModelOptions, reference_folder
 from fastdpo.ref_cache.archive import export_store, import_store
 from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarize
 from fastdpo.ref_cache.store import quarantine
+from fastdpo.system import files
 from fastdpo.system.console import print_line, table
 
 ACTIONS = {
@@ -91,8 +92,8 @@ def _build(argv: Sequence[str]) -> None:
         raise ValueError("--ref_cache is off: there is nothing to build. Name a folder.")
     if not (parsed.model.full or parsed.model.qlora):
         parsed.model.lora = True  # as training does, which says so
-    with without_output(parsed.training):
-        make_trainer(parsed.model, parsed.data, parsed.training).compute_references()
+    with without_output(parsed.training) as config:
+        make_trainer(parsed.model, parsed.data, config).compute_references()
 
 
 def _info(root: Path, options: StoreOptions) -> None:
@@ -151,6 +152,11 @@ def _export(root: Path, options: StoreOptions) -> None:
         names = ", ".join(folder.name[:12] for folder in folders) or "none"
         raise ValueError(f"{len(folders)} stores in {root} ({names}): choose one with --store.")
     file = _file(options)
+    if file.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"--file {file} lies in {root}, the folder of the stores: name a file elsewhere."
+        )
+    files.probe(file)
     count = export_store(folders[0], file)
     print_line(f"{count} shards of store {folders[0].name[:12]} are in {file}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from fastdpo.cli.outputs import require_new_file
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
         refused=TRAINING_OPTIONS,
     )
     options = parsed.group(ScoringOptions)
+    require_new_file(parsed, "--output_file", Path(options.output_file))
     scored = run(
         parsed.model,
         parsed.data,
@@ -67,8 +69,8 @@ def main(argv: Sequence[str]) -> None:
     )
     from fastdpo.evaluation.scored_rows import write_scores
 
-    write_scores(scored, Path(options.output_file), prefix=options.column_prefix)
     print_line(scored.describe())
+    write_scores(scored, Path(options.output_file), prefix=options.column_prefix)
     print_line(f"\nwritten to {options.output_file}")
     print_line("The pairs that the policy gets most wrong are those with the smallest margin.")
 
@@ -86,23 +88,16 @@ def run(
         ValueError: an option is missing, the model or data cannot be loaded, or the rows have no
             room for the metrics.
     """
-    from fastdpo.batching import PairGroups
     from fastdpo.evaluation.load_both import read_pairs, run_policy_and_reference, tokenizer_of
-    from fastdpo.evaluation.scored_rows import ScoredRows, check_rows
-    from fastdpo.modeling.scoring import score_pairs
+    from fastdpo.evaluation.scored_rows import ScoredRows, check_rows, score_finite
 
     tokenizer = tokenizer_of(model, compared)
     read, pairs = read_pairs(data, rows, tokenizer)
     check_rows(read, pairs, Path(options.output_file), prefix=options.column_prefix)
-    groups = PairGroups(pairs)
     policy, reference = run_policy_and_reference(
         model,
         compared,
-        lambda scorer, side: score_pairs(
-            scorer,
-            groups,
-            description=f"Scoring with the {side}",
-        ),
+        lambda scorer, side: score_finite(scorer, read, pairs, side),
     )
     return ScoredRows(read, pairs, policy, reference, compared.beta)
 

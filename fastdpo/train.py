@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.cli.outputs import require_new_folder
 from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
@@ -14,6 +15,7 @@ from fastdpo.options.checks import Options, option
 from fastdpo.system.console import print_line, table
 from fastdpo.trainer.from_options import (
     make_trainer,
+    resume_of,
     run,
     without_output,
 )
@@ -47,9 +49,15 @@ def main(argv: Sequence[str]) -> None:
         training=True,
         description="Align a model with preference pairs by Direct Preference Optimization.",
     )
+    require_new_folder(parsed, Path(str(parsed.training.output_dir)))
     if parsed.group(TrainOptions).dry_run:
-        with without_output(parsed.training):
-            show(make_trainer(parsed.model, parsed.data, parsed.training), parsed)
+        with without_output(parsed.training) as config:
+            trainer = make_trainer(parsed.model, parsed.data, config)
+            show(trainer, parsed)
+            trainer.check_start(
+                Path(str(parsed.training.output_dir)),
+                resume_of(parsed.training.resume_from_checkpoint),
+            )
     else:
         run(parsed.model, parsed.data, parsed.training)
 
@@ -65,7 +73,8 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
     groups = trainer.train_groups
     assert groups is not None, "the command reads one"
     shown = parsed.explicit | set(presets(dict.fromkeys(parsed.explicit))) - {"dry_run"}
-    for options in (asdict(parsed.model), asdict(parsed.data), vars(trainer.user_args)):
+    training = vars(trainer.user_args) | {"output_dir": parsed.training.output_dir}
+    for options in (asdict(parsed.model), asdict(parsed.data), training):
         for name in sorted(shown & set(options)):
             if options[name] is not None:
                 print_line(f"--{name} {_written(options[name])}")
@@ -78,7 +87,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.layout.micro_batch_tokens:,} tokens.\n"
     )
-    print_line(show_pairs(groups.pairs, trainer.tokenizer))
+    print_line(show_pairs(groups.pairs, trainer.tokenizer), colored=True)
 
 
 def _written(value: Any) -> str:

@@ -1,6 +1,12 @@
 """Pairs to packed micro-batches: groups, their layout, bin packing, and the order of an epoch."""
 
-from fastdpo.batching.groups import PairGroups, PromptGroup, group_tokens, shared_prefix_length
+from fastdpo.batching.groups import (
+    PairGroups,
+    PromptGroup,
+    group_tokens,
+    longest_sequence,
+    shared_prefix_length,
+)
 from fastdpo.batching.micro_batch import MicroBatch, Segment
 from fastdpo.batching.pack import default_micro_batch_tokens, pack_in_order, pack_update
 
@@ -11,6 +17,7 @@ __all__ = [
     "Segment",
     "default_micro_batch_tokens",
     "group_tokens",
+    "longest_sequence",
     "pack_in_order",
     "pack_update",
     "shared_prefix_length",

@@ -19,7 +19,7 @@ class PromptGroup:
         prompt_ids: (P,) int32, P >= 1.
         completions: k arrays of (C,) int32, C >= 1.
         ref_logps: (k,) float64, nats, or None.
-        row: the data set's row that it is from, counted from 0; -1 where there is none.
+        row: index of the data set's row that it is from, counted from 0; -1 for none.
     """
 
     prompt_ids: np.ndarray
@@ -72,6 +72,13 @@ def shared_prefix_length(group: PromptGroup) -> int:
         differs = np.flatnonzero(first[:common] != other[:common])
         common = int(differs[0]) if len(differs) else common
     return len(group.prompt_ids) + common
+
+
+def longest_sequence(groups: Sequence[PromptGroup]) -> int:
+    """Count the tokens of the longest prompt + completion; 0 without groups."""
+    return max(
+        (len(group.prompt_ids) + max(map(len, group.completions)) for group in groups), default=0
+    )
 
 
 def group_tokens(group: PromptGroup, *, shared_prefix: bool = True, packing: bool = True) -> int:

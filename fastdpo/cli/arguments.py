@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from fastdpo.cli.yaml_file import load_yaml_config
+from fastdpo.options.checks import check_keys
 from fastdpo.options.removed import suggest_option
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ class TrlParser(HfArgumentParser):
     Attributes:
         hints: the type of every option, by name.
         aliases: short spelling -> name, without dashes.
+        config_file: the YAML file of the last `read`, or None.
     """
+
+    config_file: str | None = None
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
         if dataclass_types is None:
@@ -103,11 +107,28 @@ class TrlParser(HfArgumentParser):
             OSError: the file cannot be read.
         """
         self.set_defaults(**dict.fromkeys(self.hints, _NOT_GIVEN))
+        self._refuse_repeated(argv)
         explicit, rest = self._explicit(argv)
         if rest:
             raise ValueError(self._advice(rest))
-        path = explicit.pop("config")
+        path = self.config_file = explicit.pop("config")
         return {**(self._read_file(Path(path)) if path else {}), **explicit}
+
+    def _refuse_repeated(self, argv: Sequence[str]) -> None:
+        """Raise ValueError for an option that is given twice: argparse would drop the first."""
+        given: dict[str, str] = {}
+        for word in argv:
+            spelling = word.split("=")[0]
+            action = self._option_string_actions.get(spelling)
+            if action is None and spelling != "--config":
+                continue
+            name = "config" if action is None else action.dest
+            if name in given:
+                both = spelling if given[name] == spelling else f"{given[name]} and {spelling}"
+                several = action is not None and action.nargs == "+"
+                remedy = "write all values behind one" if several else "keep one"
+                raise ValueError(f"{both}: the same option is given twice; {remedy}.")
+            given[name] = spelling
 
     def _explicit(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         try:
@@ -148,6 +169,8 @@ class TrlParser(HfArgumentParser):
                 "; YAML reads a bare on, off, yes or no as one: quote it" if kind is bool else ""
             )
             raise ValueError(f"it needs {needed}, not {_type_name(kind)}{quote}")
+        if kind is dict:
+            check_keys(name, value)
         if kind is list and hint in (list[str], list[str] | None):
             return [item if isinstance(item, str) else str(item) for item in value]
         return value
@@ -175,7 +198,9 @@ class TrlParser(HfArgumentParser):
         Raises:
             ValueError: an unknown name, or a wrong value.
         """
-        path, words = _take_config(sys.argv[1:] if args is None else list(args))
+        words = sys.argv[1:] if args is None else list(args)
+        self._refuse_repeated(words)
+        path, words = _take_config(words)
         remaining: list[str] = []
         if path is not None:
             values = load_yaml_config(Path(path))

@@ -6,10 +6,10 @@ file, then the command line. TrainingArguments costs seconds to import, so it is
 """
 
 import dataclasses
-import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
@@ -17,27 +17,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from fastdpo.cli.arguments import HelpFormatter, TrlParser
+from fastdpo.cli.exit_codes import (
+    EXIT_BAD_OPTION,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    format_error,
+    outcome_of,
+)
 from fastdpo.options import DPO_OPTION_GROUPS, DataOptions, ModelOptions, TrainerDefaults, presets
+from fastdpo.system.console import LineHandler, print_error
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
 
 T = TypeVar("T")
-
-EXIT_DIVERGED = 1
-EXIT_BAD_OPTION = 2
-EXIT_DOES_NOT_FIT = 3
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-_REMEDIES = {
-    errno.ENOENT: "check the path",
-    errno.ENOSPC: "make room there, or name a folder on another disk",
-    errno.EDQUOT: "make room there, or name a folder on another disk",
-    errno.EROFS: "name a folder that can be written to",
-    errno.EACCES: "name a folder that can be read and written to",
-    errno.EISDIR: "name a file",
-}
 
 
 @dataclass(frozen=True)
@@ -47,10 +41,12 @@ class Parsed:
     Attributes:
         groups: one instance for each dataclass that was parsed, DPOConfig included.
         explicit: names of the options that the user set, on the command line or in the YAML file.
+        config_file: the YAML file, if there is one.
     """
 
     groups: Mapping[type, Any]
     explicit: frozenset[str]
+    config_file: str | None = None
 
     def group(self, kind: type[T]) -> T:
         """The instance of one of the dataclasses that were parsed."""
@@ -117,9 +113,10 @@ def parse(
                 f"--{useless[0]} changes nothing here: leave it out. The adapter's folder says how "
                 "it was made; --qlora loads the base in 4 bits as in training."
             )
-        return Parsed(_build(groups, training, values), frozenset(values))
+        built = _build(groups, training, values)
+        return Parsed(built, frozenset(values), parser.config_file)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(_format_error(error).split())}\n")
+        print_error(f"error: {' '.join(format_error(error).split())}")
         raise SystemExit(EXIT_BAD_OPTION) from None
 
 
@@ -127,13 +124,14 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     """Run a command's main on the process's arguments.
 
     Returns:
-        The exit code: 0, 1 after a loss that is not finite, 2 after one line about bad input, a
-        bad option or a disk that does not take what is written, 3 where the memory does not
-        suffice, 130 after Ctrl-C, 143 after SIGTERM. With FASTDPO_DEBUG set, the traceback of bad
-        input is shown too.
+        The exit code: 0; 1 where the loss, a gradient or a weight is not finite; 2 after one line
+        about bad input, a bad option, a missing package or a disk that does not take what is
+        written; 3 where the memory does not suffice; 70 after a traceback, where the fault is
+        ours; 130 after Ctrl-C; 143 after SIGTERM. With FASTDPO_DEBUG set, every error shows its
+        traceback.
     """
     logger = logging.getLogger("fastdpo")
-    handler = logging.StreamHandler()
+    handler = LineHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
@@ -141,34 +139,26 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of one library to another
             main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("FASTDPO_DEBUG"):
-            raise
-        sys.stderr.write(f"error: {_format_error(error)}\n")
-        return EXIT_BAD_OPTION
-    except FloatingPointError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_DIVERGED
-    except MemoryError as error:
-        sys.stderr.write(f"error: {error or 'out of memory'}\n")
-        return EXIT_DOES_NOT_FIT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except SystemExit as stop:
         if stop.code != EXIT_TERMINATED:
             raise
         return EXIT_TERMINATED
+    except BaseException as error:  # tokenizers' panics are no Exception
+        return _report(error)
     finally:
         logger.removeHandler(handler)
     return 0
 
 
-def _format_error(error: Exception) -> str:
-    """Return the text of an error; that of a system call names the file and a remedy."""
-    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
-        return str(error)
-    remedy = _REMEDIES.get(error.errno or 0)
-    return f"{error.filename}: {error.strerror}" + (f"; {remedy}" if remedy else "")
+def _report(error: BaseException) -> int:
+    """Write what an error means to standard error; returns the exit code."""
+    outcome = outcome_of(error)
+    if outcome.is_own_fault or os.environ.get("FASTDPO_DEBUG"):
+        print_error("".join(traceback.format_exception(error)).rstrip())
+    print_error(f"error: {outcome.line}")
+    return outcome.code
 
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:

@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastdpo.options.checks import Options, option
+from fastdpo.options.checks import Options, as_names, option
 from fastdpo.options.model import DTYPES, LORA_ALPHA, LORA_DROPOUT, LORA_R
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class ModelConfig(Options):
         if self.dtype is None:
             self.dtype = "auto"
         super().__post_init__()
+        for name in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
+            setattr(self, name, as_names(getattr(self, name)))
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"  # pyrefly: ignore[bad-assignment]
         if self.attn_implementation is not None:

@@ -4,6 +4,7 @@ Only what `yaml.safe_load` builds is accepted, keys of the file occur once, and 
 aliases repeat is counted before anything is written out in full.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,21 @@ MAX_FILE_BYTES = 2**16
 MAX_NESTING = 32
 MAX_VALUES = 100_000
 """Scalars, lists and mappings of a file, each alias counted as all that it stands for."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for which 1e-6 is a number, as in YAML 1.2 and in Python.
+
+    YAML 1.1 wants a point in it. Options at the top are text to the command line's own reading
+    anyway; this is for numbers inside mappings and lists.
+    """
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z"),
+    list("-+.0123456789"),
+)
 
 
 def load_yaml_config(path: Path) -> dict[Any, Any]:
@@ -41,7 +57,7 @@ def load_yaml_config(path: Path) -> dict[Any, Any]:
         if root is None:
             return {}
         _check(root, path)
-        content = yaml.safe_load(text)
+        content = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     except (ValueError, OverflowError, TypeError) as error:
@@ -51,7 +67,16 @@ def load_yaml_config(path: Path) -> dict[Any, Any]:
         raise ValueError(
             f"{path}: holds a {type(content).__name__}, not options; write lines as beta: 0.1"
         )
-    return content
+    return {**content, **_top_level_text(root)}
+
+
+def _top_level_text(root: yaml.MappingNode) -> dict[str, str]:
+    """The options whose value is text: 12e4 may be a revision or a name."""
+    return {
+        key.value: value.value
+        for key, value in root.value
+        if key.tag.endswith(":str") and value.tag == "tag:yaml.org,2002:str"
+    }
 
 
 def _check_nesting(text: str, path: Path) -> None:

@@ -1,21 +1,19 @@
 """Showing a few prepared pairs: which text is prompt, chosen and rejected, and what was cut."""
 
 import os
-import re
 import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastdpo.data.pairs import Pair, PairDataset
+from fastdpo.system.console import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_LETTERS = 800
 _COLORS = {"prompt": "36", "chosen": "32", "rejected": "31", "cut": "7", "shared": "2"}
-# What would move the cursor, color the screen or turn the direction of writing.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def show_pairs(
@@ -76,7 +74,7 @@ class _Shown:
 
     def _text(self, ids: np.ndarray) -> str:
         text = self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
-        text = _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", str(text))
+        text = printable(str(text))
         if len(text) <= MOST_LETTERS:
             return text
         half = MOST_LETTERS // 2

@@ -19,6 +19,7 @@ from fastdpo.modeling.adapters import adapters_disabled
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import eval_mode
+from fastdpo.modeling.positions import position_limit
 from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.options import LossOptions
 from fastdpo.system.console import table
@@ -187,19 +188,24 @@ def generate_completions(
         model: a causal LM or a PeftModel on it.
         tokenizer: decodes the completions, and knows the token that ends one.
         prompts: token ids of each prompt, (P,).
-        max_new_tokens: most tokens to generate.
+        max_new_tokens: most tokens to generate; fewer where the model's positions end.
         reference: generate with the adapters off.
     """
     causal_lm = unwrap_model(model)
     off: AbstractContextManager[None] = adapters_disabled(model) if reference else nullcontext()
+    limit = position_limit(model)
     texts = []
     with off, eval_mode(model), torch.no_grad():
         for prompt in prompts:
             ids = torch.from_numpy(prompt.astype(np.int64))[None].to(causal_lm.device)
+            room = limit.tokens - len(prompt) if limit and limit.is_hard else max_new_tokens
+            if room < 1:
+                texts.append("")
+                continue
             written = model.generate(  # pyrefly: ignore[not-callable]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, room),
                 do_sample=False,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.eos_token_id,

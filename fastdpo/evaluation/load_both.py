@@ -17,6 +17,7 @@ from fastdpo.modeling.adapters import (
     load_adapter,
     replace_lora_forward,
 )
+from fastdpo.modeling.base_names import require_base
 from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
 from fastdpo.options import (
@@ -113,9 +114,9 @@ def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
             "a --model whose weights were all trained, --reference (the model it started from)."
         )
     name = model.model_name_or_path
-    if options.adapter is not None:
-        named = base_model_name(options.adapter) if name is None else None
-        name = name or named
+    if options.adapter is not None and name is None:
+        name = base_model_name(options.adapter)
+        require_base(name, options.adapter)
     if name is None:
         raise ValueError("--model is missing: pass the folder of the trained model.")
     return resolve_model(name)[0]

@@ -9,10 +9,13 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from torch import nn
 
+from fastdpo.batching import PairGroups
 from fastdpo.data import PairDataset, Rows
 from fastdpo.losses.pairs import preference_accuracy
-from fastdpo.modeling.scoring import ScoredPairs
+from fastdpo.modeling.finite import nonfinite_tensors
+from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 from fastdpo.system import files
 from fastdpo.system.console import table
 
@@ -93,11 +96,6 @@ class ScoredRows:
     def _score(self, index: int) -> Score:
         pair = self.pairs[index]
         logps, ref_logps = self.policy.logps[index], self.reference.logps[index]
-        if not (np.isfinite(logps).all() and np.isfinite(ref_logps).all()):
-            raise ValueError(
-                f"{self.rows.where(pair.row)}: the log-probs are {[*logps, *ref_logps]}; they must "
-                "be finite. Look at the model's weights, or load it with --dtype float32."
-            )
         logratios = logps - ref_logps
         return Score(
             *map(float, (*logps, *ref_logps, *(self.beta * logratios))),
@@ -110,6 +108,31 @@ class ScoredRows:
             truncated_rejected=pair.cut[2],
             dropped=None,
         )
+
+
+def score_finite(model: nn.Module, rows: Rows, pairs: PairDataset, side: str) -> ScoredPairs:
+    """Score all pairs of a data set, and refuse log-probs that are not finite.
+
+    Args:
+        model: a causal LM or a PeftModel on it, with its adapters on or off as they are.
+        rows: the rows of the data set.
+        pairs: what they became.
+        side: policy or reference, for the progress bar and the message.
+
+    Raises:
+        ValueError: names the first such row and, if the weights are at fault, a tensor.
+    """
+    scored = score_pairs(model, PairGroups(pairs), description=f"Scoring with the {side}")
+    wrong = np.flatnonzero(~np.isfinite(scored.logps).all(axis=1))
+    if not len(wrong):
+        return scored
+    weights = nonfinite_tensors(model.state_dict())
+    cause = f"Its weight {weights[0]} is not: the model diverged in training." if weights else ""
+    raise ValueError(
+        f"{rows.where(pairs[int(wrong[0])].row)}: the log-probs are "
+        f"{[float(each) for each in scored.logps[wrong[0]]]} under the {side}; they must be "
+        f"finite. {cause or 'Load the model with --dtype float32.'}"
+    )
 
 
 def check_rows(rows: Rows, pairs: PairDataset, path: Path, *, prefix: str = "") -> None:
@@ -144,7 +167,7 @@ def write_scores(scored: ScoredRows, path: Path, *, prefix: str = "") -> None:
         prefix: put before the names of the new columns.
 
     Raises:
-        ValueError: a log-prob is not finite.
+        OSError: the disk is full or failing.
     """
     names = [prefix + name for name in COLUMNS]
 

@@ -61,7 +61,7 @@ def completion_terms(scored: TokenLogps, options: LossOptions) -> dict[str, Tens
 
 
 def pair_logps(terms: Mapping[str, Tensor], ref_logps: Tensor, tokens: Tensor) -> PairLogps:
-    """What a loss looks at, of B pairs.
+    """The log-probs that a loss looks at, of B pairs.
 
     Args:
         terms: from `completion_terms`, (2 B,) each: chosen and rejected of each pair in turns.

@@ -2,7 +2,13 @@
 
 from fastdpo.merging.adapter import Adapter, read_adapter
 from fastdpo.merging.base import Base, find_base
-from fastdpo.merging.folder import MergedModel, claim_folder, finish_folder, write_folder
+from fastdpo.merging.folder import (
+    MergedModel,
+    claim_folder,
+    finish_folder,
+    hold_folder,
+    write_folder,
+)
 from fastdpo.merging.plan import MergePlan, plan_merge
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "claim_folder",
     "find_base",
     "finish_folder",
+    "hold_folder",
     "plan_merge",
     "read_adapter",
     "write_folder",

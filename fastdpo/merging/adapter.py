@@ -14,6 +14,8 @@ from peft.utils.other import get_pattern_key
 
 from fastdpo.merging.model_files import model_file
 from fastdpo.merging.tensor_files import StoredTensor, check_mergeable, tensors_of
+from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.finite import nonfinite_adapter, nonfinite_tensors, require_finite_scale
 
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(
@@ -89,10 +91,18 @@ def read_adapter(folder: Path) -> Adapter:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{config_file} holds a {type(config).__name__}, no object: copy it again."
+        )
     _refuse_other_kinds(config, config_file)
+    require_finite_scale(config, str(config_file))
     parts: dict[str, dict[str, StoredTensor]] = {}
     whole = {}
-    for key, tensor in tensors_of(weights).items():
+    stored = tensors_of(weights)
+    if wrong := [name for name, each in stored.items() if nonfinite_tensors({name: each.read()})]:
+        raise ValueError(nonfinite_adapter(str(folder), wrong, len(stored)))
+    for key, tensor in stored.items():
         name = key.removeprefix(_PREFIX)
         check_mergeable(tensor)
         if match := _LOW_RANK.fullmatch(name):
@@ -104,6 +114,7 @@ def read_adapter(folder: Path) -> Adapter:
             )
         else:
             whole[name.replace(".base_layer.", ".")] = tensor
+    check_patterns(config, parts, str(folder))
     low_rank = {module: _update(config, module, each, weights) for module, each in parts.items()}
     return Adapter(folder, config, low_rank, whole)
 
@@ -153,4 +164,6 @@ def _update(
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     alphas = config.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha", 8))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ValueError(f"adapter_config.json has {alpha!r} as alpha of {module}, no number.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

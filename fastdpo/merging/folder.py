@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -16,15 +18,13 @@ from fastdpo.merging.base import INDEX, Base
 from fastdpo.merging.model_files import are_plain_names, model_file
 from fastdpo.merging.plan import MergePlan
 from fastdpo.merging.tensor_files import MERGEABLE_DTYPES, write_tensors
+from fastdpo.options import cache_folder
 from fastdpo.system import files
 from fastdpo.system.console import progress_bar
+from fastdpo.system.results import TOKENIZER_FILES
 
 MARKER = "merge.json"
 MADE_BY = "python -m fastdpo.merge"
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "spiece.model", "sentencepiece*", "chat_template*",
-)  # fmt: skip
 OTHER_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 WRITTEN = (*TOKENIZER_FILES, *OTHER_FILES, "*.safetensors", INDEX, "config.json")
 """Patterns of everything that a merge writes beside its account."""
@@ -45,6 +45,30 @@ class MergedModel:
     account: dict[str, Any]
 
 
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other merges out; it is removed if nothing was written into it.
+
+    Raises:
+        ValueError: another process is merging into it, or it is a file.
+        OSError: it cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file: name a new folder.")
+    made = files.mkdir(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.exclusive_lock(folder, cache_folder() / "locks"))
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is writing into --output_dir {folder}: wait for it, or name "
+                "another folder."
+            ) from None
+        for each in reversed(made):
+            stack.callback(files.rmdir, each)
+        yield
+
+
 def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool) -> None:
     """Make sure that nothing but our own earlier result is lost in `folder`, and remove that.
 
@@ -56,8 +80,6 @@ def claim_folder(folder: Path, base: Base, adapter: Adapter, *, overwrite: bool)
     for other, what in ((base.folder, "the base"), (adapter.folder, "the adapter")):
         if folder.resolve() == other.resolve():
             raise ValueError(f"--output_dir {folder} is the folder of {what}: name a new one.")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file: name a new folder.")
     if not folder.exists() or not any(folder.iterdir()):
         return
     earlier = _earlier(folder)

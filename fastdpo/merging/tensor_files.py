@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdpo.modeling.finite import named, nonfinite_tensors
 from fastdpo.system import files
 
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -81,6 +82,18 @@ def check_mergeable(tensor: StoredTensor) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, StoredTensor | NewTensor]) -> None:
-    """Write a safetensors file; its new tensors are in memory together, stored ones are mapped."""
+    """Write a safetensors file; its new tensors are in memory together, stored ones are mapped.
+
+    Raises:
+        ValueError: a new tensor is not finite.
+        OSError: the disk is full or failing.
+    """
     content = {name: each.read() for name, each in tensors.items()}
+    new = {name: content[name] for name, each in tensors.items() if isinstance(each, NewTensor)}
+    if wrong := nonfinite_tensors(new):
+        dtype = str(content[wrong[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"merged, {named(wrong, len(content))} of {path.name} is not finite in {dtype}: look "
+            "at the base's weights, or merge into a base that is stored in bfloat16 or float32."
+        )
     files.call_writer(path, lambda path: save_file(content, path, {"format": "pt"}))

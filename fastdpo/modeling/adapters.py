@@ -21,7 +21,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.modeling.shared_input import SharedInput
+from fastdpo.system.oom import oom_message
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,10 @@ TRAINING_ARGUMENTS = "training_args.json"
 
 BASE_IN_4BIT = "base_in_4bit"
 """Its key, beside the options, for whether the weights below the adapter were 4-bit ones."""
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read, or does not fit its base."""
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
@@ -196,11 +203,12 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         trainable: whether the adapter will be trained further.
 
     Raises:
-        ValueError: there is no adapter there, or its weights do not fit this base.
+        ValueError: there is no adapter there, its weights do not fit this base, or they or their
+            scale are not finite.
     """
     base_model_name(folder)
     replace_lora_forward(model)
-    with _strict_load(folder) as load:
+    with _strict_load(model, folder) as load:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
     replace_lora_forward(adapted)
@@ -211,26 +219,36 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """Load the adapter of a folder under another name, beside the one that the model has.
 
     Raises:
-        ValueError: its weights do not fit this base.
+        ValueError: its weights do not fit this base, or they or their scale are not finite.
     """
-    with _strict_load(folder) as load:
+    with _strict_load(model, folder) as load:
         load(model, name)
 
 
 @contextmanager
-def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
+def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Callable[..., None]]:
     """Yield a function (model, name) that loads the folder's weights, all of them.
 
     It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
     a matrix whose name it does not find as it was drawn, with a warning.
     """
+    config = _read_config(folder).to_dict()
+    names = [name for name, _ in base.named_modules()]
+    check_patterns(config, names, folder)
+    if Path(folder).is_dir() and not list(Path(folder).glob("adapter_model.*")):
+        raise AdapterError(
+            f"the adapter in {folder} has no weights: adapter_model.safetensors is missing; copy "
+            "or download the folder again."
+        )
+    require_finite_scale(config, f"the adapter in {folder}")
 
     def load(model: PeftModel, name: str, **options: Any) -> None:
         result = model.load_adapter(folder, adapter_name=name, **options)
+        require_finite_adapter(model, name, folder)
         surplus = [key for key in result.unexpected_keys if ".lora_" in key]
         for problem, keys in (("lacks", result.missing_keys), ("has no place for", surplus)):
             if keys:
-                raise ValueError(
+                raise AdapterError(
                     f"the adapter in {folder} does not fit this base: it is of another model or "
                     f"another version of PEFT, and {problem} {keys[0]} ({len(keys)} such). Pass "
                     "the base that it was trained on."
@@ -238,9 +256,16 @@ def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
 
     try:
         yield load
-    except RuntimeError as error:  # torch: the shapes differ
-        raise ValueError(
-            f"the adapter in {folder} does not fit this base: {str(error).splitlines()[-1].strip()}"
+    except (AdapterError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # torch: the shapes differ; safetensors: damaged; PEFT: anything
+        if isinstance(error, RuntimeError) and oom_message(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise AdapterError(
+            f"the adapter in {folder} does not fit this base, or is damaged "
+            f"({type(error).__name__}: {reason}): pass the base that it was trained on, or copy or "
+            "download the adapter again."
         ) from error
 
 
@@ -256,16 +281,27 @@ def base_model_name(folder: str) -> str:
     Raises:
         ValueError: the folder holds no adapter, or one that does not say.
     """
-    try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} holds no adapter: need a folder with adapter_config.json and "
-            "adapter_model.safetensors, such as the --output_dir of a run with --lora or --qlora."
-        ) from error
+    base = _read_config(folder).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not name its base: pass it as --model.")
     return base
+
+
+def _read_config(folder: str) -> PeftConfig:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        ValueError: the folder holds no adapter, or a damaged one.
+    """
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except Exception as error:  # PEFT raises what its parsing of the file happens to meet
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise AdapterError(
+            f"{folder} holds no adapter ({type(error).__name__}: {reason}): need a folder with "
+            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
+            "with --lora or --qlora."
+        ) from error
 
 
 @contextmanager

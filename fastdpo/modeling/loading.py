@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or the hub, dense or in 4 bits, with explicit dtypes."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,17 @@ from transformers import (
 
 from fastdpo.modeling.weight_hash import record_load, weight_files
 from fastdpo.system.device import cuda_has_bf16
+from fastdpo.system.oom import oom_message
 
 HUB_HINT = (
     "Pass a local folder that holds config.json, *.safetensors and the tokenizer, or make the hub "
     "reachable (gated models need `hf auth login` and their licence accepted)."
 )
+DAMAGED_HINT = (
+    "A file is damaged, was not downloaded to its end, or belongs to another model or version: "
+    "copy or download the folder again."
+)
+_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
 class ModelError(ValueError):
@@ -56,8 +63,11 @@ def load_model(
         options: more arguments for `from_pretrained`; they win over the above.
 
     Raises:
-        ModelError: the model cannot be found or reached, or is stored quantized in another way
-            than `load_in_4bit` asks for; says what to pass instead.
+        ModelError: the model cannot be found or reached, its files are damaged, incomplete or not
+            those of its config, or it is stored quantized in another way than `load_in_4bit` asks
+            for; says what to pass instead.
+        ImportError: a package is missing that this model needs.
+        MemoryError: it does not fit into memory.
     """
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -74,13 +84,12 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
         )
     arguments |= options or {}
-    files = weight_files(Path(name))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load the model {name!r}: {_first_line(error)} {HUB_HINT}"
-        ) from error
+    with _explaining(f"the model {name!r}"):
+        files = weight_files(Path(name))
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, **arguments
+        )
+    _check_complete(name, model, found)
     if load_in_4bit and not getattr(model, "is_loaded_in_4bit", False):
         stored = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         method = getattr(stored, "quant_method", None)
@@ -99,16 +108,14 @@ def load_tokenizer(
     """Load the tokenizer that lies beside a model.
 
     Raises:
-        ModelError: it cannot be found or reached; says what to pass instead.
+        ModelError: it cannot be found or reached, or its files are damaged; says what to pass
+            instead.
+        ImportError: a package is missing that this tokenizer needs.
     """
-    try:
+    with _explaining(f"the tokenizer of {name!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load the tokenizer of {name!r}: {_first_line(error)} {HUB_HINT}"
-        ) from error
     if tokenizer is None:
         raise ModelError(f"the model {name!r} has no tokenizer. {HUB_HINT}")
     return tokenizer
@@ -135,7 +142,60 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _first_line(error: Exception) -> str:
+@contextmanager
+def _explaining(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about the files of `what` into a ModelError.
+
+    Raises:
+        ModelError: says whether the files are damaged, or cannot be found or reached.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {what}: {_first_line(error)} {HUB_HINT}") from error
+    except (
+        BaseException
+    ) as error:  # safetensors, tokenizers and torch each have errors of their own
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        if isinstance(error, RuntimeError) and oom_message(error):
+            raise
+        raise ModelError(
+            f"cannot load {what}: {type(error).__name__}: {_first_line(error)} {DAMAGED_HINT}"
+        ) from error
+
+
+def _check_complete(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse weights that are not those of the config, about which transformers only warns.
+
+    Raises:
+        ModelError: tensors are missing, which would be drawn at random, or whole layers are left.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"cannot load the model {name!r}: its files lack {missing[0]} ({len(missing)} such "
+            f"tensors), which would be drawn at random. {DAMAGED_HINT}"
+        )
+    layers: dict[tuple[str, int], set[str]] = {}
+    for key in [*model.state_dict(), *found["unexpected_keys"]]:
+        if match := _LAYER.fullmatch(key):
+            layers.setdefault((match["stack"], int(match["index"])), set()).add(match["rest"])
+    own = {
+        (match["stack"], int(match["index"]))
+        for key in model.state_dict()
+        if (match := _LAYER.fullmatch(key))
+    }
+    for (stack, index), parts in layers.items():
+        if (stack, index) not in own and parts == layers.get((stack, 0)):
+            raise ModelError(
+                f"cannot load the model {name!r}: its files hold {stack}.{index}, and its config "
+                f"counts fewer layers than that. {DAMAGED_HINT}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
     """The first sentence of a library's message, without the list that may follow."""
     text = str(error).strip().splitlines()
     first = text[0].rstrip() if text else type(error).__name__

@@ -21,11 +21,14 @@ from fastdpo.modeling.adapters import (
     load_second_adapter,
     replace_lora_forward,
 )
+from fastdpo.modeling.base_names import is_same_base
 from fastdpo.modeling.head import get_lm_head, unwrap_model
 from fastdpo.modeling.loading import disable_dropout
 
 FROZEN_ADAPTER = "reference"
-"""The name of the frozen copy inside the PeftModel; only the policy's own adapter is saved."""
+"""The name of the frozen copy inside the PeftModel, with a number behind it where that is taken.
+
+Only the policy's own adapter is saved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +108,15 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
         return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
     (active,), trainable = policy.active_adapters, _trainable(policy)
     config = copy.deepcopy(policy.peft_config[active])
-    policy.add_adapter(FROZEN_ADAPTER, config)
+    name = _free_name(policy)
+    policy.add_adapter(name, config)
     disable_dropout(policy)
     replace_lora_forward(policy)
     reference = ReferenceModel(
         policy,
-        lambda: _adapter_on(policy, FROZEN_ADAPTER),
+        lambda: _adapter_on(policy, name),
         "The reference is a frozen copy of the adapter that training starts from.",
-        adapter=FROZEN_ADAPTER,
+        adapter=name,
     )
     _restore(policy, active, trainable)
     reference.update_ema(policy, 1.0)
@@ -126,22 +130,44 @@ def reference_from_adapter(policy: PeftModel, folder: str) -> ReferenceModel:
         ValueError: the adapter was trained on another base, or its weights do not fit.
     """
     (active,), trainable = policy.active_adapters, _trainable(policy)
-    base, adapter_base = unwrap_model(policy).name_or_path, base_model_name(folder)
-    if base and adapter_base != base:
+    base, adapter_base = str(unwrap_model(policy).name_or_path), base_model_name(folder)
+    if base and not is_same_base(base, adapter_base):
         raise ValueError(
             f"the adapter in {folder} was trained on {adapter_base} and the policy lies on {base}: "
             "pass an adapter of the same base, or a whole model."
         )
-    load_second_adapter(policy, folder, FROZEN_ADAPTER)
+    name = _free_name(policy)
+    load_second_adapter(policy, folder, name)
     disable_dropout(policy)
     replace_lora_forward(policy)
     _restore(policy, active, trainable)
     return ReferenceModel(
         policy,
-        lambda: _adapter_on(policy, FROZEN_ADAPTER),
+        lambda: _adapter_on(policy, name),
         f"The reference is the adapter in {folder}.",
-        adapter=FROZEN_ADAPTER,
+        adapter=name,
     )
+
+
+def reference_from_held(policy: PeftModel, name: str) -> ReferenceModel:
+    """An adapter that the PeftModel holds already beside the active one; it is frozen."""
+    trainable = {each for each in _trainable(policy) if f".{name}." not in each}
+    (active,) = policy.active_adapters
+    disable_dropout(policy)
+    replace_lora_forward(policy)
+    _restore(policy, active, trainable)
+    return ReferenceModel(
+        policy,
+        lambda: _adapter_on(policy, name),
+        f"The reference is the adapter called {name} of the model.",
+        adapter=name,
+    )
+
+
+def _free_name(policy: PeftModel) -> str:
+    """A name for one more adapter, which none of the model's has."""
+    names = (FROZEN_ADAPTER, *(f"{FROZEN_ADAPTER}_{number}" for number in range(2, 100)))
+    return next(name for name in names if name not in policy.peft_config)
 
 
 def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:

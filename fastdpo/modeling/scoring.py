@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, pack_in_order
+from fastdpo.batching import MicroBatch, PromptGroup, longest_sequence, pack_in_order
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, WorkItem, group_length, run_within_memory
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.packing import PackingMode, choose_packing
+from fastdpo.modeling.positions import require_positions
 from fastdpo.system.console import progress_bar
 
 
@@ -92,7 +93,9 @@ def score_groups(
 
     Raises:
         DoesNotFitError: memory runs out with a single completion in a micro-batch.
+        ValueError: the model has no positions for the longest sequence.
     """
+    require_positions(model, longest_sequence(groups))
     layout = ExecutionLayout.default(model) if layout is None else layout
     mode = choose_packing(model) if mode is None else mode
     lengths = [group_length(group, mode) for group in groups]

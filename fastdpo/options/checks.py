@@ -6,8 +6,8 @@ Every message names the flag, the value that arrived, what is needed and what to
 import json
 import math
 from collections import ChainMap
-from collections.abc import Callable, Collection
-from dataclasses import Field, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, field, fields
 from functools import partial
 from types import MappingProxyType, NoneType
 from typing import Any, ClassVar, get_args
@@ -66,6 +66,8 @@ class Options:
             value = getattr(self, name)
             if not (value is None and may_be_none):
                 check(name, value)
+        for entry in fields(self):  # pyrefly: ignore[bad-argument-type]
+            check_finite(entry.name, getattr(self, entry.name))
 
 
 def whole(at_least: int, remedy: str, *, or_zero: bool = False) -> Check:
@@ -107,6 +109,19 @@ def number(
     return check
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Refuse infinity and NaN, inside lists and dicts too: no option has a meaning for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"--{name} is {value!r}; it must be a finite number: give one, or leave it out."
+        )
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            check_finite(name, item)
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Refuse a value that is none of the choices."""
     if value not in choices:
@@ -134,4 +149,23 @@ def as_dict(name: str, value: Any) -> dict[str, Any] | None:
             ) from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"--{name} is {value!r}; it must be a dict, or JSON text of one.")
+    check_keys(name, value or {})
     return value
+
+
+def check_keys(name: str, value: Mapping[Any, Any]) -> None:
+    """Refuse a mapping of arguments whose keys are no text, as bare 1, yes and on are in YAML."""
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"--{name} has the key {key!r}, which is no text; its keys are names of "
+                "arguments: quote it, or correct it."
+            )
+
+
+def as_names(value: str | list[str] | None) -> list[str] | None:
+    """Split names that are given with commas between them; None stays None."""
+    if value is None:
+        return None
+    words = [value] if isinstance(value, str) else value
+    return [name.strip() for word in words for name in str(word).split(",") if name.strip()]

@@ -138,7 +138,7 @@ class LossOptions(Options):
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether the loss takes more of a completion than the sum of its tokens' log-probs.
+        """True if the loss needs more of a completion than the sum of its tokens' log-probs.
 
         Then the reference log-probs of single tokens are needed too.
         """

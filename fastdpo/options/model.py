@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdpo.options.checks import Options, number, option, whole
+from fastdpo.options.checks import Options, as_names, number, option, whole
 
 MODEL_ALIASES = {
     "llama-7b": "meta-llama/Llama-2-7b-hf",
@@ -84,9 +84,8 @@ class ModelOptions(Options):
                 f"{' and '.join(chosen)} exclude each other: keep one. --qlora needs the least "
                 "memory, --lora is faster where 16-bit weights fit, --full trains every weight."
             )
-        if isinstance(self.lora_target_modules, str):
-            self.lora_target_modules = [self.lora_target_modules]
-        if self.lora_target_modules == ["all-linear"]:
+        self.lora_target_modules = as_names(self.lora_target_modules)
+        if self.lora_target_modules in (["all-linear"], ["all"]):
             self.lora_target_modules = None
         if self.lora_target_modules == []:
             raise ValueError(

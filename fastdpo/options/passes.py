@@ -48,8 +48,8 @@ class BatchingOptions(Options):
     )
     packing: str = option(
         "auto",
-        "auto lays completions one after another in rows without padding where the model can do "
-        "that exactly; off gives every completion a padded row and shares nothing.",
+        "auto lays completions one after another without padding where the model can do that "
+        "exactly; off gives every completion a padded sequence and shares nothing.",
         choices=["auto", "off"],
     )
     merge_prompts: bool = option(
@@ -58,8 +58,9 @@ class BatchingOptions(Options):
     )
     attention: str = option(
         "auto",
-        "What attends over packed rows. auto: varlen (flash attention in torch) where it can, flex "
-        "for capped scores and sinks, sdpa elsewhere; flash_attention_2 and 3 need their packages.",
+        "What attends over packed pairs. auto: varlen (flash attention in torch) where it can, "
+        "flex for capped scores and sinks, sdpa elsewhere; flash_attention_2 and 3 need their "
+        "packages.",
         choices=list(ATTENTION_BACKENDS),
     )
     kernels: str = option(
@@ -84,7 +85,7 @@ class BatchingOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        self.model_init_kwargs = as_dict("model_init_kwargs", self.model_init_kwargs)
+        self.model_init_kwargs = _loading(as_dict("model_init_kwargs", self.model_init_kwargs))
         super().__post_init__()
         if self.merge_prompts and "off" in (self.packing, self.shared_prefix):
             raise ValueError(
@@ -97,3 +98,26 @@ class BatchingOptions(Options):
         """A copy of `model_init_kwargs`, the arguments for from_pretrained."""
         assert not isinstance(self.model_init_kwargs, str), "__post_init__ has read the JSON"
         return dict(self.model_init_kwargs or {})
+
+
+def _loading(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Arguments for from_pretrained under their present names.
+
+    Raises:
+        ValueError: the dtype is given twice, or weights of 8 bits are requested.
+    """
+    given = dict(given or {})
+    if "torch_dtype" in given:
+        if "dtype" in given:
+            raise ValueError(
+                "--model_init_kwargs has dtype and torch_dtype, which are one: keep dtype."
+            )
+        given["dtype"] = given.pop("torch_dtype")
+    quantization = given.get("quantization_config")
+    in_dict = quantization if isinstance(quantization, dict) else {}
+    if given.get("load_in_8bit") or in_dict.get("load_in_8bit"):
+        raise ValueError(
+            "--model_init_kwargs asks for load_in_8bit, and 8-bit weights are not built: use 4 "
+            "bits (--qlora, or a BitsAndBytesConfig with load_in_4bit), or leave it out."
+        )
+    return given or None

@@ -17,7 +17,8 @@ class ReferenceOptions(Options):
         None,
         "What the policy is compared with: adapter, a frozen copy of the adapter that training "
         "starts from; base, the model with all adapters off; or the folder or hub id of a model or "
-        "adapter. Unset: adapter where training starts from one that was trained, else base.",
+        "adapter, or from Python the name of another adapter of the model. Unset: one that is "
+        "called reference, else adapter where training starts from a trained one, else base.",
     )
     ref_cache: str | None = option(
         None,
@@ -75,17 +76,30 @@ class ReferenceOptions(Options):
 
 
 def reference_folder(ref_cache: str | None) -> Path | None:
-    """Return the folder of the reference stores for a value of `--ref_cache`; None means off."""
+    """Return the folder of the reference stores for a value of `--ref_cache`; None means off.
+
+    Raises:
+        ValueError: it lies in the home folder, and this user has none.
+    """
     if ref_cache == "off":
         return None
-    if ref_cache is not None:
-        return Path(ref_cache).expanduser()
-    return cache_folder() / "reference"
+    if ref_cache is None:
+        return cache_folder() / "reference"
+    return _in_home(ref_cache)
 
 
 def cache_folder() -> Path:
     """The folder for what outlives a run: $FASTDPO_CACHE, or fastdpo in the user's cache."""
     if cache := os.environ.get("FASTDPO_CACHE"):
-        return Path(cache).expanduser()
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user).expanduser() / "fastdpo"
+        return _in_home(cache)
+    return _in_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastdpo"
+
+
+def _in_home(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder} lies in the home folder, and this user has none (HOME is not set): pass "
+            "--ref_cache FOLDER, or off, or set FASTDPO_CACHE."
+        ) from error

@@ -6,6 +6,8 @@ Each one gets one sentence of advice. Only the standard library is imported.
 import difflib
 from collections.abc import Iterable
 
+from fastdpo.options.synonyms import FOREIGN_OPTIONS, SYNONYMS
+
 _NAMED_REFERENCE = (
     "use reference with adapter, base, or the folder or hub id of a model or adapter."
 )
@@ -19,8 +21,10 @@ REMOVED_OPTIONS = {
         "use loss_type sigmoid sft with loss_weights 1.0 and the value that you gave.",
     ),
     "generate_during_eval": "generate after training from the saved adapter, or in a callback.",
-    "model_adapter_name": "the one adapter that is loaded is trained; leave it out.",
-    "ref_adapter_name": _NAMED_REFERENCE,
+    "model_adapter_name": "the active adapter is trained: model.set_adapter(NAME), and leave it "
+    "out.",
+    "ref_adapter_name": "use reference with the adapter's name; one that is called reference is "
+    "found by itself.",
     "force_use_ref_model": _NAMED_REFERENCE,
     "ref_model_init_kwargs": "a reference is loaded as the policy is; use model_init_kwargs.",
     "base_model_attribute_name": "the backbone is found by itself; leave it out.",
@@ -60,7 +64,7 @@ REMOVED_OPTIONS = {
     # transformers, former releases
     "warmup_ratio": "use warmup_steps with a value below 1.",
     "evaluation_strategy": "use eval_strategy.",
-    "group_by_length": "rows are packed by tokens and nothing is padded; leave it out.",
+    "group_by_length": "pairs are packed by tokens and nothing is padded; leave it out.",
     "include_tokens_per_second": "perf/tokens_per_second is always logged; leave it out.",
     "overwrite_output_dir": "use another output_dir, or resume_from_checkpoint.",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR.",
@@ -72,9 +76,32 @@ REMOVED_OPTIONS = {
 }
 
 
+_NO_CANDIDATES = ("do_train", "do_eval", "do_predict")
+"""Options of transformers that nobody means who mistypes another one."""
+
+
 def suggest_option(name: str, known: Iterable[str], dashes: str = "") -> str:
-    """Say what to do about an unknown option: advice if it once existed, else the nearest name."""
+    """Say what to do about an unknown option.
+
+    Args:
+        name: as the user wrote it, without dashes.
+        known: the options that there are.
+        dashes: what stands before an option where it was written.
+
+    Returns:
+        Advice if the option once existed, the option of the same meaning if another trainer has
+        it under this name, else the nearest name.
+    """
+    options = [option for option in known if option not in _NO_CANDIDATES]
     if name in REMOVED_OPTIONS:
         return REMOVED_OPTIONS[name]
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    if (same := SYNONYMS.get(name)) is not None:
+        if same in options:
+            return f"it is {dashes}{same} here."
+        if same.startswith("lora"):
+            return f"it is {same} of the commands, and belongs into peft_config here."
+        return f"it is {same} in training, and this takes no such option: leave it out."
+    if name in FOREIGN_OPTIONS:
+        return FOREIGN_OPTIONS[name]
+    nearest = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
     return f"the nearest is {dashes}{nearest[0]}" if nearest else "no option has a name like it"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastdpo.options.checks import Options, option
+from fastdpo.options.checks import Check, Options, number, option, whole
 
 
 @dataclass
@@ -47,6 +47,29 @@ class TrainerDefaults(Options):
     )
     seed: int = option(42, "Seed of the adapter's start and of the order of the pairs.")
     report_to: str | list[str] = option("none", "Trackers: none, trackio, tensorboard, wandb, all.")
+
+
+_SHARE = "Below 1 it is a share of the run, from 1 on a number of updates."
+_SEED = number("42 is usual.", at_least=0, below=2**32)
+
+INHERITED_CHECKS: dict[str, Check] = {
+    "per_device_train_batch_size": whole(1, "32 in all is usual"),
+    "gradient_accumulation_steps": whole(1, "1 is usual"),
+    "num_train_epochs": number("1 is usual.", above=0),
+    "learning_rate": number("1e-5 is usual for an adapter.", at_least=0),
+    "weight_decay": number("0 is usual.", at_least=0),
+    "adam_beta1": number("0.9 is usual.", at_least=0, below=1),
+    "adam_beta2": number("0.999 is usual.", at_least=0, below=1),
+    "adam_epsilon": number("1e-8 is usual; at 0 a weight without gradient becomes NaN.", above=0),
+    "max_grad_norm": number("1 is usual, 0 does not clip.", at_least=0),
+    "warmup_steps": number(_SHARE, at_least=0),
+    "logging_steps": number(_SHARE, at_least=0),
+    "save_steps": number(_SHARE, at_least=0),
+    "eval_steps": number(_SHARE, at_least=0),
+    "seed": _SEED,
+    "data_seed": _SEED,
+}
+"""Bounds of inherited training options that would otherwise fail late, or train in silence."""
 
 
 def presets(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,14 +19,16 @@ products included. With it every speed that a plan states is an estimate, not a 
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """A GPU as its data sheet describes it.
+    """A GPU as its data sheet describes it, with the memory that torch sees of it.
 
     Attributes:
         name: the GPU's name, or that of the one that its size stands for.
         memory_bytes: memory that a run may use, CUDA's own context included.
-        tflops: dense bfloat16 products with fp32 sums, 1e12 FLOPs a second.
+        tflops: dense bfloat16 (float16 where there is none) products with fp32 sums, 1e12 FLOPs a
+            second.
         gb_per_s: bandwidth of its own memory, 1e9 bytes a second.
         capability: compute capability; a GPU given by its size alone is taken to have bfloat16.
+        sold_gib: what is printed on the box; a driver, and error correction, keep some of it.
     """
 
     name: str
@@ -34,24 +36,55 @@ class GPUSpec:
     tflops: float
     gb_per_s: float
     capability: Capability = (8, 0)
+    sold_gib: int = 0
+
+
+def _gpu(
+    name: str, sold: int, seen: float, tflops: float, gb_per_s: float, capability: Capability
+) -> GPUSpec:
+    return GPUSpec(name, int(seen * GIB), tflops, gb_per_s, capability, sold)
 
 
 KNOWN = (
-    GPUSpec("RTX 2060", 6 * GIB, 26, 336, (7, 5)),
-    GPUSpec("RTX 4060", 8 * GIB, 30, 272, (8, 9)),
-    GPUSpec("RTX 3060", 12 * GIB, 25, 360, (8, 6)),
-    GPUSpec("RTX 4070", 12 * GIB, 58, 504, (8, 9)),
-    GPUSpec("RTX 4080", 16 * GIB, 97, 717, (8, 9)),
-    GPUSpec("RTX 3090", 24 * GIB, 71, 936, (8, 6)),
-    GPUSpec("RTX 4090", 24 * GIB, 165, 1008, (8, 9)),
-    GPUSpec("L4", 24 * GIB, 121, 300, (8, 9)),
-    GPUSpec("A10", 24 * GIB, 125, 600, (8, 6)),
-    GPUSpec("RTX 5090", 32 * GIB, 209, 1792, (12, 0)),
-    GPUSpec("A6000", 48 * GIB, 155, 768, (8, 6)),
-    GPUSpec("L40S", 48 * GIB, 362, 864, (8, 9)),
-    GPUSpec("A100", 80 * GIB, 312, 2039, (8, 0)),
-    GPUSpec("H100", 80 * GIB, 989, 3350, (9, 0)),
-    GPUSpec("H200", 141 * GIB, 989, 4800, (9, 0)),
+    # GiB as sold, and about what a driver leaves to torch (from public messages for some, else
+    # estimated); TFLOP/s and GB/s as data sheets have them.
+    _gpu("RTX 2060", 6, 5.79, 26, 336, (7, 5)),
+    _gpu("RTX 2080 Ti", 11, 10.75, 54, 616, (7, 5)),
+    _gpu("RTX 3060", 12, 11.75, 25, 360, (8, 6)),
+    _gpu("RTX 3070", 8, 7.78, 41, 448, (8, 6)),
+    _gpu("RTX 3080", 10, 9.77, 60, 760, (8, 6)),
+    _gpu("RTX 3080 Ti", 12, 11.75, 68, 912, (8, 6)),
+    _gpu("RTX 3090", 24, 23.68, 71, 936, (8, 6)),
+    _gpu("RTX 3090 Ti", 24, 23.68, 80, 1008, (8, 6)),
+    _gpu("RTX 4060", 8, 7.75, 30, 272, (8, 9)),
+    _gpu("RTX 4060 Ti", 16, 15.6, 44, 288, (8, 9)),
+    _gpu("RTX 4070", 12, 11.7, 58, 504, (8, 9)),
+    _gpu("RTX 4070 SUPER", 12, 11.7, 71, 504, (8, 9)),
+    _gpu("RTX 4070 Ti", 12, 11.7, 80, 504, (8, 9)),
+    _gpu("RTX 4070 Ti SUPER", 16, 15.7, 88, 672, (8, 9)),
+    _gpu("RTX 4080", 16, 15.7, 97, 717, (8, 9)),
+    _gpu("RTX 4080 SUPER", 16, 15.7, 104, 736, (8, 9)),
+    _gpu("RTX 4090", 24, 23.64, 165, 1008, (8, 9)),
+    _gpu("RTX 5070", 12, 11.6, 62, 672, (12, 0)),
+    _gpu("RTX 5070 Ti", 16, 15.5, 88, 896, (12, 0)),
+    _gpu("RTX 5080", 16, 15.5, 113, 960, (12, 0)),
+    _gpu("RTX 5090", 32, 31.36, 209, 1792, (12, 0)),
+    _gpu("T4", 16, 14.56, 65, 320, (7, 5)),
+    _gpu("V100", 16, 15.77, 125, 900, (7, 0)),
+    _gpu("L4", 24, 22.0, 121, 300, (8, 9)),
+    _gpu("A10", 24, 22.0, 125, 600, (8, 6)),
+    _gpu("A10G", 24, 22.0, 70, 600, (8, 6)),
+    _gpu("A30", 24, 23.5, 165, 933, (8, 0)),
+    _gpu("A4000", 16, 15.6, 77, 448, (8, 6)),
+    _gpu("A5000", 24, 23.6, 111, 768, (8, 6)),
+    _gpu("A6000", 48, 47.4, 155, 768, (8, 6)),
+    _gpu("A40", 48, 44.4, 150, 696, (8, 6)),
+    _gpu("6000 Ada", 48, 47.4, 364, 960, (8, 9)),
+    _gpu("L40", 48, 44.4, 181, 864, (8, 9)),
+    _gpu("L40S", 48, 44.4, 362, 864, (8, 9)),
+    _gpu("A100", 80, 79.1, 312, 2039, (8, 0)),
+    _gpu("H100", 80, 79.1, 989, 3350, (9, 0)),
+    _gpu("H200", 141, 139.8, 989, 4800, (9, 0)),
 )
 
 _OF_SIZE = {
@@ -60,26 +93,51 @@ _OF_SIZE = {
 }  # fmt: skip
 
 
-def gpu_spec(text: str) -> GPUSpec:
-    """The GPU of a size ("24GiB", "24GB", "24") or of a name ("RTX 4090", "rtx-4090").
+_UNNAMED = r"nvidia|geforce|tesla|quadro|rtx|gtx|gpu|generation|pcie|sxm\d?|hbm\d?e?"
+"""Words that people and nvidia-smi write around the name of a GPU."""
 
-    A GPU sold as 24 GB holds 24 GiB. A size stands for the rates of a usual GPU of that size, or
-    of the next smaller one, and for a GPU that has bfloat16.
+MOST_GIB = 512
+"""No GPU has more; a larger bare number is a name that is not known."""
+
+
+def gpu_spec(text: str) -> GPUSpec:
+    """Look up the GPU of a size ("24GiB", "24GB", "24") or of a name as people and nvidia-smi say.
+
+    A name is "RTX 4090", "NVIDIA GeForce RTX 4090", "3090 Ti", "4090" or "A100-40GB"; its memory
+    is what torch sees of it. A size is taken as it is, and stands for the rates of a usual GPU of
+    that size, or of the next smaller one, and for a GPU that has bfloat16.
 
     Raises:
         ValueError: it is neither; lists what is known.
     """
+    named = _named(text)
+    if named is not None:
+        return named
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(gib|gb|g)?\s*", text.lower())
-    if size and float(size[1]) > 0:
+    if size and 0 < float(size[1]) <= MOST_GIB:
         return gpu_spec_of_bytes(int(float(size[1]) * GIB))
-    wanted = _plain(text)
-    for gpu in KNOWN:
-        if wanted and wanted == _plain(gpu.name):
-            return gpu
     raise ValueError(
         f"--gpu is {text!r}; it must be auto, a size such as 24GiB, or one of "
         f"{', '.join(gpu.name for gpu in KNOWN)}."
     )
+
+
+def _named(text: str) -> GPUSpec | None:
+    """Look up a GPU by its name, with or without its maker, its socket and its size."""
+    size = r"\d+ ?g(?:i?b)?\b"
+    words = re.findall(rf"{size}|[a-z0-9]+", re.sub(r"[-_]", " ", text.lower()))
+    sizes = [int(re.sub(r"\D", "", word)) for word in words if re.fullmatch(size, word)]
+    rest = [word for word in words if not re.fullmatch(rf"{size}|{_UNNAMED}", word)]
+    wanted = "".join(rest).removeprefix("nvidia").removeprefix("geforce").removeprefix("rtx")
+    for gpu in KNOWN:
+        if not wanted or wanted != _plain(gpu.name).removeprefix("rtx"):
+            continue
+        if not sizes or sizes[0] == gpu.sold_gib:
+            return gpu
+        seen = int(sizes[0] * gpu.memory_bytes / gpu.sold_gib)  # A100-40GB, RTX 4060 Ti 8GB
+        name = f"{gpu.name} {sizes[0]}GB"
+        return replace(gpu, name=name, memory_bytes=seen, sold_gib=sizes[0])
+    return None
 
 
 def gpu_spec_of_bytes(

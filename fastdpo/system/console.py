@@ -1,5 +1,7 @@
 """Output on the terminal: progress bars, lines and tables."""
 
+import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -29,10 +31,44 @@ def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
     )
 
 
-def print_line(text: str = "") -> None:
-    """Write one line to standard output and flush it."""
-    sys.stdout.write(text + "\n")
+# What would move the cursor, color the screen or turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""A text in which control characters other than newline and tab are written as \u001b."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def print_line(text: str = "", *, colored: bool = False) -> None:
+    """Write one line to standard output and flush it.
+
+    Args:
+        text: names of files and columns in it may hold anything: it is made `printable`.
+        colored: whether the text holds colors of ours and is printable apart from them.
+
+    A character that the console's encoding lacks is written as `?`.
+    """
+    line = (text if colored else printable(text)) + "\n"
+    try:
+        sys.stdout.write(line)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(line.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
+
+
+def print_error(text: str) -> None:
+    """Write one line to standard error, made `printable`."""
+    sys.stderr.write(printable(text) + "\n")
+
+
+class LineHandler(logging.StreamHandler):
+    """Writes log messages to standard error, made `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message of a record as a line that moves no cursor."""
+        return printable(super().format(record))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -27,6 +28,7 @@ OPERATIONS = (
     "sha256_of",
     "replace",
     "remove",
+    "rmdir",
 )
 """The functions of this module that change the disk; all others are made of them."""
 
@@ -133,9 +135,25 @@ def is_temporary(path: Path) -> bool:
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
-def mkdir(path: Path) -> None:
-    """Make a folder and those above it, where they are missing."""
+def mkdir(path: Path) -> list[Path]:
+    """Make a folder and those above it, where they are missing.
+
+    Returns:
+        The folders that this call made and no other process did, the innermost first.
+    """
+    made = []
+    for each in reversed((path, *path.parents)):
+        try:
+            each.mkdir()
+        except FileExistsError:
+            continue
+        except OSError:
+            if not each.is_dir():  # the root of a read-only disk exists and cannot be made
+                raise
+            continue
+        made.append(each)
     path.mkdir(parents=True, exist_ok=True)
+    return made[::-1]
 
 
 def replace(source: Path, target: Path) -> None:
@@ -154,6 +172,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def rmdir(path: Path) -> None:
+    """Delete a folder if it is empty; one that is not, or that is gone, stays as it is."""
+    with suppress(OSError):
+        path.rmdir()
 
 
 def remove_if_possible(path: Path) -> None:
@@ -183,6 +207,37 @@ def sha256_of(path: Path) -> str:
 def free_bytes(folder: Path) -> int:
     """The bytes that an unprivileged process may still write to the disk of an existing folder."""
     return shutil.disk_usage(folder).free
+
+
+def probe(path: Path) -> None:
+    """Find out whether a file can be written under this name, and leave nothing behind.
+
+    Folders above it that are missing are not made: the nearest one that exists is tried.
+
+    Raises:
+        OSError: it cannot, with the path.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+    trial = temporary_name(folder / path.name)
+    try:
+        _write_bytes(trial, b"x")
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        remove_if_possible(trial)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder in the system's place for such things, removed at the end with all in it."""
+    folder = Path(tempfile.mkdtemp(prefix="fastdpo-"))
+    try:
+        yield folder
+    finally:
+        remove_if_possible(folder)
 
 
 def exclusive_lock(folder: Path, lock_folder: Path) -> AbstractContextManager[bool]:
@@ -218,6 +273,8 @@ def _lock_folder(folder: Path, fcntl: Any) -> Iterator[bool]:
             raise
         except OSError:
             held = False
+        if not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+            raise BlockingIOError(errno.EAGAIN, "its last holder has just removed it", str(folder))
         yield held
     finally:
         os.close(descriptor)

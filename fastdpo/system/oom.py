@@ -4,6 +4,9 @@ import gc
 
 import torch
 
+_MARKS = ("out of memory", "ALLOC_FAILED", "allocate memory", "enough memory", "bad_alloc")
+"""What the messages of CUDA, cuBLAS and of torch's allocator for the CPU have in common."""
+
 
 class DoesNotFitError(MemoryError):
     """Not even a single completion fits into the memory of the device."""
@@ -24,11 +27,9 @@ class DoesNotFitError(MemoryError):
 
 
 def oom_message(error: RuntimeError) -> str | None:
-    """The first line of an error that means the GPU is out of memory; None for other errors."""
+    """The first line of an error that means too little memory, GPU or CPU; None for others."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or any(
-        mark in text for mark in ("out of memory", "ALLOC_FAILED")
-    ):
+    if isinstance(error, torch.OutOfMemoryError) or any(mark in text for mark in _MARKS):
         return text.split("\n")[0]
     return None
 

@@ -97,6 +97,22 @@ def graceful_shutdown() -> Iterator[Stop]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def deferred() -> Iterator[Stop]:
+    """Do what is inside to its end; a signal that came meanwhile is obeyed then.
+
+    Inside another such context, or `graceful_shutdown`, it is obeyed at the end of that one.
+
+    Raises:
+        SystemExit, KeyboardInterrupt: at the end, as `Stop.raise_if_requested`.
+    """
+    outermost = _active is None
+    with graceful_shutdown() as stop:
+        yield stop
+    if outermost:
+        stop.raise_if_requested()
+
+
 def _exit(number: int) -> NoReturn:
     if number == signal.SIGINT:
         raise KeyboardInterrupt

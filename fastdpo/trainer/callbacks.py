@@ -1,4 +1,4 @@
-"""What a run tells while it trains: `metrics.jsonl`, progress lines, and notes on its curves."""
+"""Callbacks of a run: `metrics.jsonl`, progress lines, and notes on its curves."""
 
 import json
 import logging

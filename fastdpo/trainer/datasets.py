@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.batching import PairGroups
+from fastdpo.batching import PairGroups, longest_sequence
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
 from fastdpo.trainer.prepare import tokenize_dataset
@@ -39,12 +39,30 @@ class PreferenceDatasets:
         self.args, self.tokenizer, self.vocabulary_size = args, tokenizer, vocabulary_size
         needed = self.pairs_per_update * args.max_steps if args.max_steps > 0 else None
         self.train = self.tokenized(train_dataset, "train", limit=needed)
+        self._require_an_update()
         self.eval: PairGroups | dict[str, PairGroups] | None
         if isinstance(eval_dataset, Mapping):
             parts = {name: self.tokenized(part, name) for name, part in eval_dataset.items()}
             self.eval = {name: groups for name, groups in parts.items() if groups is not None}
         else:
             self.eval = self.tokenized(eval_dataset, "eval")
+
+    def _require_an_update(self) -> None:
+        """Raise ValueError where drop_last, which drops updates that are not full, leaves none."""
+        if self.train is None or not self.args.dataloader_drop_last:
+            return
+        if len(self.train) < self.pairs_per_update:
+            raise ValueError(
+                f"{len(self.train):,} pairs and {self.pairs_per_update:,} an update leave no "
+                "update, as --dataloader_drop_last drops those that are not full: leave it out, or "
+                "lower --per_device_train_batch_size."
+            )
+
+    @property
+    def longest_tokens(self) -> int:
+        """The tokens of the longest prompt + completion of all sets; 0 without any."""
+        sets = [self.train, *self.eval_by_name.values()]
+        return max((longest_sequence(groups) for groups in sets if groups is not None), default=0)
 
     @property
     def pairs_per_update(self) -> int:

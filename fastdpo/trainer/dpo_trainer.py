@@ -33,10 +33,13 @@ from fastdpo.modeling.loading import load_tokenizer
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
 from fastdpo.modeling.packing import choose_packing
+from fastdpo.modeling.positions import warn_of_positions
+from fastdpo.modeling.trainable import check_trainable
 from fastdpo.options import LossOptions
 from fastdpo.planner import compare
 from fastdpo.ref_cache import describe_request
 from fastdpo.system import files
+from fastdpo.trainer.arguments import check_arguments, refuse_arguments
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
@@ -44,13 +47,14 @@ from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
 from fastdpo.trainer.nonfinite import nonfinite_reason
+from fastdpo.trainer.overrides import refuse_overrides
 from fastdpo.trainer.prepare import (
     one_update_per_step,
     prepare_policy,
     prepare_reference,
     reference_provider,
-    refuse_arguments,
 )
+from fastdpo.trainer.requirements import require_all
 from fastdpo.trainer.resumable import ResumableTrainer
 from fastdpo.trainer.update import Update
 
@@ -114,19 +118,34 @@ class DPOTrainer(ResumableTrainer):
         peft_config: PeftConfig | None = None,
         loss_function: LossFunction | None = None,
     ) -> None:
+        refuse_overrides(self)
         refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
+        check_arguments(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            optimizers=optimizers,
+            loss_function=loss_function,
+        )
         args = DPOConfig() if args is None else args
+        own_optimizer, own_schedule = (each is not None for each in optimizers)
+        require_all(args, own_optimizer=own_optimizer, own_schedule=own_schedule)
         name = model if isinstance(model, str | os.PathLike) else unwrap_model(model).name_or_path
         tokenizer = processing_class
         if tokenizer is None:
             tokenizer = load_tokenizer(str(name), **args.tokenizer_options)
         policy = prepare_policy(model, args, peft_config, quantization_config)
+        if train_dataset is not None:
+            check_trainable(policy)
         self.user_args, self.policy, self.tokenizer = args, policy, tokenizer
         self.loss_function = loss_function
         self.trains_adapter = isinstance(policy, PeftModel)
         self.record = TrainingMetrics()
         vocabulary = get_lm_head(policy).weight.shape[0]
         self.sets = PreferenceDatasets(args, tokenizer, vocabulary, train_dataset, eval_dataset)
+        warn_of_positions(policy, self.sets.longest_tokens)
         self.command: Sequence[str] = ()
         self.dataset_name: str | None = None
         super().__init__(
@@ -250,6 +269,7 @@ class DPOTrainer(ResumableTrainer):
 
     def on_before_train(self) -> None:
         """Compute the references that the store keeps or the first update would change."""
+        refuse_overrides(self)  # a method may have been set on the object meanwhile
         if self.needs_reference:
             if self.train_groups is not None and self.reference.folder is not None:
                 self._add_reference(self.train_groups, "train")

@@ -1,12 +1,13 @@
 """Makes a trainer from the options of a command, runs it, and prints where its result lies."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
-from fastdpo.system import files
+from fastdpo.system import files, signals
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -19,17 +20,19 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     """Train the model that the options name, save it, and print where it was saved.
 
     Raises:
-        ValueError: an option is missing, or the model or data cannot be loaded.
+        ValueError: an option is missing, the model or data cannot be loaded, or another process
+            is training into the output folder.
+        SystemExit, KeyboardInterrupt: after a signal, with a checkpoint or the result.
     """
-    from fastdpo.trainer.checkpoint import require_writable
+    from fastdpo.trainer.checkpoint import claimed
 
-    with without_output(config):
-        require_writable(Path(str(config.output_dir)))
-    trainer = make_trainer(model, data, config)
-    trainer.dataset_name = data.dataset_name
-    trainer.train(resume_from_checkpoint=_resume(config.resume_from_checkpoint))
-    trainer.save_model()
-    _print_result(trainer, model, data)
+    with claimed(Path(str(config.output_dir))):  # from before the loading until all is saved
+        trainer = make_trainer(model, data, config)
+        trainer.dataset_name = data.dataset_name
+        with signals.deferred():
+            trainer.train(resume_from_checkpoint=resume_of(config.resume_from_checkpoint))
+            trainer.save_model()
+            _print_result(trainer, model, data)
     return trainer
 
 
@@ -43,9 +46,10 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
     from fastdpo.trainer import DPOTrainer
     from fastdpo.trainer.prepare import load_policy
+    from fastdpo.trainer.requirements import require_all
 
     name = _model_name(model)
-    _require_trackers(config)
+    require_all(config)
     source: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": model.trust_remote_code,
@@ -90,28 +94,12 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
 
 
 @contextmanager
-def without_output(config: "DPOConfig") -> Iterator[None]:
-    """Remove the output folder afterwards if it was new: transformers.Trainer makes it at once."""
-    folder = Path(str(config.output_dir))
-    is_new = not folder.exists()
-    try:
-        yield
-    finally:
-        if is_new and folder.exists():
-            files.remove(folder)
-
-
-def _require_trackers(config: "DPOConfig") -> None:
-    """Raise ValueError for a tracker of `--report_to` that is not installed."""
-    from transformers.integrations import get_available_reporting_integrations
-
-    installed = get_available_reporting_integrations()
-    for name in config.report_to or ():
-        if isinstance(name, str) and name not in (*installed, "none", "flyte", "kubeflow"):
-            raise ValueError(
-                f"--report_to is {name}, and no tracker of that name is installed here: install "
-                f"it (pip install {name}), or name one of {', '.join(['none', *installed])}."
-            )
+def without_output(config: "DPOConfig") -> Iterator["DPOConfig"]:
+    """Options for a trainer that writes no result: transformers.Trainer makes a folder at once."""
+    with files.scratch_folder() as folder:
+        scratch = copy.copy(config)
+        scratch.output_dir = str(folder)
+        yield scratch
 
 
 def _model_name(model: ModelOptions) -> str:
@@ -157,7 +145,7 @@ def _read(data: DataOptions) -> tuple["Rows", "Rows | None"]:
         return train_rows, None
 
 
-def _resume(value: str | None) -> str | bool | None:
+def resume_of(value: str | None) -> str | bool | None:
     """True for `true` and `auto`, which mean the newest checkpoint; anything else is a folder."""
     return True if value is not None and value.lower() in ("true", "auto") else value
 

@@ -108,7 +108,7 @@ def worst_case_batch(
 def _activation_plan(
     policy: PreTrainedModel | PeftModel, args: DPOConfig, plan: Plan | None
 ) -> tuple[str, ...]:
-    """What each decoder layer does with its activations."""
+    """Return what each decoder layer does with its activations: keep, recompute or offload."""
     choice = args.activations
     if choice == "auto" and args.activation_checkpointing is False:
         choice = KEEP

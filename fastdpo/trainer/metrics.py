@@ -13,7 +13,7 @@ from fastdpo.losses import pair_accuracies
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairsResult:
-    """What an update, or an evaluation of a whole set, computed of B pairs; without gradient."""
+    """Results of an update, or of an evaluation of a whole set, for B pairs; without gradient."""
 
     loss: Tensor  # () float64, the mean over the pairs
     logps: Tensor  # (B, 2) float64 of chosen and rejected, as the loss took them; nats
@@ -25,7 +25,7 @@ class PairsResult:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UpdateResult(PairsResult):
-    """What one update computed; its loss includes the weighted auxiliary loss."""
+    """Results of one update; the loss includes the weighted auxiliary loss."""
 
     computed_tokens: int  # every shared token once
     aux_loss: Tensor | None  # () float64, of the routers of a mixture of experts

@@ -1,11 +1,13 @@
-"""Finds updates whose loss or gradient is not finite, and names their rows."""
+"""Finds what is not finite: an update's loss or gradient, with its rows; weights after it."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 
 from fastdpo.batching import PromptGroup
+from fastdpo.modeling.finite import named, nonfinite_tensors, saved_tensors, trained_tensors
 from fastdpo.trainer.metrics import UpdateResult
 
 MAX_LISTED_ROWS = 8
@@ -41,6 +43,35 @@ def nonfinite_reason(
     if gradient_is_finite:
         return ""
     return f"gradient is not finite ({_rows(groups)})"
+
+
+def require_finite_step(policy: nn.Module, update: int) -> None:
+    """Look at an adapter after an optimizer step; all weights of a model only before a save.
+
+    Raises:
+        FloatingPointError: it is not finite, and nothing can bring it back.
+    """
+    if isinstance(policy, PeftModel):
+        _require_finite(trained_tensors(policy), update)
+
+
+def require_finite_weights(policy: nn.Module, update: int) -> None:
+    """Look at everything that a save would write.
+
+    Raises:
+        FloatingPointError: a tensor is not finite.
+    """
+    _require_finite(saved_tensors(policy), update)
+
+
+def _require_finite(tensors: dict[str, Tensor], update: int) -> None:
+    if wrong := nonfinite_tensors(tensors):
+        raise FloatingPointError(
+            f"the weights after update {update} are not finite: {named(wrong, len(tensors))}. None "
+            "of them were saved; checkpoints of earlier updates are as they were. Loss and "
+            "gradient were finite, so look at the optimizer: lower the learning rate, and leave "
+            "--adam_epsilon above 0."
+        )
 
 
 def _rows(groups: Sequence[PromptGroup]) -> str:

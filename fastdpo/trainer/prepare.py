@@ -21,35 +21,32 @@ from fastdpo.modeling.adapters import (
     load_adapter,
     replace_lora_forward,
 )
+from fastdpo.modeling.base_names import require_base
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
-from fastdpo.modeling.loading import disable_dropout, load_model, resolve_dtype
+from fastdpo.modeling.loading import ModelError, disable_dropout, load_model, resolve_dtype
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import (
+    FROZEN_ADAPTER,
     ReferenceModel,
     reference_from_adapter,
     reference_from_base,
     reference_from_copy,
+    reference_from_held,
     reference_from_model,
     reference_from_start,
 )
+from fastdpo.modeling.trainable import (
+    check_adapters,
+    check_quantization,
+    check_quantization_config,
+)
 from fastdpo.options import reference_folder
-from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
+from fastdpo.ref_cache import RefLogpsProvider, StoreOptions, require_creatable
 
 logger = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
-
-
-def refuse_arguments(**arguments: Any) -> None:
-    """Raise TypeError for arguments of TRL's DPOTrainer that ours cannot take."""
-    reasons = {
-        "data_collator": "pairs are packed without padding",
-        "compute_metrics": "no logits are ever built; every metric of TRL is logged already",
-    }
-    for name, value in arguments.items():
-        if value is not None:
-            raise TypeError(f"DPOTrainer takes no {name}: {reasons[name]}. Leave it out.")
 
 
 def one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
@@ -85,13 +82,14 @@ def prepare_policy(
 
     Raises:
         ModelError: the model cannot be loaded.
-        ValueError: loading options come with a loaded model, the model would have two adapters, or
-            the base below an adapter is trained.
+        ValueError: loading options come with a loaded model, its weights or adapters are of a kind
+            that is not built, it would have two adapters, or the base below one is trained.
     """
     by_name = isinstance(model, str | os.PathLike)
     loading = args.from_pretrained_options
     if quantization_config is not None:
         loading["quantization_config"] = quantization_config
+    check_quantization_config(loading.get("quantization_config"))
     if by_name:
         model = load_policy(
             str(model),
@@ -104,6 +102,8 @@ def prepare_policy(
             f"{' and '.join(loading)} are for a model given by name; this one is loaded already. "
             "Pass them to from_pretrained."
         )
+    check_quantization(model)
+    check_adapters(model)
     if args.disable_dropout:
         disable_dropout(model)
     if peft_config is None:
@@ -122,7 +122,13 @@ def load_policy(name: str, **arguments: Any) -> Model:
     """
     if not is_adapter(name):
         return load_model(name, **arguments)
-    return load_adapter(load_model(base_model_name(name), **arguments), name, trainable=True)
+    base = base_model_name(name)
+    require_base(base, name)
+    try:
+        loaded = load_model(base, **arguments)
+    except ModelError as error:
+        raise ModelError(f"{error} The adapter in {name} names it as its base.") from error
+    return load_adapter(loaded, name, trainable=True)
 
 
 def prepare_reference(
@@ -150,6 +156,8 @@ def prepare_reference(
             reference_from_copy(policy),
             description="The reference is a copy that follows the policy.",
         )
+    elif isinstance(policy, PeftModel) and (name := _held_adapter(policy, requested)):
+        reference = reference_from_held(policy, name)
     elif requested in (None, "adapter"):
         reference = reference_from_start(policy)
         if requested == "adapter" and reference.adapter is None:
@@ -162,6 +170,7 @@ def prepare_reference(
     elif isinstance(requested, str | os.PathLike):
         reference = _named_reference(policy, str(requested), args)
     else:
+        check_quantization(requested)
         reference = reference_from_model(requested, policy)
     logger.info("%s", reference.description)
     return reference
@@ -189,7 +198,8 @@ def reference_provider(
         needed: whether the loss looks at reference log-probs.
 
     Raises:
-        ValueError: nothing would keep the log-probs of a reference that training changes.
+        ValueError: nothing would keep the log-probs of a reference that training changes, or the
+            store's folder cannot be made.
     """
     folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
     if folder is None and not reference.is_frozen and needed:
@@ -197,6 +207,8 @@ def reference_provider(
             "--ref_cache is off and all weights are trained: the reference is gone after the "
             "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
         )
+    if folder is not None:
+        require_creatable(folder)
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return RefLogpsProvider(
         reference,
@@ -246,6 +258,18 @@ def tokenize_dataset(
         )
         logger.info("%s", dataset.report.describe())
     return PairGroups(dataset)
+
+
+def _held_adapter(policy: PeftModel, requested: Any) -> str | None:
+    """The adapter inside the policy that is meant as its reference, if there is one.
+
+    By name; unasked, one that is called reference, as in TRL's recipe of two adapters.
+    """
+    if requested in ("adapter", "base"):
+        return None
+    name = FROZEN_ADAPTER if requested is None else requested
+    held = isinstance(name, str) and name in policy.peft_config
+    return name if held and name not in policy.active_adapters else None
 
 
 def _named_reference(policy: Model, name: str, args: DPOConfig) -> ReferenceModel:

@@ -32,8 +32,9 @@ from fastdpo.modeling.adapters import BASE_IN_4BIT, TRAINING_ARGUMENTS
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import reference_folder
 from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
-from fastdpo.system import files, signals
+from fastdpo.system import files, results, signals
 from fastdpo.trainer import checkpoint as checkpoints
+from fastdpo.trainer.nonfinite import require_finite_step, require_finite_weights
 
 logger = logging.getLogger(__name__)
 
@@ -107,20 +108,20 @@ class ResumableTrainer(Trainer):
 
         Raises:
             CheckpointError: the checkpoint is damaged or belongs to another run; output_dir cannot
-                take one, holds an earlier run's, or another process is training into it.
+                take one, holds an earlier run's or the model itself, or another process is training
+                into it.
+            FloatingPointError: an update is not finite, or a weight after it; nothing of that
+                update was saved.
             OSError: the last checkpoint cannot be written.
             SystemExit: 143, after SIGTERM and a checkpoint.
             KeyboardInterrupt: after Ctrl-C and a checkpoint.
         """
         output_dir = Path(str(self.args.output_dir))
-        checkpoints.require_writable(output_dir)
-        with checkpoints.locked(output_dir), signals.graceful_shutdown() as self._stop:
+        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
+        with checkpoints.claimed(output_dir), signals.graceful_shutdown() as self._stop:
             self._run = self._describe_run()
             folder = self.checkpoint_to_resume(resume_from_checkpoint)
-            if self.args.save_strategy != SaveStrategy.NO:
-                if folder is None:
-                    checkpoints.require_unused(output_dir)
-                checkpoints.require_room(output_dir, self._checkpoint_bytes())
+            self._require_place(output_dir, starts_anew=folder is None)
             self.on_before_train()
             self._stop.raise_if_requested()
             self._saved_update = None
@@ -129,6 +130,7 @@ class ResumableTrainer(Trainer):
             try:
                 resume = None if folder is None else str(folder)
                 output = super().train(resume, trial, ignore_keys_for_eval)
+                self._save_if_stopped_late(trial)
             finally:
                 self.remove_callback(boundary)
                 if self._stop.signal is not None and self._saved_update == self.state.global_step:
@@ -142,8 +144,38 @@ class ResumableTrainer(Trainer):
             self._stop.raise_if_requested()
             return output
 
-    def checkpoint_to_resume(self, requested: str | bool | None) -> Path | None:
+    def check_start(self, output_dir: Path, resume_from_checkpoint: str | bool | None) -> None:
+        """Refuse what `train` would refuse of an output folder and a checkpoint; for a dry run.
+
+        Args:
+            output_dir: the folder that the run would write into; nothing stays in it.
+            resume_from_checkpoint: as `train` takes it.
+
+        Raises:
+            CheckpointError: as `train`.
+        """
+        checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
+        with checkpoints.claimed(output_dir):
+            if resume_from_checkpoint:
+                self._run = self._describe_run()
+                self.checkpoint_to_resume(resume_from_checkpoint, output_dir)
+            self._require_place(output_dir, starts_anew=not resume_from_checkpoint)
+
+    def _require_place(self, output_dir: Path, *, starts_anew: bool) -> None:
+        """Refuse a folder that holds another run's checkpoints, or has no room for one."""
+        if self.args.save_strategy != SaveStrategy.NO:
+            if starts_anew:
+                checkpoints.require_unused(output_dir)
+            checkpoints.require_room(output_dir, self._checkpoint_bytes())
+
+    def checkpoint_to_resume(
+        self, requested: str | bool | None, output_dir: Path | None = None
+    ) -> Path | None:
         """The checkpoint folder to resume from; for True, the newest one that verifies.
+
+        Args:
+            requested: a checkpoint folder, or True.
+            output_dir: where True looks; None is the run's own.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another run.
@@ -151,7 +183,7 @@ class ResumableTrainer(Trainer):
         if not requested:
             return None
         if requested is True:
-            folder = checkpoints.newest_verified(Path(str(self.args.output_dir)))
+            folder = checkpoints.newest_verified(output_dir or Path(str(self.args.output_dir)))
         else:
             folder = Path(requested)
             if not folder.is_dir():
@@ -203,6 +235,15 @@ class ResumableTrainer(Trainer):
         if self._stop.signal is not None:
             self.control.should_training_stop = True
             self._save_checkpoint(model, trial)
+
+    def _save_if_stopped_late(self, trial: Any) -> None:
+        """Save a checkpoint after a signal that came when the last update was already done.
+
+        Weights that were taken from the best checkpoint are in that one.
+        """
+        assert self._stop is not None, "inside train()"
+        if self._stop.signal is not None and not self.args.load_best_model_at_end:
+            self._save_checkpoint(self.policy, trial)
 
     # Writing
 
@@ -267,31 +308,34 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write model or adapter, tokenizer with chat template, and the options as JSON.
 
-        Outside a checkpoint, which becomes visible as a whole anyway, each file gets its name only
-        when all are written: the result of an earlier run is never left half overwritten.
+        Outside a checkpoint, which becomes visible as a whole anyway, the folder is held and the
+        files get their names only when all are written, the config last: the result of an earlier
+        run is never mixed with this one. SIGTERM and Ctrl-C are obeyed after that.
+
+        Raises:
+            FloatingPointError: a weight is not finite; nothing was written.
+            CheckpointError: the model was loaded from that folder, or another process holds it.
+            OSError: the disk is full or failing.
         """
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         if self._saving_into is not None:
             self._write_model(folder, state_dict)
             return
-        temporary = files.temporary_name(folder / "result")
-        try:
-            self._write_model(temporary, state_dict)
-            for path in sorted(temporary.rglob("*")):
-                if path.is_file():
-                    target = folder / path.relative_to(temporary)
-                    files.mkdir(target.parent)
-                    files.fsync(path)
-                    files.replace(path, target)
-            files.fsync(folder)
-        finally:
-            files.remove_if_possible(temporary)
+        checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path)
+        with signals.deferred(), checkpoints.claimed(folder):
+            results.publish(folder, lambda staged: self._write_model(staged, state_dict))
 
     def _write_model(self, folder: Path, state_dict: Any) -> None:
+        require_finite_weights(self.policy, self.state.global_step)
         options: dict[str, Any] = {"state_dict": state_dict}
         if isinstance(self.policy, PeftModel):  # not the frozen copy that is the reference
             options["selected_adapters"] = list(self.policy.active_adapters)
         files.call_writer(folder, lambda path: self.policy.save_pretrained(str(path), **options))
+        for name in options.get("selected_adapters", ()):
+            if (folder / name).is_dir():  # PEFT's place for one that is not called default
+                for path in sorted((folder / name).iterdir()):
+                    files.replace(path, folder / path.name)
+                files.remove(folder / name)
         files.call_writer(folder, lambda path: self.tokenizer.save_pretrained(str(path)))
         values = json.loads(self.user_args.to_json_string())
         values[BASE_IN_4BIT] = bool(getattr(unwrap_model(self.policy), "is_loaded_in_4bit", False))
@@ -371,6 +415,7 @@ class _StepCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        require_finite_step(self.trainer.policy, state.global_step)
         self._stop_if_requested(control)
 
     def on_epoch_end(

@@ -258,7 +258,7 @@ class _StepAttempt:
         )
 
     def _loss(self, terms: dict[str, Tensor], indices: Tensor) -> Tensor:
-        """What some pairs add to the update's loss, ().
+        """Return what some pairs add to the update's loss, ().
 
         Args:
             terms: (C,) each, of those pairs' completions.

@@ -80,7 +80,7 @@ def target_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_H)
     in_rows = row < rows
-    target = tl.load(target_ptr + row, mask=in_rows, other=0)
+    target = tl.load(target_ptr + row, mask=in_rows, other=0).to(tl.int64)
     hidden_at = hidden_ptr + row.to(tl.int64)[:, None] * hidden_stride
     weight_at = weight_ptr + target[:, None] * weight_stride
     total = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)

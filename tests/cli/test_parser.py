@@ -133,7 +133,7 @@ def test_yaml_below_the_command_line(yaml_file):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lora_rank: 3", ["unknown key lora_rank", "the nearest is lora_r"]),
+        ("lora_rank: 3", ["unknown key lora_rank", "it is lora_r here"]),
         ("max_target_length: 3", ["unknown key max_target_length", "use max_completion_length"]),
         ("beta: high", ["beta", "'high'", "float"]),
         ("beta: [0.1]", ["beta", "needs a float", "not a list"]),
@@ -147,6 +147,10 @@ def test_yaml_below_the_command_line(yaml_file):
         ("- beta", ["holds a list", "beta: 0.1"]),
         ("beta: [0.1", ["not YAML", "line 1"]),
         ("model: a\nmodel_name_or_path: b", ["model_name_or_path is set twice"]),
+        ("model_init_kwargs:\n  1: [1]", ["model_init_kwargs", "the key 1", "quote it"]),
+        ("model_init_kwargs: {on: 1}", ["model_init_kwargs", "the key True"]),
+        ("sequence_len: 8", ["it is max_length here"]),
+        ("val_set_size: 0.1", ["unknown key val_set_size", "eval_dataset"]),
     ],
 )
 def test_yaml_refusals(yaml_file, refusal, text, words):
@@ -180,6 +184,20 @@ def test_yaml_refusals(yaml_file, refusal, text, words):
         (["--torch_compile"], ["--torch_compile is True", "cannot work here"]),
         (["--lr_scheduler_type", "zigzag"], ["zigzag", "cosine"]),
         (["--config", "/nowhere/run.yaml"], ["/nowhere/run.yaml"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size is 0"]),
+        (["--dataset", "a", "--dataset", "b"], ["--dataset", "given twice; keep one"]),
+        (["--model", "a", "--model_name_or_path=b"], ["--model and --model_name_or_path", "twice"]),
+        (["--lora", "--no_lora"], ["--lora and --no_lora", "twice"]),
+        (["--loss_type", "sft", "--loss_type", "ipo"], ["write all values behind one"]),
+        (["--config", "a", "--config", "b"], ["--config", "twice"]),
+        (["--save_steps", "nan"], ["--save_steps is nan", "finite"]),
+        (["--learning_rate", "inf"], ["--learning_rate is inf", "finite"]),
+        (["--lr_scheduler_kwargs", '{"min_lr": NaN}'], ["--lr_scheduler_kwargs is nan", "finite"]),
+        (["--accelerator_config", '{"split": 1}'], ["split", "--accelerator_config"]),
+        (["--lr", "1e-5"], ["it is --learning_rate here"]),
+        (["--dpo-beta=0.1"], ["it is --beta here"]),
+        (["--epochs", "1"], ["it is --num_train_epochs here"]),
+        (["--batch_size", "1"], ["it is --per_device_train_batch_size here"]),
     ],
 )
 def test_refusals_are_one_line_and_exit_2(refusal, argv, words):
@@ -243,3 +261,31 @@ def test_yaml_that_turns_a_word_into_a_boolean_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse("train", [ModelOptions], ["--config", str(tmp_path / "run.yaml")], training=True)
     assert "quote it" in capsys.readouterr().err
+
+
+def test_numbers_inside_a_mapping_are_numbers(yaml_file):
+    """1e-6 is one in YAML 1.2 and in Python, not in 1.1; quoted, and at the top, it is text."""
+    made = train(
+        "--config",
+        yaml_file(
+            "model_revision: 12e4\nlearning_rate: 1e-5\nloss_weights: [1e-1]\n"
+            "lr_scheduler_kwargs: {min_lr: 1e-6, a: '1e-6', b: -2E+3, c: 5e-1, d: e5, e: [1.5e2]}\n"
+        ),
+    )
+    assert made.model.model_revision == "12e4"
+    assert made.training.learning_rate == 1e-5
+    assert made.training.loss_weights == [0.1]
+    assert made.training.lr_scheduler_kwargs == {
+        "min_lr": 1e-6, "a": "1e-6", "b": -2000.0, "c": 0.5, "d": "e5", "e": [150.0],
+    }  # fmt: skip
+
+
+def test_commas_part_the_names_of_modules(yaml_file):
+    for argv in (
+        ["--lora_target_modules", "q_proj,v_proj", "k_proj"],
+        ["--lora_target_modules", "q_proj, v_proj ,k_proj"],
+        ["--config", yaml_file("lora_target_modules: q_proj,v_proj,k_proj\n")],
+        ["--config", yaml_file("lora_target_modules: [q_proj, 'v_proj,k_proj']\n")],
+    ):
+        assert train(*argv).model.lora_target_modules == ["q_proj", "v_proj", "k_proj"]
+    assert train("--lora_target_modules", "all").model.lora_target_modules is None

@@ -57,7 +57,7 @@ def test_json_is_the_plan_and_nothing_else(said):
     assert code == 0
     made = Plan(**json.loads(out))
     assert made.fits
-    assert made.gpu_bytes == 24 * 2**30
+    assert made.gpu_bytes == int(23.64 * 2**30)  # of 24, what torch sees
     assert made.allocated_bytes <= made.peak_bytes == sum(made.terms.values())
     assert len(made.activation_plan) == 36
 

@@ -79,7 +79,10 @@ def test_rows_of_mixed_scales_are_exact(route, dtype, scale):
     assert not mixed.all()
     assert scale < 5 or truth.min() < -191
     assert ((logps - truth).abs() <= 2e-5 * truth.abs() + 2e-5).all()
-    assert row_error(gradient, want) <= BOUNDS[dtype]
+    # A logit of size z is off by eps * z in fp32, whichever BLAS multiplies, and so is 1 - p.
+    largest = float((states.double() @ weight.double().T).abs().max())
+    rounding = torch.finfo(torch.float32).eps * largest
+    assert row_error(gradient, want) <= max(BOUNDS[dtype], rounding)
     scored = linear_logprobs(states, weight, targets, backend="triton")
     assert torch.equal(scored, logps), "score and train differ"
 

@@ -32,6 +32,7 @@ from fastdpo.options import (
 )
 from fastdpo.options.data import ScriptArguments
 from fastdpo.options.removed import REMOVED_OPTIONS, suggest_option
+from fastdpo.options.synonyms import FOREIGN_OPTIONS, SYNONYMS
 from fastdpo.plan import PlanningOptions
 from fastdpo.score import ScoringOptions
 
@@ -79,6 +80,42 @@ def test_removed_options_are_really_gone():
     assert not existing & set(REMOVED_OPTIONS)
     for name, advice in REMOVED_OPTIONS.items():
         assert advice.endswith("."), name
+
+
+def test_names_of_other_trainers_get_the_option_of_the_same_meaning():
+    training = set().union(*(names(kind) for kind in (ModelOptions, DataOptions, DPOConfig)))
+    anywhere = training.union(*(names(kind) for kind in OWN))
+    assert set(SYNONYMS.values()) <= anywhere
+    assert not set(SYNONYMS) & training
+    assert not set(FOREIGN_OPTIONS) & (training | set(REMOVED_OPTIONS) | set(SYNONYMS))
+    assert not set(SYNONYMS) & set(REMOVED_OPTIONS)
+    for advice in FOREIGN_OPTIONS.values():
+        assert advice.endswith(".")
+    for name, option in SYNONYMS.items():
+        advice = suggest_option(name, training, "--")
+        assert advice == f"it is --{option} here." or option == "adapter", name
+    assert suggest_option("lora_rank", names(DPOConfig)) == (
+        "it is lora_r of the commands, and belongs into peft_config here."
+    )
+    assert "leave it out" in suggest_option("lr", names(ComparisonOptions), "--")
+    for word in ("evals", "do_evaluation", "do_training", "do_trian"):
+        assert "do_" not in suggest_option(word, training).removeprefix("the nearest is ")
+
+
+FLOATS = [
+    (kind, entry.name)
+    for kind in (*OWN, DPOConfig, ModelConfig)
+    for entry in dataclasses.fields(kind)
+    if entry.init and "float" in str(entry.type)
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_number_is_finite(value):
+    assert len(FLOATS) > 30
+    for kind, name in FLOATS:
+        with pytest.raises(ValueError, match="finite"):
+            kind(**{name: [value] if name == "loss_weights" else value})
 
 
 def test_nearest_name_and_none():
@@ -287,6 +324,14 @@ def test_reference_folder(monkeypatch):
     monkeypatch.setenv("FASTDPO_CACHE", "~/own")
     assert reference_folder(None) == Path("/home/u/own/reference")
     assert reference_folder("~/here") == Path("/home/u/here")
+    assert reference_folder("off") is None
+
+
+def test_a_user_without_a_home_is_told_where_to_store(monkeypatch):
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no")))
+    for value in (None, "~/here"):
+        with pytest.raises(ValueError, match="set FASTDPO_CACHE"):
+            reference_folder(value)
     assert reference_folder("off") is None
 
 

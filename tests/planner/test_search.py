@@ -22,6 +22,7 @@ from fastdpo.planner import (
     plan_for_run,
     training_of,
 )
+from fastdpo.planner.gpus import KNOWN, SIZES_GIB
 from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
 from fastdpo.planner.terms import GIB
 from tests.planner.test_terms import SIZES, groups
@@ -145,9 +146,51 @@ def test_cards_by_size_and_name():
     assert gpu_spec("24GiB").memory_bytes == gpu_spec("24 GB").memory_bytes == 24 * GIB
     assert gpu_spec("rtx-4090").tflops == gpu_spec("24").tflops
     assert gpu_spec("7.5").name.startswith("7.5 GiB, rates of an RTX 2060")
-    for wrong in ("huge", "", "0", "24 MB"):
+    for wrong in ("huge", "", "0", "24 MB", "6000", "RTX 4090 Laptop GPU", "A", "GeForce RTX"):
         with pytest.raises(ValueError, match=r"--gpu is .* auto, a size such as 24GiB"):
             gpu_spec(wrong)
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "gib"),
+    [
+        ("4090", "RTX 4090", 23.64),
+        ("RTX 4090", "RTX 4090", 23.64),
+        ("rtx4090", "RTX 4090", 23.64),
+        ("GeForce RTX 4090", "RTX 4090", 23.64),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090", 23.64),
+        ("nvidia-rtx-4090-24gb", "RTX 4090", 23.64),
+        ("3090 Ti", "RTX 3090 Ti", 23.68),
+        ("3090ti", "RTX 3090 Ti", 23.68),
+        ("3090", "RTX 3090", 23.68),
+        ("RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER", 15.7),
+        ("A100", "A100", 79.1),
+        ("NVIDIA A100 80GB PCIe", "A100", 79.1),
+        ("A100-40GB", "A100 40GB", 39.55),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB", 39.55),
+        ("A100 40G", "A100 40GB", 39.55),
+        ("NVIDIA H100 80GB HBM3", "H100", 79.1),
+        ("Tesla T4", "T4", 14.56),
+        ("Tesla V100-PCIE-32GB", "V100 32GB", 31.54),
+        ("NVIDIA A10G", "A10G", 22.0),
+        ("NVIDIA RTX A6000", "A6000", 47.4),
+        ("NVIDIA RTX 6000 Ada Generation", "6000 Ada", 47.4),
+        ("L40S", "L40S", 44.4),
+    ],
+)
+def test_a_name_is_known_as_people_and_nvidia_smi_write_it(written, name, gib):
+    """The memory is what a driver leaves, less than what is sold; a size stays a size."""
+    found = gpu_spec(written)
+    assert (found.name, found.memory_bytes / GIB) == (name, pytest.approx(gib, abs=0.01))
+    assert found.memory_bytes < found.sold_gib * GIB
+
+
+def test_no_known_gpu_is_mistaken_for_a_size_or_another():
+    for gpu in KNOWN:
+        assert gpu_spec(gpu.name) == gpu
+        assert 0.9 < gpu.memory_bytes / (gpu.sold_gib * GIB) < 1
+    for size in (*SIZES_GIB, 40, 96, 141):
+        assert gpu_spec(str(size)).memory_bytes == size * GIB
 
 
 def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):

@@ -46,7 +46,8 @@ ALLOWED_PROSE = (
     r"branch, tag( name,?)? or commit",
     r"matplotlib('s)? figures?",
     r"plt\.figure|figure\.dpi",
-    r"(embedding|head|weight|vocabulary|data)('s)?\s+rows?",
+    r"(embedding|head|weight|vocabulary|data|data set's|data sets')('s)?\s+rows?",
+    r"^ +row(?=: index of)",
     r"rows?\s+of\s+(the|an?)\s+(\w+\s+)?(head|table|weight|matrix|source|data set|file)",
 )
 """Phrases in which a forbidden word is the field's own; they are taken out before the search."""
@@ -96,7 +97,9 @@ class Found(NamedTuple):
 def in_prose(text: str, first_line: int = 1, patterns: dict[str, str] = PROSE) -> Iterator[Found]:
     """Words of a text that the patterns forbid, less the phrases of `ALLOWED_PROSE`."""
     for phrase in ALLOWED_PROSE:  # blanked, so that places stay as they are
-        text = re.sub(phrase, lambda found: " " * len(found[0]), text, flags=re.IGNORECASE)
+        text = re.sub(
+            phrase, lambda found: " " * len(found[0]), text, flags=re.IGNORECASE | re.MULTILINE
+        )
     for pattern, instead in patterns.items():
         for found in re.finditer(pattern, text, re.IGNORECASE):
             yield Found(first_line + text[: found.start()].count("\n"), found[0], instead)

@@ -16,7 +16,12 @@ from fastdpo.trainer.checkpoint.folders import (
     verify,
     write_manifest,
 )
-from fastdpo.trainer.checkpoint.preflight import require_room, require_unused, require_writable
+from fastdpo.trainer.checkpoint.preflight import (
+    claimed,
+    require_other_folder,
+    require_room,
+    require_unused,
+)
 from fastdpo.trainer.checkpoint.same_run import require_same_run
 from fastdpo.trainer.checkpoint.training_state import (
     load_extra_state,
@@ -37,11 +42,12 @@ __all__ = [
     "publish",
     "rotate",
     "locked",
+    "claimed",
     "remove_stale_tmp",
     "require_same_run",
     "require_room",
     "require_unused",
-    "require_writable",
+    "require_other_folder",
     "save_optimizer",
     "load_optimizer",
     "save_rng_state",

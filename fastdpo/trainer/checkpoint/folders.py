@@ -4,14 +4,15 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastdpo.options import cache_folder
-from fastdpo.system import files
+from fastdpo.system import files, results
 from fastdpo.trainer.checkpoint.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -144,26 +145,39 @@ def rotate(output_dir: Path, keep: int | None, written: Path, protected: Path | 
             files.remove(doomed)
 
 
+_held: set[tuple[Path, int, int]] = set()
+"""The folders that are held here, each with the process and the thread that hold it."""
+
+
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold an existing folder as the only run that writes checkpoints into it.
+    """Hold an existing folder as the only run that writes into it; again in the same thread, too.
 
-    Temporary files of killed runs are deleted first, unless the file system has no locks to tell
-    that those runs are dead.
+    First the save of a result that was killed is completed and temporary files of killed runs are
+    deleted, unless the file system has no locks to tell that those runs are dead.
 
     Raises:
         CheckpointError: another process holds it.
     """
-    try:
-        with files.exclusive_lock(output_dir, cache_folder() / "locks") as alone:
-            if alone:
-                remove_stale_tmp(output_dir)
-            yield
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"another process is training into {output_dir}: wait for it, or give another "
-            "--output_dir."
-        ) from error
+    key = (output_dir.resolve(), os.getpid(), threading.get_ident())
+    if key in _held:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            lock = files.exclusive_lock(output_dir, cache_folder() / "locks")
+            alone = stack.enter_context(lock)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process is training into {output_dir}: wait for it, or give another "
+                "--output_dir."
+            ) from error
+        _held.add(key)
+        stack.callback(_held.discard, key)
+        if alone:
+            results.finish_held(output_dir)
+            remove_stale_tmp(output_dir)
+        yield
 
 
 def remove_stale_tmp(output_dir: Path) -> None:
