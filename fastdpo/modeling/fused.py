@@ -17,6 +17,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -130,7 +131,7 @@ class _Attention(FusedModule):
         """Stands in for `apply_rotary_pos_emb`; attention alone reads what it returns."""
         assert unsqueeze_dim == 1, "heads before tokens in every family of the table"
         options: dict[str, Any] = {}
-        norms = [getattr(self, name, None) for name in ("q_norm", "k_norm")]
+        norms: list[Any] = [getattr(self, name, None) for name in ("q_norm", "k_norm")]
         if all(isinstance(norm, _Norm) and norm.folded for norm in norms):
             options = {
                 "q_weight": norms[0].weight,
@@ -154,8 +155,8 @@ class _Attention(FusedModule):
 
 class _DecoderLayer(FusedModule):
     def forward(self: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-        norm = getattr(self, self.forms.norm_after_sum, None)
-        if self.backend is None or args or not (isinstance(norm, _Norm) and norm.backend):
+        norm: Any = getattr(self, self.forms.norm_after_sum, None)
+        if self.backend is None or args or norm is None or not runs_fused(norm):
             return super().forward(hidden_states, *args, **options)  # pyrefly: ignore
         residual = hidden_states
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **options)
@@ -181,7 +182,7 @@ class _DecoderLayer(FusedModule):
 
 
 def runs_fused(module: nn.Module) -> bool:
-    """Tell whether a module runs a fused op now."""
+    """Tell whether a module runs a fused op now, in place of its own forward."""
     return isinstance(module, FusedModule) and module.backend is not None
 
 
@@ -225,25 +226,31 @@ def use_kernels(model: nn.Module, requested: str = "auto", *, backend: str = "au
     config = unwrap_model(model).config.get_text_config()
     forms = family_of(config).fused
     fused: Counter[str] = Counter()
-    own: dict[str, None] = {}  # reasons, in order
-    if forms is None:
-        own[f"{config.model_type} is not in the table of families"] = None
-    else:
-        # Norms come first, since attentions and layers look at theirs.
-        for name, mixin in _CLASSES.items():
-            for module in modules:
-                if _class_name(module) == forms.prefix + (name or forms.norm_class):
-                    reason = _attach(module, mixin, forms, backend)
-                    if reason:
-                        own[f"{forms.prefix}{name or forms.norm_class}: {reason}"] = None
-                    else:
-                        fused[_WORDS[mixin]] += 1
-        fused["LoRA layers stacked"] = sum(
-            len(each.layers) for m in modules if (each := getattr(m, "shared_input", None))
-            and isinstance(m, FusedModule)
-        )  # fmt: skip
+    own = [f"{config.model_type} is not in the table of families"]
+    if forms is not None:
+        fused, own = _attach_all(modules, forms, backend)
     if before == "eager":
-        _log(fused, list(own), requested)
+        _log(fused, own, requested)
+
+
+def _attach_all(
+    modules: list[nn.Module], forms: FusedForms, backend: str
+) -> tuple[Counter[str], list[str]]:
+    """Make modules run their fused ops; how many of each kind do, and why others do not."""
+    fused: Counter[str] = Counter()
+    own: dict[str, None] = {}  # reasons, in order
+    for name, mixin in _CLASSES.items():
+        wanted = forms.prefix + (name or forms.norm_class)
+        for module in modules:
+            if _class_name(module) != wanted:
+                continue
+            if reason := _attach(module, mixin, forms, backend):
+                own[f"{wanted}: {reason}"] = None
+            else:
+                fused[_WORDS[mixin]] += 1
+    groups = [m.shared_input for m in modules if isinstance(m, FusedModule) and m.shared_input]
+    fused["LoRA layers stacked"] = sum(len(group.layers) for group in groups)
+    return fused, list(own)
 
 
 def _log(fused: Counter[str], own: list[str], requested: str) -> None:
@@ -263,9 +270,12 @@ _CLASSES: dict[str, type[FusedModule]] = {
     "Attention": _Attention,
     "DecoderLayer": _DecoderLayer,
 }
-"""The mixin of a class of transformers, by its name less the family's prefix; "" is the norm."""
+"""The mixin of a class of transformers, by its name less the family's prefix; "" is the norm.
 
-_WORDS = {
+Norms come first, since attentions and layers look at theirs.
+"""
+
+_WORDS: dict[type[FusedModule], str] = {
     _Norm: "norms",
     _MLP: "MLPs",
     _Attention: "rotary embeddings",
@@ -345,7 +355,7 @@ def _layer_obstacle(module: Any, forms: FusedForms) -> str:
     return ""
 
 
-_OBSTACLES = {
+_OBSTACLES: dict[type[FusedModule], Callable[[Any, FusedForms], str]] = {
     _Norm: _norm_obstacle,
     _MLP: _mlp_obstacle,
     _Attention: _attention_obstacle,
@@ -355,7 +365,7 @@ _OBSTACLES = {
 
 def _shared(module: Any, names: tuple[str, ...]) -> SharedInput | None:
     """Stack the LoRA layers of these names, where there are two or more of them."""
-    layers = [getattr(module, name, None) for name in names]
+    layers: list[Any] = [getattr(module, name, None) for name in names]
     layers = [layer for layer in layers if hasattr(layer, "plain_lora")]
     if len(layers) < 2:
         return None

@@ -107,8 +107,8 @@ class Adapters:
         for place, matrix in enumerate(ups):
             if matrix is not None and matrix.dtype != dtype:
                 given.append(matrix)
-                ups[place] = torch.empty_like(matrix, dtype=dtype)
-                targets.append(ups[place])
+                targets.append(torch.empty_like(matrix, dtype=dtype))
+                ups[place] = targets[-1]
         with torch.no_grad():
             torch._foreach_copy_(targets, given)
         return cls(stacked, ups, ranks)
