@@ -472,6 +472,8 @@ class DPOTrainer(ResumableTrainer):
         saved = ExecutionLayout.from_json(state["layout"])
         if self.user_args.micro_batch_tokens is not None:
             saved.micro_batch_tokens = self.user_args.micro_batch_tokens
+        if self.user_args.kernels != "auto":
+            saved.kernels = self.user_args.kernels
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
         self.layout.assign(saved)
