@@ -128,11 +128,7 @@ def test_usual_replacements_are_let_be():
     check_growth(
         tokenizer_with(
             normalizer=normalizers.Sequence(
-                [
-                    normalizers.NFKC(),
-                    normalizers.Prepend("\u2581"),
-                    normalizers.Replace(" ", "\u2581"),
-                ]
+                [normalizers.NFKC(), normalizers.Replace(" ", "\u2581")]
                 + [normalizers.Replace(Regex(" {2,}"), " ")] * 3
             )
         )
