@@ -15,6 +15,7 @@ from fastdpo.modeling.adapters import (
     adapters_disabled,
     base_model_name,
     load_adapter,
+    read_adapter_config,
     replace_lora_forward,
 )
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
@@ -110,8 +111,8 @@ def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
         )
     name = model.model_name_or_path
     if options.adapter is not None:
-        named = base_model_name(options.adapter) if name is None else None
-        name = name or named
+        read_adapter_config(options.adapter)  # before anything is read or loaded
+        name = name or base_model_name(options.adapter)
     if name is None:
         raise ValueError("--model is missing: pass the folder of the trained model.")
     return resolve_model(name)[0]

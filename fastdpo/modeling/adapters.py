@@ -5,6 +5,7 @@ PEFT builds, saves, loads and merges; only the forward of its LoRA layers is our
 `lora_linear`, which works alike for adapters made here and for a PeftModel that the user brings.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
+
+from fastdpo.modeling.adapter_starts import base_kept, drawn_config, require_base_kept
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +114,22 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """A new adapter on the model, its weights in fp32 whatever the base's dtype.
 
     Raises:
-        ValueError: the model has an adapter already.
+        ValueError: the model has an adapter already, or the new one would write to the base.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model is a PeftModel already and peft_config asks for another adapter: pass one "
             "or the other. Merge the first adapter, or train it on by leaving peft_config out."
         )
+    drawn = drawn_config(model, peft_config)
+    if drawn is not peft_config:
+        logger.warning(
+            "init_lora_weights is 'lora_ga' and preprocess_loraga has left no gradients: the "
+            "adapter is drawn as PEFT draws any other, and saved as such."
+        )
     replace_lora_forward(model)
-    adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    with base_kept(model, f"the adapter of peft_config ({type(drawn).__name__})"):
+        adapted = get_peft_model(model, drawn, autocast_adapter_dtype=True)
     replace_lora_forward(adapted)
     return adapted
 
@@ -168,11 +178,12 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
     """The adapter of a folder on its base, with the fused forward; `trainable` to train it on.
 
     Raises:
-        ValueError: there is no adapter there, or its weights do not fit this base.
+        ValueError: there is no adapter there, its weights do not fit this base, or it would write
+            to the base.
     """
-    base_model_name(folder)
+    read_adapter_config(folder)
     replace_lora_forward(model)
-    with _strict_load(folder) as load:
+    with _strict_load(folder) as load, base_kept(model, f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
     replace_lora_forward(adapted)
@@ -183,9 +194,9 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """The adapter of a folder under another name, beside the one that is there.
 
     Raises:
-        ValueError: its weights do not fit this base.
+        ValueError: its weights do not fit this base, or it would write to the base.
     """
-    with _strict_load(folder) as load:
+    with _strict_load(folder) as load, base_kept(model, f"the adapter in {folder}"):
         load(model, name)
 
 
@@ -193,7 +204,8 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
 def _strict_load(folder: str) -> Iterator[Callable[..., None]]:
     """Load weights of a folder by the function that is given: all of them, or a ValueError.
 
-    PEFT leaves a matrix whose name it does not find as it was drawn, with a warning.
+    PEFT leaves a matrix whose name it does not find as it was drawn, with a warning, and runs the
+    initialization of the adapter's config before it loads.
     """
 
     def load(model: PeftModel, name: str, **options: Any) -> None:
@@ -221,19 +233,41 @@ def is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_model_name(folder: str) -> str:
-    """The name of the model that an adapter was trained on.
+def read_adapter_config(folder: str) -> PeftConfig:
+    """The config of the adapter in a folder, once it is known to leave the base as it is.
 
     Raises:
-        ValueError: the folder holds no adapter, or one that does not say.
+        ValueError: the folder holds no adapter, or one that would write to the base.
     """
+    file = Path(folder) / ADAPTER_CONFIG
+    if file.is_file():  # before PEFT looks for what an initialization needs
+        try:
+            content = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not JSON ({error}): copy the adapter again.") from error
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{file} holds a {type(content).__name__} in place of an object: copy the adapter "
+                "again."
+            )
+        require_base_kept(content, str(file))
     try:
-        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        return PeftConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} holds no adapter: need a folder with adapter_config.json and "
             "adapter_model.safetensors, such as the --output_dir of a run with --lora or --qlora."
         ) from error
+
+
+def base_model_name(folder: str) -> str:
+    """The name of the model that an adapter was trained on.
+
+    Raises:
+        ValueError: the folder holds no adapter, one that does not say, or one that would write to
+            the base.
+    """
+    base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not name its base: pass it as --model.")
     return base

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from fastdpo.modeling.adapter_starts import is_identity_adapter, uninitialized
 from fastdpo.modeling.adapters import (
     adapters_disabled,
     base_model_name,
@@ -104,8 +105,7 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
         frozen = copy.deepcopy(policy).requires_grad_(False)
         return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
     (active,), trainable = policy.active_adapters, _trainable(policy)
-    config = copy.deepcopy(policy.peft_config[active])
-    policy.add_adapter(FROZEN_ADAPTER, config)
+    policy.add_adapter(FROZEN_ADAPTER, uninitialized(policy.peft_config[active]))
     disable_dropout(policy)
     replace_lora_forward(policy)
     reference = ReferenceModel(
@@ -169,14 +169,6 @@ def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
     name = unwrap_model(model).name_or_path or type(unwrap_model(model)).__name__
     adapter = model.active_adapter if isinstance(model, PeftModel) else None
     return ReferenceModel(model, nullcontext, f"The reference is {name}.", adapter=adapter)
-
-
-def is_identity_adapter(policy: PeftModel) -> bool:
-    """Tell whether the adapter is new: every one of its up-projections is 0."""
-    (active,) = policy.active_adapters
-    tensors = get_peft_model_state_dict(policy, adapter_name=active)
-    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    return bool(ups) and not any(tensor.any() for tensor in ups)
 
 
 @contextmanager
