@@ -105,8 +105,9 @@ def check_policy_start(policy: nn.Module) -> None:
 
 def is_identity_adapter(policy: PeftModel) -> bool:
     """Tell whether the adapter is new: every one of its up-projections is 0."""
-    (active,) = policy.active_adapters
-    tensors = get_peft_model_state_dict(policy, adapter_name=active)
+    if len(policy.active_adapters) != 1:
+        return False
+    tensors = get_peft_model_state_dict(policy, adapter_name=policy.active_adapters[0])
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
     return bool(ups) and not any(tensor.any() for tensor in ups)
 

@@ -39,6 +39,7 @@ class ReferenceModel:
         description: one sentence on what the reference is, for logs and model cards.
         adapter: name of the adapter that is on inside the context, or None.
         is_frozen: whether the reference is still there after the first update.
+        is_start: whether it is the policy as training starts, so that the first margins are 0.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class ReferenceModel:
     description: str
     adapter: str | None = None
     is_frozen: bool = True
+    is_start: bool = False
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Tensors of the adapter that is on, by name: log-probs depend on them as on weights."""
@@ -84,9 +86,14 @@ def reference_from_base(policy: nn.Module) -> ReferenceModel:
     """Take as reference the policy, with its adapters off or before its first update."""
     if isinstance(policy, PeftModel):
         description = "The reference is the same model with its adapter off."
-        return ReferenceModel(policy, lambda: adapters_disabled(policy), description)
+        return ReferenceModel(
+            policy,
+            lambda: adapters_disabled(policy),
+            description,
+            is_start=is_identity_adapter(policy),
+        )
     description = "The reference is the model as it is now, before the first update."
-    return ReferenceModel(policy, nullcontext, description, is_frozen=False)
+    return ReferenceModel(policy, nullcontext, description, is_frozen=False, is_start=True)
 
 
 def reference_from_start(policy: nn.Module) -> ReferenceModel:
@@ -103,7 +110,8 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
     """Take as reference a frozen copy of the adapter if there is one, else of all weights."""
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).requires_grad_(False)
-        return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
+        description = "The reference is a frozen copy of the model."
+        return ReferenceModel(frozen, nullcontext, description, is_start=True)
     (active,), trainable = policy.active_adapters, _trainable(policy)
     policy.add_adapter(FROZEN_ADAPTER, uninitialized(policy.peft_config[active]))
     disable_dropout(policy)
@@ -113,6 +121,7 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
         lambda: _adapter_on(policy, FROZEN_ADAPTER),
         "The reference is a frozen copy of the adapter that training starts from.",
         adapter=FROZEN_ADAPTER,
+        is_start=True,
     )
     _restore(policy, active, trainable)
     reference.update_ema(policy, 1.0)

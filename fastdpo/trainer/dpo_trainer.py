@@ -40,8 +40,9 @@ from fastdpo.system import files
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
+from fastdpo.trainer.first_margin import check_first_margin, drops_out, is_exact
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
-from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
+from fastdpo.trainer.metrics import TrainingMetrics, UpdateResult, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
 from fastdpo.trainer.nonfinite import nonfinite_reason
 from fastdpo.trainer.prepare import (
@@ -279,6 +280,7 @@ class DPOTrainer(ResumableTrainer):
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights are as before.
+            ValueError: policy and reference differ where they are one; the weights are as before.
         """
         self.record.start()
         self._follow_policy()
@@ -291,10 +293,22 @@ class DPOTrainer(ResumableTrainer):
         if wrong := nonfinite_reason(self.policy, result, inputs, check_gradient=unscaled):
             self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
             return result.loss.new_zeros(())
+        self._check_first_margin(inputs, result)
         self.record.add(inputs, result, self.user_args.beta)
         if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
         return result.loss
+
+    def _check_first_margin(self, groups: list[PromptGroup], result: UpdateResult) -> None:
+        """Look at the first update of a run whose policy and reference are one at its start."""
+        reference = self.reference.reference
+        is_first = self.first_update_margin is None and self.resumed_from is None
+        if not (is_first and self.needs_reference and reference.is_start):
+            return
+        if drops_out(self.policy, adapter_is_zero=reference.adapter is None):
+            return
+        exact = is_exact(self.reference.compute_dtype, unwrap_model(self.policy).device)
+        check_first_margin(groups, result, exact=exact, action=self.user_args.first_margin)
 
     def _follow_policy(self) -> None:
         """Move the reference of TR-DPO a step towards the policy, if its turn has come."""

@@ -48,11 +48,13 @@ class ResumableTrainer(Trainer):
         policy: the model that is trained and saved.
         tokenizer: saved beside the model.
         user_args: the options as the user gave them, saved beside the model too.
+        resumed_from: the checkpoint that the run in hand goes on from, or None.
     """
 
     policy: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     user_args: DPOConfig
+    resumed_from: Path | None = None
     _saving_into: Path | None = None
     _saved_update: int | None = None
     _stop: signals.Stop | None = None
@@ -116,7 +118,7 @@ class ResumableTrainer(Trainer):
         checkpoints.require_writable(output_dir)
         with checkpoints.locked(output_dir), signals.graceful_shutdown() as self._stop:
             self._run = self._describe_run()
-            folder = self.checkpoint_to_resume(resume_from_checkpoint)
+            self.resumed_from = folder = self.checkpoint_to_resume(resume_from_checkpoint)
             if self.args.save_strategy != SaveStrategy.NO:
                 if folder is None:
                     checkpoints.require_unused(output_dir)
