@@ -5,6 +5,7 @@ Each one gets one sentence of advice. Only the standard library is imported.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 _NAMED_REFERENCE = (
     "use reference with adapter, base, or the folder or hub id of a model or adapter."
@@ -70,6 +71,15 @@ REMOVED_OPTIONS = {
     "no_gradient_checkpointing": "use gradient_checkpointing false.",
     "tpu_num_cores": "fastdpo runs on one CUDA GPU or the CPU; leave it out.",
 }
+
+
+RENAMED_VALUES = {"embeddings": {"card": "gpu"}}
+"""By option, the former names of its values, which YAML files and command lines may still have."""
+
+
+def present_value(name: str, value: Any) -> Any:
+    """The value of an option under its present name; any other value as it is."""
+    return RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
 def suggest_option(name: str, known: Iterable[str], dashes: str = "") -> str:
