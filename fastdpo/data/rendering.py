@@ -9,6 +9,7 @@ from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.data.template_date import asks_for_date, today, with_date
 from fastdpo.options import TokenizationOptions
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Renderer:
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
         options: `special_tokens_in_content` says what becomes of special tokens in the content.
-        report: where control-token rows and the plain template are put down.
+        report: where control-token rows, the plain template and its date are put down.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Renderer:
         self._options = options
         self._report = report
         self._looked_for: set[str] = set()
+        self._day = options.template_date or today()
+        self._dated: dict[str, str | None] = {}
         self._special_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -141,12 +144,14 @@ class Renderer:
         add_generation_prompt: bool = False,
     ) -> str:
         try:
+            given = self._dated_template(tools)
             # As text: with tokenize=True the return type depends on the transformers version.
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **({} if given is None else {"chat_template": given}),
                 **variables,
             )
         except Exception as error:  # a template is foreign code and may raise anything
@@ -158,6 +163,21 @@ class Renderer:
             ) from error
         assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
         return text
+
+    def _dated_template(self, tools: list[Any] | None) -> str | None:
+        """The tokenizer's template with this run's date in it; None if it asks for none."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if template not in self._dated:
+            dated = None
+            if asks_for_date(template):
+                dated = with_date(template, self._day)
+                self._report.template_date = self._day
+                self._report.notes.append(
+                    f"the chat template writes the date: every row gets {self._day} "
+                    "(--template_date)"
+                )
+            self._dated[template] = dated
+        return self._dated[template]
 
     def _note_unused(self, *names: str | None) -> None:
         """Note, once for each variable, that the template never looks at it."""

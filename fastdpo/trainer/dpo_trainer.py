@@ -434,11 +434,27 @@ class DPOTrainer(ResumableTrainer):
             "seed": args.seed,
             "data_seed": args.data_seed,
             "data": None if self.train_groups is None else self.train_groups.content_hash,
+            "template_date": self.sets.template_date,
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
             "reference": self.reference.reference.description,
         }
+
+    def adopt_run(self, saved: Mapping[str, Any]) -> None:
+        """Give the chat template the date of the run that wrote the checkpoint."""
+        now, then = self.sets.template_date, saved.get("template_date")
+        if now is None or now == then or self.user_args.template_date is not None:
+            return
+        if then is None:
+            logger.warning(
+                "The chat template writes the date, and the checkpoint does not say which: pass "
+                "--template_date with the day on which its run began."
+            )
+            return
+        logger.info("The chat template is given %s, the day on which the run began.", then)
+        self.sets.tokenize_again(then)
+        self.train_dataset, self.eval_dataset = self.train_groups, self.eval_groups
 
     def layout_state(self) -> dict[str, Any]:
         """The layout of the updates, with which a resumed run repeats them to the bit."""

@@ -81,6 +81,13 @@ class ResumableTrainer(Trainer):
     def load_layout_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `layout_state` returned when the checkpoint was written."""
 
+    def adopt_run(self, saved: Mapping[str, Any]) -> None:
+        """Become the run of a checkpoint in what differs only since time has passed.
+
+        Args:
+            saved: the `resume_signature` of the run that wrote the checkpoint.
+        """
+
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Tensors that training changes and that neither the policy nor the optimizer holds."""
         return {}
@@ -162,6 +169,8 @@ class ResumableTrainer(Trainer):
                     "folder, or pass true for the newest whole one in --output_dir."
                 )
         manifest = checkpoints.verify(folder)
+        self.adopt_run(manifest.run)
+        self._run = {**self._run, **self.resume_signature()}
         allowed = self.user_args.allow_config_change or []
         for line in checkpoints.require_same_run(manifest.run, self._run, allowed):
             logger.warning("Resuming although this differs (--allow_config_change): %s", line)
