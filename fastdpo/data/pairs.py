@@ -76,6 +76,8 @@ class PreparationReport:
         unstable_example: for the first of those, where it is and the end of the prompt that is
             left out or comes back as part of the completion.
         repeated_prompts: rows whose completions both begin with their prompt.
+        template_date: the day, as 2025-06-30, that the chat template was given; None if it writes
+            none.
         shapes: how the rows were read, a sentence for each source.
         findings: what is odd about the pairs, and their lengths (see `fastdpo.data.checks`).
         notes: anything else to tell the user, one line each.
@@ -93,6 +95,7 @@ class PreparationReport:
     unstable_prompts: int = 0
     unstable_example: str = ""
     repeated_prompts: int = 0
+    template_date: str | None = None
     shapes: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

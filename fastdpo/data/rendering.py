@@ -12,6 +12,7 @@ from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.ready_made import ReadyMadeText, check_is_text
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.data.template_date import asks_for_date, today, with_date
 from fastdpo.data.template_variables import TemplateVariables
 from fastdpo.data.tokenizer_bounds import check_growth, explaining_panics
 from fastdpo.options import TokenizationOptions
@@ -55,7 +56,7 @@ class Renderer:
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
         options: `special_tokens_in_content` says what becomes of special tokens in the content.
-        report: where control-token rows and the plain template are put down.
+        report: where control-token rows, the plain template and its date are put down.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Renderer:
         self._options = options
         self._report = report
         self._variables = TemplateVariables(tokenizer)
+        self._day = options.template_date or today()
+        self._dated: dict[str, str | None] = {}
         self._special_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -222,12 +225,15 @@ class Renderer:
         add_generation_prompt: bool = False,
     ) -> str:
         try:
+            dated = self._dated_template(tools)
+            given: dict[str, Any] = {} if dated is None else {"chat_template": dated}
             # As text: with tokenize=True the return type depends on the transformers version.
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **given,
                 **variables,
             )
         except (TooSlowError, MemoryError):
@@ -241,6 +247,21 @@ class Renderer:
             ) from error
         assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
         return text
+
+    def _dated_template(self, tools: list[Any] | None) -> str | None:
+        """The tokenizer's template with this run's date in it; None if it asks for none."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if template not in self._dated:
+            dated = None
+            if asks_for_date(template):
+                dated = with_date(template, self._day)
+                self._report.template_date = self._day
+                self._report.notes.append(
+                    f"the chat template writes the date: every row gets {self._day} "
+                    "(--template_date)"
+                )
+            self._dated[template] = dated
+        return self._dated[template]
 
     def _sentinel_for(self, default_mode: str, content: Any) -> str | None:
         """Count a row that spells special tokens; return what breaks them, None to let them be."""

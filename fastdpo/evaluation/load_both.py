@@ -15,6 +15,7 @@ from fastdpo.modeling.adapters import (
     adapters_disabled,
     base_model_name,
     load_adapter,
+    read_adapter_config,
     replace_lora_forward,
 )
 from fastdpo.modeling.base_names import require_base
@@ -114,9 +115,11 @@ def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
             "a --model whose weights were all trained, --reference (the model it started from)."
         )
     name = model.model_name_or_path
-    if options.adapter is not None and name is None:
-        name = base_model_name(options.adapter)
-        require_base(name, options.adapter)
+    if options.adapter is not None:
+        read_adapter_config(options.adapter)  # before anything is read or loaded
+        if name is None:
+            name = base_model_name(options.adapter)
+            require_base(name, options.adapter)
     if name is None:
         raise ValueError("--model is missing: pass the folder of the trained model.")
     return resolve_model(name)[0]

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from fastdpo.modeling.adapter_starts import is_identity_adapter, uninitialized
 from fastdpo.modeling.adapters import (
     adapters_disabled,
     base_model_name,
@@ -41,6 +42,7 @@ class ReferenceModel:
         description: one sentence on what the reference is, for logs and model cards.
         adapter: name of the adapter that is on inside the context, or None.
         is_frozen: whether the reference is still there after the first update.
+        is_start: whether it is the policy as training starts, so that the first margins are 0.
     """
 
     model: nn.Module
@@ -48,6 +50,7 @@ class ReferenceModel:
     description: str
     adapter: str | None = None
     is_frozen: bool = True
+    is_start: bool = False
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Tensors of the adapter that is on, by name: log-probs depend on them as on weights."""
@@ -86,9 +89,14 @@ def reference_from_base(policy: nn.Module) -> ReferenceModel:
     """Take as reference the policy, with its adapters off or before its first update."""
     if isinstance(policy, PeftModel):
         description = "The reference is the same model with its adapter off."
-        return ReferenceModel(policy, lambda: adapters_disabled(policy), description)
+        return ReferenceModel(
+            policy,
+            lambda: adapters_disabled(policy),
+            description,
+            is_start=is_identity_adapter(policy),
+        )
     description = "The reference is the model as it is now, before the first update."
-    return ReferenceModel(policy, nullcontext, description, is_frozen=False)
+    return ReferenceModel(policy, nullcontext, description, is_frozen=False, is_start=True)
 
 
 def reference_from_start(policy: nn.Module) -> ReferenceModel:
@@ -105,9 +113,10 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
     """Take as reference a frozen copy of the adapter if there is one, else of all weights."""
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).requires_grad_(False)
-        return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
+        description = "The reference is a frozen copy of the model."
+        return ReferenceModel(frozen, nullcontext, description, is_start=True)
     (active,), trainable = policy.active_adapters, _trainable(policy)
-    config = copy.deepcopy(policy.peft_config[active])
+    config = uninitialized(policy.peft_config[active])
     name = _free_name(policy)
     policy.add_adapter(name, config)
     disable_dropout(policy)
@@ -117,6 +126,7 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
         lambda: _adapter_on(policy, name),
         "The reference is a frozen copy of the adapter that training starts from.",
         adapter=name,
+        is_start=True,
     )
     _restore(policy, active, trainable)
     reference.update_ema(policy, 1.0)
@@ -195,14 +205,6 @@ def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
     name = unwrap_model(model).name_or_path or type(unwrap_model(model)).__name__
     adapter = model.active_adapter if isinstance(model, PeftModel) else None
     return ReferenceModel(model, nullcontext, f"The reference is {name}.", adapter=adapter)
-
-
-def is_identity_adapter(policy: PeftModel) -> bool:
-    """Tell whether the adapter is new: every one of its up-projections is 0."""
-    (active,) = policy.active_adapters
-    tensors = get_peft_model_state_dict(policy, adapter_name=active)
-    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    return bool(ups) and not any(tensor.any() for tensor in ups)
 
 
 @contextmanager

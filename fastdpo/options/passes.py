@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.options.checks import Options, as_dict, option, whole
+from fastdpo.options.removed import present_value
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
 KERNELS = ("auto", "fused", "eager")
@@ -85,6 +86,7 @@ class BatchingOptions(Options):
     )
 
     def __post_init__(self) -> None:
+        self.embeddings = present_value("embeddings", self.embeddings)
         self.model_init_kwargs = _loading(as_dict("model_init_kwargs", self.model_init_kwargs))
         super().__post_init__()
         if self.merge_prompts and "off" in (self.packing, self.shared_prefix):

@@ -44,6 +44,7 @@ def describe_request(
         "special_tokens_in_content": options.special_tokens_in_content,
         "tokenizer": str(tokenizer.name_or_path),
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:12],
+        "template_date": groups.pairs.report.template_date,
         "model": model_name,
         "rows": groups.pairs.report.rows_read,
         "pairs": len(groups),

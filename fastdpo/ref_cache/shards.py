@@ -23,6 +23,9 @@ TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64"}
 RAGGED = {"token_logps": "float32"}
 """The vector that `--ref_token_logps off` leaves out."""
 
+SUM_TOLERANCE = 1e-6
+"""Of a sum, the share by which those of its tokens' log-probs may differ: they are rounded."""
+
 
 class ShardError(ValueError):
     """A file that is no shard, or that was damaged since it was written."""
@@ -112,8 +115,12 @@ def read(path: Path) -> Shard:
         raise ShardError(str(error)) from error
     versions = metadata.get("versions")
     wanted = {"format": str(FORMAT), "sha256": checksum(tensors, versions)}
+    if metadata.get("format") != wanted["format"]:
+        raise ShardError(
+            f"it has format {metadata.get('format')!r}, and this fastdpo reads {FORMAT}"
+        )
     if metadata != wanted | ({} if versions is None else {"versions": versions}):
-        raise ShardError("its format or checksum is wrong")
+        raise ShardError("its checksum is wrong")
     if fault := validate(tensors):
         raise ShardError(fault)
     return Shard(
@@ -139,15 +146,39 @@ def validate(tensors: Mapping[str, np.ndarray]) -> str | None:
         )
     if (token_counts < 1).any():
         return "a token count is below 1"
-    if not np.isfinite(tensors["logps"]).all():
-        return "a log-prob is not finite"
+    for name in ("logps", "token_logps"):
+        if fault := _log_prob_fault(tensors.get(name, np.empty(0))):
+            return fault
     if "token_logps" not in tensors:
         return None
     # Each count is checked before they are summed, where int64 could wrap around.
     scored = len(tensors["token_logps"])
     if (token_counts > scored).any() or token_counts.sum() != scored:
         return f"its token counts do not add up to its {scored} token log-probs"
-    return None if np.isfinite(tensors["token_logps"]).all() else "a log-prob is not finite"
+    return _sum_fault(tensors)
+
+
+def _log_prob_fault(logps: np.ndarray) -> str | None:
+    """The reason why these cannot be log-probs; None if they can."""
+    if not np.isfinite(logps).all():
+        return "a log-prob is not finite"
+    above = logps[logps > 0]
+    return f"a log-prob is {above[0]:g}, above 0" if len(above) else None
+
+
+def _sum_fault(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """The reason why the sums are not those of the tokens' log-probs; None if they are."""
+    stored, counts = tensors["logps"], tensors["tokens"]
+    if not len(stored):
+        return None
+    added = np.add.reduceat(tensors["token_logps"].astype(np.float64), np.cumsum(counts) - counts)
+    wrong = np.flatnonzero(~np.isclose(stored, added, rtol=SUM_TOLERANCE, atol=1e-30))
+    if not len(wrong):
+        return None
+    return (
+        f"a sum is {stored[wrong[0]]:.6f} nats, and the log-probs of its tokens add up to "
+        f"{added[wrong[0]]:.6f}"
+    )
 
 
 def checksum(tensors: Mapping[str, np.ndarray], versions: str | None = None) -> str:

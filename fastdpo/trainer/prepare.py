@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from fastdpo.batching import PairGroups
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairDataset, prepare_pairs, rows_from
+from fastdpo.modeling.adapter_starts import check_policy_start
 from fastdpo.modeling.adapters import (
     add_adapter,
     base_model_name,
@@ -83,7 +84,8 @@ def prepare_policy(
     Raises:
         ModelError: the model cannot be loaded.
         ValueError: loading options come with a loaded model, its weights or adapters are of a kind
-            that is not built, it would have two adapters, or the base below one is trained.
+            that is not built, it would have two adapters, the base below one is trained, or the
+            adapter has taken a part of it.
     """
     by_name = isinstance(model, str | os.PathLike)
     loading = args.from_pretrained_options
@@ -112,6 +114,7 @@ def prepare_policy(
         set_seed(args.seed)  # the adapter's first weights belong to the run's seed
         model = add_adapter(model, peft_config)
     check_base_frozen(model)
+    check_policy_start(model)
     return model
 
 
