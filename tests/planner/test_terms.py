@@ -139,7 +139,7 @@ R, K = "recompute", "keep"
         ("qwen2.5-7b", 4096, (K, K, K, K), (None, None), torch.bfloat16, "eager"),
         ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16, "eager"),
         ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.bfloat16, "fused"),
-        ("llama-3.1-8b", 8192, (R, R, K, K), (2048, None), torch.bfloat16, "fused"),
+        ("llama-3.1-8b", 4096, (R, R, K, K), (1024, None), torch.bfloat16, "fused"),
         ("qwen3-8b", 4096, (K, K, K, K), (None, None), torch.bfloat16, "fused"),
         ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16, "fused"),
     ],
