@@ -1,4 +1,4 @@
-"""Whether an adapter leaves the base as it was, so that the base without it is the reference.
+"""Checks that an adapter leaves the base as it was, so that the base without it is the reference.
 
 Some of PEFT's initializations (PiSSA, OLoRA, CorDA, LoftQ) take a part of each weight of the base
 out of it and put it into the adapter, when the adapter is made and again whenever it is loaded.

@@ -131,7 +131,7 @@ TABLE: dict[str, Changes | str] = {
     "attention": Changes("curve", "varlen", refused="varlen"),
     "kernels": Changes("work", "fused"),
     "disable_dropout": Changes("loaded", False),
-    "nonfinite": Changes("curve", "skip", {"learning_rate": 1e38}),
+    "nonfinite": covered("trainer/test_update.py::NONFINITE"),
     "model_init_kwargs": Changes("loaded", {"attn_implementation": "eager"}),
     # ReferenceOptions
     "reference": Changes("curve", "@other"),
