@@ -4,11 +4,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastdpo.data.chat_template import ensure_chat_template
 from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.data.turns import AssistantTurns, Span, has_several_turns
 from fastdpo.options import TokenizationOptions
 
 if TYPE_CHECKING:
@@ -27,12 +30,15 @@ class RenderedRow:
         conversational: a template wrote them, special tokens included; else the tokenizer adds
             what it adds to any text.
         sentinel: the character that breaks special tokens inside the content; None without any.
+        spans: of the second and the third text, the characters that are scored; None: all of the
+            completion.
     """
 
     row: int
     texts: tuple[str, str, str]
     conversational: bool
     sentinel: str | None
+    spans: tuple[list[Span] | None, list[Span] | None] = (None, None)
 
 
 class Renderer:
@@ -40,7 +46,8 @@ class Renderer:
 
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
-        options: `special_tokens_in_content` says what becomes of special tokens in the content.
+        options: `special_tokens_in_content` says what becomes of special tokens in the content,
+            `score_turns` which turns of a completion are scored.
         report: where control-token rows and the plain template are put down.
     """
 
@@ -55,6 +62,7 @@ class Renderer:
         self._report = report
         self._looked_for: set[str] = set()
         self._special_tokens = SpecialTokens(tokenizer)
+        self._assistant_turns = AssistantTurns(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
@@ -98,6 +106,41 @@ class Renderer:
                 encoded[index] = (prompt, chosen, rejected)
         return [encoded[index] for index in range(len(rows))]
 
+    def masks(self, row: RenderedRow) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which ids of prompt + chosen and prompt + rejected are scored, bool; None: all.
+
+        A token is scored where it ends inside a scored span.
+
+        Raises:
+            DataError: the tokenizer does not tell where its tokens lie.
+        """
+        chosen, rejected = (
+            None if spans is None else self._mask(text, spans, row.sentinel)
+            for text, spans in zip(row.texts[1:], row.spans, strict=True)
+        )
+        return chosen, rejected
+
+    def _mask(self, text: str, spans: list[Span], sentinel: str | None) -> np.ndarray:
+        ends = np.array(self._token_ends(text, sentinel))
+        scored = np.zeros(len(ends), dtype=np.bool_)
+        for start, end in spans:
+            scored |= (ends > start) & (ends <= end)
+        return scored
+
+    def _token_ends(self, text: str, sentinel: str | None) -> list[int]:
+        if sentinel is not None:
+            return self._special_tokens.token_ends(text, sentinel)
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"a completion has several turns, and {type(self.tokenizer).__name__} is not a "
+                "fast tokenizer, which is needed to tell which of its tokens the assistant writes; "
+                "pass --score_turns all to score every token, as TRL does"
+            )
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [end for _, end in encoded["offset_mapping"]]
+
     def without_eos(self, text: str) -> str:
         """Return `text` without the EOS that it may end with."""
         return text.removesuffix(self._eos) if self._eos else text
@@ -131,7 +174,18 @@ class Renderer:
             self._apply_template(prompt + chosen, tools, variables),
             self._apply_template(prompt + rejected, tools, variables),
         )
-        return RenderedRow(index, texts, True, sentinel)
+        self._report.rows_of_turns += any(map(has_several_turns, (chosen, rejected)))
+        if self._options.score_turns == "all":
+            return RenderedRow(index, texts, True, sentinel)
+
+        def render(messages: Messages, add_generation_prompt: bool) -> str:
+            return self._apply_template(messages, tools, variables, add_generation_prompt)
+
+        of_chosen, of_rejected = (
+            self._assistant_turns.spans(prompt, completion, text, render, tools, variables)
+            for completion, text in zip((chosen, rejected), texts[1:], strict=True)
+        )
+        return RenderedRow(index, texts, True, sentinel, (of_chosen, of_rejected))
 
     def _apply_template(
         self,

@@ -6,6 +6,7 @@ from fastdpo.options.checks import Options, option, whole
 
 TRUNCATION_MODES = ("keep_completion", "keep_start")
 SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
+SCORED_TURNS = ("assistant", "all")
 
 
 @dataclass
@@ -40,6 +41,13 @@ class TokenizationOptions(Options):
         "Special tokens written inside the data: literal encodes them as plain text, allow as "
         "tokens, error refuses the row. Unset: literal in conversations, allow in ready strings.",
         choices=list(SPECIAL_TOKEN_MODES),
+    )
+    score_turns: str = option(
+        "all",
+        "Which turns of a completion of several are scored: assistant leaves out tool results and "
+        "user turns, all scores them too as TRL does. The commands' default is assistant, "
+        "DPOConfig's all.",
+        choices=list(SCORED_TURNS),
     )
     strict_data: bool = option(
         False,
