@@ -13,14 +13,15 @@ from fastdpo.data.pairs import (
     IDENTICAL_AFTER_TRUNCATION,
     NOTHING_SCORED,
     OVER_LONG_PROMPT,
-    RATED_ALIKE,
     PairBuilder,
     PairDataset,
     PreparationReport,
     ScoredMasks,
 )
+from fastdpo.data.ranked import NoPreference
 from fastdpo.data.reading import Rows
 from fastdpo.data.rendering import RenderedRow, Renderer
+from fastdpo.data.scores import opposed_scores
 from fastdpo.data.truncation import truncate
 from fastdpo.options import TokenizationOptions
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 512
+_BATCH_LETTERS = 2**25
 _PROGRESS_FROM_ROWS = 2_000
 _PROMPT_FROM_LETTERS = 16
 
@@ -71,12 +73,15 @@ def prepare_pairs(
         raise ValueError(f"limit is {limit}, at least 1 is needed, or None for no limit")
     preparation = _Preparation(rows, tokenizer, options or TokenizationOptions(), vocabulary_size)
     batch: list[RenderedRow] = []
+    letters = 0
     for row, preferences in _with_progress(preparation.preferences(), rows, progress):
+        known = len(batch)
         batch += preparation.render(row, preferences)
         wanted = _BATCH_ROWS if limit is None else min(_BATCH_ROWS, limit - preparation.kept)
-        if len(batch) >= wanted:
+        letters += sum(len(text) for each in batch[known:] for text in each.texts)
+        if len(batch) >= wanted or letters > _BATCH_LETTERS:
             preparation.add(batch[:wanted])
-            batch = batch[wanted:]
+            batch, letters = batch[wanted:], 0
         if preparation.kept == limit:
             return preparation.finish(
                 f"reading stopped at {limit:,} pairs, all that were asked for"
@@ -103,7 +108,7 @@ class _Preparation:
         self.report = PreparationReport(rows.source)
         self.renderer = Renderer(tokenizer, options, self.report)
         self.builder = PairBuilder()
-        self._rows_with_nul = 0
+        self._rows_with_nul = self._empty_prompts = self._scored = self._opposed = 0
 
     @property
     def kept(self) -> int:
@@ -118,8 +123,8 @@ class _Preparation:
 
     def render(self, row: int, preferences: list[PreferenceRow]) -> list[RenderedRow]:
         """Render the preferences of a row; those that are useless already are dropped."""
-        if not preferences:
-            self._drop(RATED_ALIKE, row)
+        if isinstance(preferences, NoPreference) and preferences.reason is not None:
+            self._drop(preferences.reason, row)
         rendered = [self._render(row, preference) for preference in preferences]
         return [texts for texts in rendered if texts is not None]
 
@@ -132,13 +137,25 @@ class _Preparation:
         if row.prompt == []:
             return self._drop(EMPTY_PROMPT, index)
         self._rows_with_nul += "\\x00" in repr((row.prompt, row.chosen, row.rejected))
-        if isinstance(row.prompt, str) and len(row.prompt) >= _PROMPT_FROM_LETTERS:
-            sides = (row.chosen, row.rejected)
-            self.report.repeated_prompts += all(str(s).startswith(row.prompt) for s in sides)
+        if isinstance(row.prompt, str):
+            self._look_at_prompt(row.prompt, str(row.chosen), str(row.rejected))
+        if row.score_margin is not None:
+            self._scored += 1
+            self._opposed += row.score_margin < 0
         try:
             return self.renderer.render(index, row)
         except DataError as error:
             raise DataError(f"{self.rows.where(index)}: {error}") from error
+
+    def _look_at_prompt(self, prompt: str, chosen: str, rejected: str) -> None:
+        """Count prompts that are empty, and those that both completions begin with once more."""
+        self._empty_prompts += not self.renderer.without_bos(prompt).strip()
+        if len(prompt) >= _PROMPT_FROM_LETTERS:
+            words = " ".join(prompt.split())
+            self.report.repeated_prompts += all(
+                " ".join(side[: 2 * len(prompt)].split()).startswith(words)
+                for side in (chosen, rejected)
+            )
 
     def add(self, batch: list[RenderedRow]) -> None:
         """Tokenize a batch and keep its pairs."""
@@ -160,6 +177,13 @@ class _Preparation:
             self.report.findings.append(
                 f"warning: {self._rows_with_nul:,} rows hold the character NUL, which is no text"
             )
+        if self._empty_prompts and self.bos_token_id is not None:
+            self.report.findings.append(
+                f"warning: {self._empty_prompts:,} rows have no prompt: their answers follow the "
+                "BOS token alone"
+            )
+        self.report.findings += opposed_scores(self._scored, self._opposed)
+        self.report.findings += self.renderer.findings()
         return pairs
 
     def _add_pair(
@@ -190,7 +214,7 @@ class _Preparation:
             return self._drop(OVER_LONG_PROMPT, row)
         if truncated[1] == truncated[2]:
             return self._drop(IDENTICAL_AFTER_TRUNCATION, row)
-        scored = self._scored(rendered, shared, len(truncated[1]), len(truncated[2]))
+        scored = self._masks(rendered, shared, len(truncated[1]), len(truncated[2]))
         if any(mask is not None and not mask.any() for mask in scored):
             return self._drop(NOTHING_SCORED, row)
         cut = (
@@ -204,9 +228,7 @@ class _Preparation:
             self._note_unstable(row, prompt_alone[shared:])
         self.builder.add(*truncated, row, cut, scored)
 
-    def _scored(
-        self, rendered: RenderedRow, shared: int, chosen: int, rejected: int
-    ) -> ScoredMasks:
+    def _masks(self, rendered: RenderedRow, shared: int, chosen: int, rejected: int) -> ScoredMasks:
         """The masks of a pair's completions of these lengths, which begin after `shared` ids."""
         if rendered.spans == (None, None):
             return None, None

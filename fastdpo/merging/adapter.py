@@ -92,9 +92,7 @@ def read_adapter(folder: Path) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{config_file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(
-            f"{config_file} holds a {type(config).__name__}, no object: copy it again."
-        )
+        raise ValueError(f"{config_file} holds a {type(config).__name__}, no object.")
     _refuse_other_kinds(config, config_file)
     require_finite_scale(config, str(config_file))
     parts: dict[str, dict[str, StoredTensor]] = {}

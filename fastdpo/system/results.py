@@ -18,7 +18,7 @@ from fastdpo.system import files
 logger = logging.getLogger(__name__)
 
 CONFIGS = ("adapter_config.json", "config.json")
-"""What PEFT and transformers ask for first: without it a folder holds nothing."""
+"""PEFT and transformers ask for these first: without one a folder holds nothing."""
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",

@@ -156,7 +156,9 @@ def test_user_turns_are_not_scored(tokenizer_with, template):
 
 @pytest.mark.parametrize("template", ["phi3", "phi3_training"])
 def test_a_template_that_shows_no_tool_turn_is_refused(tokenizer_with, template):
-    with pytest.raises(DataError, match=r"rows.*does not show turns of the role 'tool'.*score_tur"):
+    with pytest.raises(
+        DataError, match=r"rows.*leaves out the turn of the role 'assistant' and its tool calls"
+    ):
         prepare(tokenizer_with(template), AGENTIC)
 
 
@@ -201,7 +203,9 @@ def test_cut_completions_keep_their_mask(tokenizer_with):
         prepare(tokenizer, AGENTIC, max_completion_length=most) for most in (None, 60)
     )
     assert cut.scored[0].tolist() == whole.scored[0][:60].tolist()
-    report = prepare(tokenizer, AGENTIC, AGENTIC | {"chosen": [message("user", "And?")]}).report
+    report = prepare(
+        tokenizer, AGENTIC, AGENTIC | {"chosen": [message("tool", "16 degrees")]}
+    ).report
     assert report.dropped[NOTHING_SCORED].count == 1
 
 

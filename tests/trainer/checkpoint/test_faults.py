@@ -9,13 +9,14 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from fastdpo.system import files
+from fastdpo.system import files, results
 from fastdpo.trainer import checkpoint
 from fastdpo.trainer.checkpoint import CheckpointError
 from tests.failing_files import FAILING, FULL, Killed, failing
@@ -159,31 +160,33 @@ def test_the_last_save_must_not_fail(tmp_path):
         trainer.train()
 
 
-def test_the_result_is_replaced_as_a_whole_or_not(tmp_path, second_save):
+def test_the_result_is_replaced_as_a_whole_or_not(tmp_path, second_save, soak):
+    """The weights are the old ones or the new; new ones never have an old config beside them."""
     trainer, _, _ = second_save
     folder = tmp_path / "result"
     trainer._saving_into = None
-    for at in range(100):
+    with failing(None) as disk:
+        trainer._save(str(folder))
+    for at in range(0, len(disk.log), 1 if soak else 3):
         for old in (True, False):
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
+            folder.mkdir()
             if old:
-                folder.mkdir()
                 (folder / ADAPTER).write_bytes(b"the former result")
-            with failing(at) as disk:
-                try:
-                    trainer._save(str(folder))
-                except Killed:
-                    done = False
-                else:
-                    done = True
-            if not old and not (folder / ADAPTER).exists():
+                (folder / "adapter_config.json").write_bytes(b"the former config")
+            with failing(at), suppress(Killed):
+                trainer._save(str(folder))
+            if not (folder / ADAPTER).exists():
+                assert not old
                 continue
-            content = adapter_of(folder)
-            assert (old and content == b"the former result") or is_whole(folder / ADAPTER)
-        if done:
-            break
-    assert done
-    assert at == len(disk.log) > 10
+            is_former = adapter_of(folder) == b"the former result"
+            assert is_former or is_whole(folder / ADAPTER)
+            config = folder / "adapter_config.json"
+            if config.exists():
+                assert (config.read_bytes() == b"the former config") == is_former
+            results.finish(folder, tmp_path / "locks")
+            assert is_former or config.exists()
+    assert len(disk.log) > 10
 
 
 def is_whole(path):
