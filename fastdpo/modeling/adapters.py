@@ -23,6 +23,8 @@ from transformers import (
 
 from fastdpo.modeling.adapter_config import check_patterns
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
+from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.peft_types import check_peft_type
 from fastdpo.system.oom import oom_message
 
 logger = logging.getLogger(__name__)
@@ -125,13 +127,14 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """Put a new adapter on the model, its weights in fp32 whatever the base's dtype.
 
     Raises:
-        ValueError: the model has an adapter already.
+        ValueError: the model has an adapter already, or this kind of adapter is not trained here.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model is a PeftModel already and peft_config asks for another adapter: pass one "
             "or the other. Merge the first adapter, or train it on by leaving peft_config out."
         )
+    check_peft_type(peft_config, four_bit=getattr(model, "is_loaded_in_4bit", False))
     replace_lora_forward(model)
     adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     replace_lora_forward(adapted)
@@ -168,7 +171,7 @@ def check_base_frozen(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    adapter_marks = (f".{model.base_model.prefix}", ".modules_to_save.")
+    adapter_marks = (f".{model.base_model.prefix}", ".modules_to_save.", ".trainable_tokens_")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not any(mark in name for mark in adapter_marks):
             raise ValueError(
@@ -216,7 +219,9 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
     It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
     a matrix whose name it does not find as it was drawn, with a warning.
     """
-    config = _read_config(folder).to_dict()
+    peft_config = _read_config(folder)
+    check_peft_type(peft_config, four_bit=getattr(unwrap_model(base), "is_loaded_in_4bit", False))
+    config = peft_config.to_dict()
     names = [name for name, _ in base.named_modules()]
     check_patterns(config, names, folder)
     if Path(folder).is_dir() and not list(Path(folder).glob("adapter_model.*")):
@@ -230,7 +235,8 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
         result = model.load_adapter(folder, adapter_name=name, **options)
         require_finite_adapter(model, name, folder)
         surplus = [key for key in result.unexpected_keys if ".lora_" in key]
-        for problem, keys in (("lacks", result.missing_keys), ("has no place for", surplus)):
+        missing = _truly_missing(model, result.missing_keys)
+        for problem, keys in (("lacks", missing), ("has no place for", surplus)):
             if keys:
                 raise AdapterError(
                     f"the adapter in {folder} does not fit this base: it is of another model or "
@@ -251,6 +257,15 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
             f"({type(error).__name__}: {reason}): pass the base that it was trained on, or copy or "
             "download the adapter again."
         ) from error
+
+
+def _truly_missing(model: nn.Module, keys: list[str]) -> list[str]:
+    """The keys but for those of a tensor that was loaded under another name (a shared one)."""
+    if not keys:
+        return keys
+    tensors = model.state_dict()
+    loaded = {each.data_ptr() for name, each in tensors.items() if name not in keys}
+    return [key for key in keys if key not in tensors or tensors[key].data_ptr() not in loaded]
 
 
 def is_adapter(name: str) -> bool:

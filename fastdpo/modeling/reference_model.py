@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from fastdpo.modeling.adapters import (
@@ -29,6 +31,13 @@ FROZEN_ADAPTER = "reference"
 """The name of the frozen copy inside the PeftModel, with a number behind it where that is taken.
 
 Only the policy's own adapter is saved."""
+
+
+_NOT_OF_THE_NUMBERS = (
+    "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping",
+    "peft_version",
+)  # fmt: skip
+"""Fields of an adapter's config that say nothing about what it adds to the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +68,8 @@ class ReferenceModel:
         """The adapter's config fields that decide what its tensors add to the weights."""
         assert self.adapter is not None, "there is one"
         config = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
+        if config.peft_type != PeftType.LORA:
+            return {n: v for n, v in config.to_dict().items() if n not in _NOT_OF_THE_NUMBERS}
         names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         return {name: getattr(config, name, None) for name in names}
 
@@ -79,7 +90,10 @@ class ReferenceModel:
             trained = get_peft_model_state_dict(policy, adapter_name=active)
         with torch.no_grad():
             for name, tensor in self.tensors().items():
-                tensor.lerp_(trained[name].to(tensor.dtype), mixup_alpha)
+                if tensor.is_floating_point():
+                    tensor.lerp_(trained[name].to(tensor.dtype), mixup_alpha)
+                else:  # which entries an adapter changes (SHiRA)
+                    tensor.copy_(trained[name])
 
 
 def reference_from_base(policy: nn.Module) -> ReferenceModel:
@@ -198,11 +212,30 @@ def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
 
 
 def is_identity_adapter(policy: PeftModel) -> bool:
-    """Tell whether the adapter is new: every one of its up-projections is 0."""
+    """Tell whether the adapter is new: every one of its up-projections is 0, and its copies of
+    whole modules and of token embeddings are as they are in the base.
+    """
     (active,) = policy.active_adapters
     tensors = get_peft_model_state_dict(policy, adapter_name=active)
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    return bool(ups) and not any(tensor.any() for tensor in ups)
+    if not ups or any(tensor.any() for tensor in ups):
+        return False
+    return not any(_is_changed(module, active) for module in policy.modules())
+
+
+def _is_changed(module: nn.Module, adapter: str) -> bool:
+    """Whether an adapter's own copy of a module, or of some embeddings, differs from the base's."""
+    if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+        copies = module.modules_to_save[adapter].state_dict()
+        originals = module.original_module.state_dict()
+        return any(
+            name not in originals or not torch.equal(each, originals[name].to(each))
+            for name, each in copies.items()
+        )
+    if isinstance(module, TrainableTokensLayer) and adapter in module.trainable_tokens_delta:
+        delta = module.trainable_tokens_delta[adapter]
+        return not torch.equal(delta, module.trainable_tokens_original[adapter].to(delta))
+    return False
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Finds what is wrong with an update: loss or gradient not finite, no gradient; weights after it."""
+"""Finds what is wrong with an update: loss, gradient or weights not finite, or no gradient."""
 
 from collections.abc import Sequence
 
