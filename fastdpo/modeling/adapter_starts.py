@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from fastdpo.modeling.head import unwrap_model
@@ -104,12 +107,34 @@ def check_policy_start(policy: nn.Module) -> None:
 
 
 def is_identity_adapter(policy: PeftModel) -> bool:
-    """Tell whether the adapter is new: every one of its up-projections is 0."""
+    """Tell whether the adapter is new: its output is 0, and its copies are those of the base.
+
+    Then every one of its up-projections is 0, and its copies of whole modules and of token
+    embeddings are equal to the base's.
+    """
     if len(policy.active_adapters) != 1:
         return False
-    tensors = get_peft_model_state_dict(policy, adapter_name=policy.active_adapters[0])
+    (active,) = policy.active_adapters
+    tensors = get_peft_model_state_dict(policy, adapter_name=active)
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    return bool(ups) and not any(tensor.any() for tensor in ups)
+    if not ups or any(tensor.any() for tensor in ups):
+        return False
+    return not any(_is_changed(module, active) for module in policy.modules())
+
+
+def _is_changed(module: nn.Module, adapter: str) -> bool:
+    """Return True if an adapter's copy of a module or of embeddings differs from the base's."""
+    if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+        copies = module.modules_to_save[adapter].state_dict()
+        originals = module.original_module.state_dict()
+        return any(
+            name not in originals or not torch.equal(each, originals[name].to(each))
+            for name, each in copies.items()
+        )
+    if isinstance(module, TrainableTokensLayer) and adapter in module.trainable_tokens_delta:
+        delta = module.trainable_tokens_delta[adapter]
+        return not torch.equal(delta, module.trainable_tokens_original[adapter].to(delta))  # pyrefly: ignore
+    return False
 
 
 def uninitialized(config: PeftConfig) -> PeftConfig:

@@ -25,6 +25,8 @@ from transformers import (
 from fastdpo.modeling.adapter_config import check_patterns
 from fastdpo.modeling.adapter_starts import base_kept, drawn_config, require_base_kept
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
+from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.peft_types import check_peft_type
 from fastdpo.modeling.shared_input import SharedInput
 from fastdpo.system.oom import oom_message
 
@@ -143,13 +145,15 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """Put a new adapter on the model, its weights in fp32 whatever the base's dtype.
 
     Raises:
-        ValueError: the model has an adapter already, or the new one would write to the base.
+        ValueError: the model has an adapter already, this kind of adapter is not trained here, or
+            the new one would write to the base.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model is a PeftModel already and peft_config asks for another adapter: pass one "
             "or the other. Merge the first adapter, or train it on by leaving peft_config out."
         )
+    check_peft_type(peft_config, four_bit=getattr(model, "is_loaded_in_4bit", False))
     drawn = drawn_config(model, peft_config)
     if drawn is not peft_config:
         logger.warning(
@@ -193,7 +197,7 @@ def check_base_frozen(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    adapter_marks = (f".{model.base_model.prefix}", ".modules_to_save.")
+    adapter_marks = (f".{model.base_model.prefix}", ".modules_to_save.", ".trainable_tokens_")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not any(mark in name for mark in adapter_marks):
             raise ValueError(
@@ -243,7 +247,9 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
     a matrix whose name it does not find as it was drawn, with a warning, and runs the
     initialization of the adapter's config before it loads.
     """
-    config = read_adapter_config(folder).to_dict()
+    peft_config = read_adapter_config(folder)
+    check_peft_type(peft_config, four_bit=getattr(unwrap_model(base), "is_loaded_in_4bit", False))
+    config = peft_config.to_dict()
     names = [name for name, _ in base.named_modules()]
     check_patterns(config, names, folder)
     if Path(folder).is_dir() and not list(Path(folder).glob("adapter_model.*")):
@@ -257,7 +263,8 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
         result = model.load_adapter(folder, adapter_name=name, **options)
         require_finite_adapter(model, name, folder)
         surplus = [key for key in result.unexpected_keys if ".lora_" in key]
-        for problem, keys in (("lacks", result.missing_keys), ("has no place for", surplus)):
+        missing = _truly_missing(model, result.missing_keys)
+        for problem, keys in (("lacks", missing), ("has no place for", surplus)):
             if keys:
                 raise AdapterError(
                     f"the adapter in {folder} does not fit this base: it is of another model or "
@@ -278,6 +285,15 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
             f"({type(error).__name__}: {reason}): pass the base that it was trained on, or copy or "
             "download the adapter again."
         ) from error
+
+
+def _truly_missing(model: nn.Module, keys: list[str]) -> list[str]:
+    """The keys but for those of a tensor that was loaded under another name (a shared one)."""
+    if not keys:
+        return keys
+    tensors = model.state_dict()
+    loaded = {each.data_ptr() for name, each in tensors.items() if name not in keys}
+    return [key for key in keys if key not in tensors or tensors[key].data_ptr() not in loaded]
 
 
 def is_adapter(name: str) -> bool:

@@ -86,7 +86,8 @@ def require_finite_scale(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: {key} is {value!r}, and an adapter is scaled by it: it must be a finite "
                 "number, as the run that made the adapter wrote it."
             )
-    for key, value in _entries(config, _RANKS, "rank_pattern").items():
+    ranks = () if config.get("oft_block_size") else _RANKS  # which OFT has in place of a rank
+    for key, value in _entries(config, ranks, "rank_pattern").items():
         if not _is_number(value, int) or value < 1:
             raise ValueError(
                 f"{where}: {key} is {value!r}, and an adapter is divided by its rank: it must be a "

@@ -48,7 +48,8 @@ def get_lm_head(model: nn.Module) -> Head:
     if isinstance(lm_head, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise ValueError(
             "an adapter lies on lm_head, which the log-probs are computed from directly: it would "
-            "never be trained. Remove lm_head from target_modules and modules_to_save."
+            "never be trained. Remove lm_head from target_modules and modules_to_save; where it "
+            "shares the embeddings, trainable_token_indices too."
         )
     if not isinstance(lm_head, nn.Linear) or not lm_head.weight.is_floating_point():
         raise ValueError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from fastdpo.modeling.adapter_starts import is_identity_adapter, uninitialized
@@ -30,6 +30,13 @@ FROZEN_ADAPTER = "reference"
 """The name of the frozen copy inside the PeftModel, with a number behind it where that is taken.
 
 Only the policy's own adapter is saved."""
+
+
+_NOT_OF_THE_NUMBERS = (
+    "base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping",
+    "peft_version",
+)  # fmt: skip
+"""Fields of an adapter's config that say nothing about what it adds to the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +68,9 @@ class ReferenceModel:
     def adapter_scale(self) -> dict[str, Any]:
         """The adapter's config fields that decide what its tensors add to the weights."""
         assert self.adapter is not None, "there is one"
-        config = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
+        config: Any = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
+        if config.peft_type != PeftType.LORA:
+            return {n: v for n, v in config.to_dict().items() if n not in _NOT_OF_THE_NUMBERS}
         names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
         return {name: getattr(config, name, None) for name in names}
 
@@ -82,7 +91,10 @@ class ReferenceModel:
             trained = get_peft_model_state_dict(policy, adapter_name=active)
         with torch.no_grad():
             for name, tensor in self.tensors().items():
-                tensor.lerp_(trained[name].to(tensor.dtype), mixup_alpha)
+                if tensor.is_floating_point():
+                    tensor.lerp_(trained[name].to(tensor.dtype), mixup_alpha)
+                else:  # which entries an adapter changes (SHiRA)
+                    tensor.copy_(trained[name])
 
 
 def reference_from_base(policy: nn.Module) -> ReferenceModel:

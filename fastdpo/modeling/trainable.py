@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.peft_types import check_peft_type
 
 _FOUR_BITS = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)"
 
@@ -68,7 +69,7 @@ def check_adapters(model: nn.Module) -> None:
     """Refuse adapters that are not PEFT's own wrapper around a model, or not one active one.
 
     Raises:
-        ValueError: says how to load or choose the adapter.
+        ValueError: says how to load or choose the adapter, or why its kind is not trained here.
     """
     if not isinstance(model, PeftModel):
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -86,6 +87,8 @@ def check_adapters(model: nn.Module) -> None:
             f"{len(active)} adapters are active ({', '.join(active) or 'none'}) and one is "
             f"trained: choose with model.set_adapter(NAME), of {', '.join(model.peft_config)}."
         )
+    four_bit = getattr(unwrap_model(model), "is_loaded_in_4bit", False)
+    check_peft_type(model.peft_config[active[0]], four_bit=four_bit)
 
 
 def check_trainable(model: nn.Module) -> None:

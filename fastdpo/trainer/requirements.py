@@ -80,7 +80,7 @@ def require_scheduler(args: DPOConfig) -> None:
             num_training_steps=8,
             scheduler_specific_kwargs=dict(given or {}),
         )
-        if name != "reduce_lr_on_plateau":
+        if name not in ("reduce_lr_on_plateau", "greedy"):  # which step by a metric
             optimizer.step()
             scheduler.step()
             scheduler.step()  # in most of them arguments are first used behind the warm-up
