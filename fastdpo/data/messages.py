@@ -22,7 +22,13 @@ def question_of(row: Mapping[str, Any], question: str, more: str | None) -> str:
 def history_turns(history: Any) -> Messages:
     """Make the turns before the question of a list of [question, answer]."""
     turns = []
-    for exchange in history or []:
+    if history is None or history == "":
+        return turns
+    if not isinstance(history, list | tuple):
+        raise DataError(
+            f"the history is {history!r:.40}, a list of [question, answer] is needed, or null"
+        )
+    for exchange in history:
         texts = list(exchange) if isinstance(exchange, list | tuple) else []
         if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
             raise DataError(
