@@ -5,7 +5,7 @@ import gc
 import torch
 
 _MARKS = ("out of memory", "ALLOC_FAILED", "allocate memory", "enough memory", "bad_alloc")
-"""What the messages of CUDA, cuBLAS and of torch's allocator for the CPU have in common."""
+"""Parts of the messages of CUDA, of cuBLAS and of torch's allocator for the CPU."""
 
 
 class DoesNotFitError(MemoryError):
