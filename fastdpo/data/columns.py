@@ -3,14 +3,16 @@
 A column plays a role; which names are known for a role stands in `COLUMN_NAMES` of
 `fastdpo.options.data`, and the user's `columns` come before them. A text column named `prompt` is
 ready-made text, as in TRL; a `question`, `instruction` or `input` is a user's turn, so that its row
-becomes a conversation for the chat template, and so does a `prompt` beside a `system` column.
+becomes a conversation for the chat template, and so does a `prompt` beside a `system` column. A row
+that does not yet hold two sides is first made into one that does by a form of `fastdpo.data.forms`.
 """
 
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastdpo.data.errors import ROW_SHAPE, DataError
+from fastdpo.data.forms import find_form
 from fastdpo.data.messages import (
     ASSISTANT,
     history_turns,
@@ -18,20 +20,26 @@ from fastdpo.data.messages import (
     is_transcript,
     question_of,
     split_transcripts,
+    with_answer_start,
     with_system,
 )
 from fastdpo.data.normalize import PreferenceRow, preference_row
-from fastdpo.data.ranked import pairs_of_rated
-from fastdpo.options.data import COLUMN_NAMES
+from fastdpo.data.ranked import (
+    RATED_ALIKE,
+    NoPreference,
+    is_rated_row,
+    pairs_of_rated,
+    rated_columns,
+)
+from fastdpo.data.scores import score_columns, score_margin
+from fastdpo.data.shapes import as_mapping, listed, unknown_shape
+from fastdpo.data.unread import COMPANIONS, refuse_unread_companions, refuse_unread_prompt
+from fastdpo.data.values import messages_of, refuse_quoted_messages
+from fastdpo.options.data import COLUMN_NAMES, NO_COLUMN
 
 _SIDES = ("chosen", "rejected")
 MEDIA = ("image", "images", "pixel_values", "video", "videos", "audio", "audios")
-RECOGNIZED = (
-    "prompt, chosen, rejected (text or messages; the prompt may be left out where both begin with "
-    "it); question or instruction (+ input, history, system), chosen, rejected; conversations, "
-    "chosen, rejected (ShareGPT); chosen_response and rejected_response, or preferred and "
-    "dispreferred; completions with ratings or ranks"
-)
+_OPTIONAL = ("system", "tools", "chat_template_kwargs", "input", "history", "answer_start")
 
 
 class SchemaReader:
@@ -58,41 +66,72 @@ class SchemaReader:
         columns: Mapping[str, str] | None = None,
         rated_pairs: str = "best_worst",
     ):
-        self._given = dict(columns or {})
+        row = as_mapping(first)
+        given = dict(columns or {})
+        self._none = {r for r, c in given.items() if c == NO_COLUMN and NO_COLUMN not in row}
+        self._given = {role: name for role, name in given.items() if role not in self._none}
         self._mode = rated_pairs
         self._first_keys: Any = None
         self._conversational: bool | None = None
-        row = _as_mapping(first)
-        self.columns = self._recognize(row)
-        self._refuse_quoted_messages(row)
-        self._add_prompt = self._prompt_builder(row)
-        self.name = self._name(row) if row is first else "tuples of prompt, preferred, dispreferred"
-        self.ignored = tuple(c for c in row if c not in self.columns.values())
+        sides = {"chosen", "rejected", "completions"} & self._given.keys()
+        named = all(self._known(side, row) for side in _SIDES)
+        self._form = None if sides or named else find_form(row)
+        made = self._made(row)[0][0]
+        self.columns = self._recognize(made)
+        for column in self.columns.values():
+            refuse_quoted_messages(made.get(column), f"column {column!r}")
+        self._add_prompt = self._prompt_builder(made)
+        self.name = (
+            self._name(made) if row is first else "tuples of prompt, preferred, dispreferred"
+        )
+        self._scores = score_columns(row)
+        made_of = self._form.columns if self._form else ()
+        self.read_columns = (
+            *made_of,
+            *(name for name in self.columns.values() if name in row and name not in made_of),
+        )
+        self.ignored = tuple(name for name in row if name not in self.read_columns)
 
     @property
-    def wanted(self) -> list[str]:
-        """The names of the columns that must be kept for `read`; the others can be left out."""
-        return [*dict.fromkeys([*self.columns.values(), *MEDIA])]
+    def wanted(self) -> list[str] | None:
+        """The names of the columns that must be kept for `read`; None where all must be."""
+        if not self._has_prompt_column:
+            return None  # a column that is left unread may hold the prompt
+        return [*dict.fromkeys([*self.read_columns, *self._scores, *MEDIA, *COMPANIONS])]
+
+    @property
+    def _has_prompt_column(self) -> bool:
+        return not {"prompt", "question", "conversations"}.isdisjoint(self.columns)
+
+    @property
+    def joins_rows(self) -> bool:
+        """True where each row has one rated completion, and those of a prompt follow each other."""
+        return self.name == _RATED_ROWS
 
     def describe(self) -> str:
         """Say in one sentence which shape was recognized, by which columns; what is not read."""
-        taken = ", ".join(
+        made_of = self._form.columns if self._form else ()
+        taken = [
             role if role == self.columns[role] else f"{self.columns[role]} as {role}"
             for role in COLUMN_NAMES
-            if role in self.columns
-        )
-        kind = "by the chat template" if self._conversational else "as ready-made text"
-        aside = f"; not read: {', '.join(self.ignored)}" if self.ignored else ""
-        return f"read as {self.name}, rendered {kind}, from the columns {taken}{aside}"
+            if self.columns.get(role) in self.read_columns and self.columns[role] not in made_of
+        ]
+        kind = ", rendered by the chat template" if self._conversational else ""
+        kind = ", rendered as ready-made text" if self._conversational is False else kind
+        aside = f"; not read: {', '.join(map(str, self.ignored))}" if self.ignored else ""
+        return f"read as {self.name}{kind}, from the columns {', '.join([*made_of, *taken])}{aside}"
 
     def read(self, row: Any) -> list[PreferenceRow]:
         """Return the preferences of one row: one, or as many as its rated completions make.
 
+        Returns:
+            At least one, or a `NoPreference` with the reason.
+
         Raises:
             DataError: the row is malformed, or of another shape than the first one.
         """
-        row = _as_mapping(row)
-        if self._first_keys is None:
+        row = as_mapping(row)
+        if self._first_keys is None or self.joins_rows:
             self._first_keys = row.keys()
         elif row.keys() != self._first_keys:
             self._check_same_shape(row)
@@ -102,8 +141,12 @@ class SchemaReader:
                     f"column {name!r} holds images, video or audio, and only text can be trained "
                     "on; pass a set without it, or remove the column if the text stands alone"
                 )
+        rows, reason = self._made(row)
+        margin = score_margin(row, self._scores)
         preferences = [
-            self._preference(row, chosen, rejected) for chosen, rejected in self._completions(row)
+            self._preference(each, chosen, rejected, row, margin)
+            for each in rows
+            for chosen, rejected in self._completions(each)
         ]
         for preference in preferences:
             if self._conversational is None:
@@ -114,7 +157,21 @@ class SchemaReader:
                     f"the row is {kinds[preference.is_conversational]}, and the rows before it are "
                     f"{kinds[self._conversational]}; put rows of one kind into one file"
                 )
+        if reason is not None or not preferences:
+            return NoPreference(reason or RATED_ALIKE)
         return preferences
+
+    def _made(self, row: Mapping[str, Any]) -> tuple[list[Any], str | None]:
+        """Return the rows that hold two sides each, by the form if there is one."""
+        if self._form is None:
+            return [row], None
+        absent = [name for name in self._form.columns if name not in row]
+        if absent:
+            raise DataError(
+                f"field {absent[0]!r} is missing (the row has {listed(row)}), and the first row "
+                f"was read as {self._form.form.name}; correct the row or remove it"
+            )
+        return self._form.make(row)
 
     # Which column is what
 
@@ -123,7 +180,7 @@ class SchemaReader:
         if missing:
             raise DataError(
                 f"--columns names {', '.join(map(repr, missing))}, and the row has "
-                f"{_listed(row)}; correct the name"
+                f"{listed(row)}; correct the name"
             )
         roles: dict[str, str] = {}
 
@@ -135,22 +192,29 @@ class SchemaReader:
 
         both = (find("chosen"), find("rejected"))
         if not any(both) and not find("completions"):
-            if not isinstance(row.get("output"), list | tuple):
-                raise DataError(_unknown(row))
-            roles["completions"] = "output"
+            if isinstance(row.get("output"), list | tuple):
+                roles["completions"] = "output"
+            elif rated := rated_columns(row, self._given.get("ratings")):
+                roles["completions"], roles["ratings"] = rated
+            else:
+                raise DataError(unknown_shape(row))
         elif any(both) and not all(both):
             missing = "rejected" if both[0] else "chosen"
             raise DataError(
-                f"field {missing!r} is missing (the row has {_listed(row)}); a preference row "
+                f"field {missing!r} is missing (the row has {listed(row)}); a preference row "
                 f"looks like {ROW_SHAPE}, with strings or lists of messages; say which column is "
                 f"what with --columns {missing}=NAME, or pass a data set of preference pairs"
             )
-        if "completions" in roles:
+        if "completions" in roles and "ratings" not in roles:
             find("ratings")
             find("ranks")
+            if "ratings" not in roles and isinstance(row[roles["completions"]], str):
+                roles |= dict(
+                    zip(("completions", "ratings"), rated_columns(row) or (), strict=False)
+                )
         if not find("prompt"):
             self._find_turns(row, roles, find)
-        for role in ("system", "tools", "chat_template_kwargs"):
+        for role in ("system", "tools", "chat_template_kwargs", "answer_start"):
             find(role)
         return roles
 
@@ -167,7 +231,7 @@ class SchemaReader:
         if {"question", "conversations"} <= roles.keys():
             raise DataError(
                 f"both {roles['question']!r} and {roles['conversations']!r} could hold the prompt "
-                f"(the row has {_listed(row)}); say which, as in --columns "
+                f"(the row has {listed(row)}); say which, as in --columns "
                 f"question={roles['question']}"
             )
         if "question" in roles:
@@ -180,34 +244,46 @@ class SchemaReader:
         """Return the column that plays a role: the one the user named, or one of a known name."""
         if role in self._given:
             return self._given[role]
-        taken = self._given.values()
-        known = [name for name in COLUMN_NAMES[role] if name in row and name not in taken]
+        known = self._known(role, row)
         if role in known and role in _SIDES:
             return role
         if len(known) > 1:
             raise DataError(
                 f"the columns {' and '.join(map(repr, known))} could both be the {role} (the row "
-                f"has {_listed(row)}); say which, as in --columns {role}={known[0]}"
+                f"has {listed(row)}); say which, as in --columns {role}={known[0]}"
             )
         return known[0] if known else None
 
+    def _known(self, role: str, row: Mapping[str, Any]) -> list[str]:
+        """Return the columns of a row that have a known name of a role and that nobody named."""
+        if role in self._none:
+            return []
+        taken = self._given.values()
+        return [
+            name
+            for name in COLUMN_NAMES[role]
+            if name in row
+            and name not in taken
+            and (name != "context" or not isinstance(messages_of(row[name]), str | None))
+        ]
+
     def _check_same_shape(self, row: Mapping[str, Any]) -> None:
         """Refuse a row whose columns differ from the first row's in more than optional roles."""
-        other = self._recognize(row)
-        optional = ("system", "tools", "chat_template_kwargs", "input", "history")
+        other = self._recognize(self._made(row)[0][0])
         first_required, required = (
-            {role: name for role, name in roles.items() if role not in optional}
+            {role: name for role, name in roles.items() if role not in _OPTIONAL}
             for roles in (self.columns, other)
         )
         if required != first_required:
             raise DataError(
-                f"the row is of another shape: its columns are {_listed(row)}, and the first row's "
+                f"the row is of another shape: its columns are {listed(row)}, and the first row's "
                 f"were {', '.join(map(repr, self._first_keys))}; put rows of one shape into one "
                 "file"
             )
-        for role in optional:
+        for role in _OPTIONAL:
             if role in other:
                 self.columns.setdefault(role, other[role])
+                self.read_columns = (*dict.fromkeys([*self.read_columns, other[role]]),)
 
     # From a row to preferences
 
@@ -226,7 +302,15 @@ class SchemaReader:
             rated_by_place=self.columns["completions"] == "output" and values["ratings"] is None,
         )
 
-    def _preference(self, row: Mapping[str, Any], chosen: Any, rejected: Any) -> PreferenceRow:
+    def _preference(
+        self,
+        row: Mapping[str, Any],
+        chosen: Any,
+        rejected: Any,
+        raw: Mapping[str, Any],
+        score_margin: float | None,
+    ) -> PreferenceRow:
+        """Make a preference of a row that holds two sides; `raw` is what the set has for it."""
         fields = {
             role: row[column]
             for role, column in self.columns.items()
@@ -244,9 +328,20 @@ class SchemaReader:
                 if r != c and r in str(error)
             ]
             raise DataError("; ".join([str(error), *renamed])) from error
+        self._refuse_unread(raw, preference)
+        if "answer_start" in self.columns:
+            preference = with_answer_start(preference, row.get(self.columns["answer_start"]))
         if "system" in self.columns:
-            return with_system(preference, row.get(self.columns["system"]))
-        return preference
+            preference = with_system(preference, row.get(self.columns["system"]))
+        return replace(preference, score_margin=score_margin)
+
+    def _refuse_unread(self, row: Mapping[str, Any], preference: PreferenceRow) -> None:
+        if self._has_prompt_column:
+            if {"input", "history"}.isdisjoint(self._none):
+                refuse_unread_companions(row, self.read_columns, preference.prompt)
+        elif "prompt" not in self._none:
+            exact = preference.is_conversational or self._add_prompt == self._split_transcripts
+            refuse_unread_prompt(row, self.read_columns, preference, exact=exact)
 
     def _prompt_builder(
         self, row: Mapping[str, Any]
@@ -259,8 +354,7 @@ class SchemaReader:
             return self._add_question
         if "chosen" in roles and all(is_transcript(row.get(roles[r])) for r in _SIDES):
             return self._split_transcripts
-        self._check_implicit(row)
-        return lambda row, fields: None
+        return self._leave_out
 
     def _copy_prompt(self, row: Mapping[str, Any], fields: dict[str, Any]) -> None:
         column = self.columns.get("prompt", self.columns.get("conversations", ""))
@@ -279,38 +373,18 @@ class SchemaReader:
         parts = split_transcripts(fields.get("chosen"), fields.get("rejected"))
         fields.update(zip(("prompt", *_SIDES), parts, strict=True))
 
-    def _check_implicit(self, row: Mapping[str, Any]) -> None:
-        """Refuse an empty implicit prompt beside columns that could be the prompt."""
-        chosen, rejected = (row.get(self.columns.get(role, "")) for role in _SIDES)
-        if not isinstance(chosen, str) or not isinstance(rejected, str):
-            return
-        others = [
-            name
-            for name, value in row.items()
-            if name not in self.columns.values() and isinstance(value, str)
-        ]
-        if others and chosen[:1] != rejected[:1]:
-            raise DataError(
-                "there is no column named prompt, and chosen and rejected do not begin alike, so "
-                f"neither do they hold it (the row has {_listed(row)}); say which column is the "
-                f"prompt, as in --columns prompt={others[0]}"
-            )
-
-    def _refuse_quoted_messages(self, row: Mapping[str, Any]) -> None:
-        """Refuse messages that became text, as in a CSV file: their brackets would be trained."""
-        for column in self.columns.values():
-            value = row.get(column)
-            if isinstance(value, str) and re.match(
-                r"""\[\s*\{\s*['"](role|from|content)['"]""", value
-            ):
-                raise DataError(
-                    f"column {column!r} holds messages that were turned into text "
-                    f"({value[:40]!r}); write the set as JSON lines or Parquet, which keep them"
-                )
+    def _leave_out(self, _: Mapping[str, Any], fields: dict[str, Any]) -> None:
+        """Leave the prompt to what both sides share; completions that share none have none."""
+        if "completions" in self.columns and isinstance(fields["chosen"], str):
+            fields["prompt"] = ""
 
     def _name(self, row: Mapping[str, Any]) -> str:
         roles = self.columns
+        if self._form is not None:
+            return self._form.form.name
         if "completions" in roles:
+            if is_rated_row(row, roles):
+                return _RATED_ROWS
             return "rated completions" if roles["completions"] != "output" else "Alpaca ranking"
         if "conversations" in roles:
             return "ShareGPT ranking"
@@ -328,31 +402,4 @@ class SchemaReader:
 
 
 _MISSING: Any = object()
-
-
-def _as_mapping(row: Any) -> Mapping[str, Any]:
-    if isinstance(row, Mapping):
-        return row
-    if isinstance(row, list | tuple) and len(row) == 3:
-        return dict(zip(("prompt", "chosen", "rejected"), row, strict=True))
-    raise DataError(
-        f"the row is a {type(row).__name__} ({row!r:.40}); an object like {ROW_SHAPE} is needed, "
-        "or a tuple (prompt, preferred, dispreferred)"
-    )
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "no fields"
-
-
-def _unknown(row: Mapping[str, Any]) -> str:
-    kind = ""
-    if "completion" in row and "label" in row:
-        kind = "these are single completions with a label (KTO), DPO needs two to compare; "
-    elif "messages" in row or "text" in row:
-        kind = "these are texts without a worse one beside them (SFT), DPO needs two to compare; "
-    return (
-        f"field 'chosen' is missing: the row has {_listed(row)}; {kind}recognised are: "
-        f"{RECOGNIZED}; say which column is what, as in --columns prompt=question chosen=good "
-        "rejected=bad"
-    )
+_RATED_ROWS = "rated completions, one in each row, a prompt's rows one after another (HelpSteer2)"

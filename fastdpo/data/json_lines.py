@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastdpo.data.column_wise import rows_of_columns
 from fastdpo.data.errors import ROW_SHAPE, DataError
 
 MAX_LINE_MIB = 16
@@ -84,7 +85,7 @@ def parse_json_lines(
 def read_json(
     path: Path, *, max_line_mib: int = MAX_LINE_MIB
 ) -> tuple[list[dict[str, Any]], Sequence[int] | None]:
-    """Read a .json file: a list of rows, an object that holds one such list, or JSON lines.
+    """Read a .json file: a list of rows, an object of one such list or of columns, or JSON lines.
 
     Args:
         path: an existing file.
@@ -101,9 +102,13 @@ def read_json(
     first_line = content.strip().split(b"\n", 1)[0].strip()
     if first_line.startswith(b"{") and first_line.endswith(b"}"):
         rows, numbers = parse_json_lines(BytesIO(content), str(path), max_line_mib=max_line_mib)
-        if len(rows) > 1 or {"chosen", "rejected"} <= rows[0].keys():
+        if len(rows) > 1:
+            return rows, numbers
+        if {"chosen", "rejected"} <= rows[0].keys() and not rows_of_columns(rows[0], str(path)):
             return rows, numbers
     document = _parse(content, str(path), whole_file=True)
+    if (rows := rows_of_columns(document, str(path))) is not None and len(document) > 1:
+        return rows, None
     if isinstance(document, dict):
         lists = [key for key, value in document.items() if isinstance(value, list)]
         if len(lists) != 1:

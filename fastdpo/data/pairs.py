@@ -13,7 +13,6 @@ EMPTY_COMPLETION = "empty completion"
 IDENTICAL = "identical completions"
 IDENTICAL_AFTER_TRUNCATION = "identical completions after truncation"
 OVER_LONG_PROMPT = "over-long prompt"
-RATED_ALIKE = "no two completions that are rated differently"
 
 _LOCATIONS_KEPT = 5
 

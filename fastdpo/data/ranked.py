@@ -1,14 +1,78 @@
 """Making pairs of several completions to one prompt that are rated or ranked."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastdpo.data.errors import DataError
+from fastdpo.data.values import as_objects, number_of
+
+RATED_ALIKE = "no two completions that are rated differently"
+RATED_ALONE = "no other rated row of its prompt beside it"
 
 _TEXTS = ("answer", "response", "completion", "text", "output", "generation")
-_RATINGS = ("overall_score", "score", "rating", "reward")
+_RATINGS = ("overall_score", "score", "rating", "reward", "helpfulness", "quality")
 _RANKS = ("rank", "ranking")
+
+
+class NoPreference(list[Any]):
+    """The preferences of a row that has none.
+
+    Attributes:
+        reason: why, for the count; None for a row that was joined to the one before it.
+    """
+
+    def __init__(self, reason: str | None):
+        super().__init__()
+        self.reason = reason
+
+
+def rated_columns(row: Mapping[str, Any], ratings: str | None = None) -> tuple[str, str] | None:
+    """Return the columns of a row's only completion and its rating, or None where it has none."""
+    texts = [name for name in _TEXTS if isinstance(row.get(name), str)]
+    rated = (
+        [ratings]
+        if ratings
+        else [
+            name
+            for name in _RATINGS
+            if isinstance(row.get(name), int | float) and not isinstance(row.get(name), bool)
+        ]
+    )
+    return (texts[0], rated[0]) if texts and rated else None
+
+
+def is_rated_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> bool:
+    """True where a row holds one completion and its rating, so that several rows make a pair."""
+    rating = row.get(columns.get("ratings", ""))
+    number = isinstance(rating, int | float) and not isinstance(rating, bool)
+    return number and isinstance(row.get(columns.get("completions", "")), str)
+
+
+def join_rated(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the row of several completions that rows with one each make."""
+    names = (columns["completions"], columns["ratings"])
+    return {**rows[0], **{name: [row[name] for row in rows] for name in names}}
+
+
+def check_rated(row: Any, columns: Mapping[str, str]) -> None:
+    """Refuse a row that `join_rated` can't take.
+
+    Raises:
+        DataError: its completion or its rating is missing or of a wrong type.
+    """
+    for name in (columns["completions"], columns["ratings"]):
+        if not isinstance(row, Mapping) or name not in row:
+            raise DataError(f"field {name!r} is missing in {row!r:.60}; correct the row")
+    number_of(row[columns["ratings"]], f"column {columns['ratings']!r}")
+    if not isinstance(text := row[columns["completions"]], str):
+        raise DataError(f"column {columns['completions']!r} is {text!r:.40}, a string is needed")
+
+
+def prompt_key(row: Any, columns: Mapping[str, str]) -> str:
+    """Return a text that is equal for rows of one prompt."""
+    roles = ("prompt", "question", "conversations", "system", "input", "history")
+    known = row if isinstance(row, Mapping) else {}
+    return repr([known.get(columns.get(role, "")) for role in roles])
 
 
 def pairs_of_rated(
@@ -29,6 +93,7 @@ def pairs_of_rated(
     Raises:
         DataError: no list, no ratings, or ratings that are no numbers or of another count.
     """
+    completions = as_objects(completions)
     if not isinstance(completions, Sequence) or isinstance(completions, str):
         raise DataError(f"the completions are {completions!r:.60}, a list of them is needed")
     if rated_by_place:
@@ -70,13 +135,8 @@ def _scores(completions: Sequence[Any], ratings: Any, ranks: Any) -> list[float 
         )
     scores: list[float | None] = []
     for index, value in enumerate(values):
-        if value is None:
-            scores.append(None)
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or math.isnan(value):
-            raise DataError(f"rating {index} is {value!r:.60}; a number or null is needed")
-        scores.append(sign * value)
+        number = number_of(value, f"rating {index}")
+        scores.append(None if number is None else sign * number)
     return scores
 
 

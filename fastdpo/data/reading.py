@@ -1,21 +1,32 @@
 """Finding the rows in a local file, a folder, a set on the hub, or an object from Python."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
+from fastdpo.data.column_wise import rows_of_columns
 from fastdpo.data.columns import SchemaReader
 from fastdpo.data.errors import ROW_SHAPE, DataError, UnknownSplitError
 from fastdpo.data.json_lines import MAX_LINE_MIB, read_json, read_json_lines
 from fastdpo.data.normalize import PreferenceRow
+from fastdpo.data.ranked import (
+    RATED_ALONE,
+    NoPreference,
+    check_rated,
+    join_rated,
+    prompt_key,
+)
 from fastdpo.data.sizes import check_files, check_table
 from fastdpo.data.tables import (
     TABLE_ENDINGS,
+    TransformedRows,
     check_only_text,
     is_saved_folder,
     read_csv,
+    read_frame,
     read_saved,
     read_table,
     take_split,
@@ -93,20 +104,58 @@ class Rows:
         rows: Any = self.rows
         if hasattr(rows, "column_names") and not self.is_stream and len(self):
             reader = self._reader(0, rows[0])
-            rows = rows.select_columns([c for c in rows.column_names if c in reader.wanted])
-        iterator = enumerate(rows)
+            if reader.wanted is not None:
+                rows = rows.select_columns([c for c in rows.column_names if c in reader.wanted])
+        iterator: Iterator[tuple[int, Any]] = enumerate(rows)
+        if reader is None:
+            first = next(iterator, None)
+            if first is None:
+                return
+            reader = self._reader(*first)
+            iterator = chain([first], iterator)
+        if reader.joins_rows:
+            yield from self._joined(reader, iterator, descriptions)
+            return
         for number, row in iterator:
-            if reader is None:
-                reader = self._reader(number, row)
-            try:
-                preferences = reader.read(row)
-            except DataError as error:
-                others = 0 if self.is_stream else sum(_fails(reader, row) for _, row in iterator)
-                more = f"; {others:,} later rows are malformed too" if others else ""
-                raise DataError(f"{self.where(number)}: {error}{more}") from error
+            preferences = self._read(reader, number, row, iterator)
             if number == 0 and descriptions is not None:
                 descriptions.append(reader.describe())
             yield number, preferences
+
+    def _read(
+        self, reader: SchemaReader, number: int, row: Any, later: Iterator[tuple[int, Any]]
+    ) -> list[PreferenceRow]:
+        """Read a row; the error of a malformed one says how many `later` ones are so too."""
+        try:
+            return reader.read(row)
+        except DataError as error:
+            others = 0 if self.is_stream else sum(_fails(reader.read, row) for _, row in later)
+            more = f"; {others:,} later rows are malformed too" if others else ""
+            raise DataError(f"{self.where(number)}: {error}{more}") from error
+
+    def _joined(
+        self,
+        reader: SchemaReader,
+        rows: Iterator[tuple[int, Any]],
+        descriptions: list[str] | None,
+    ) -> Iterator[tuple[int, list[PreferenceRow]]]:
+        """Read rows of one rated completion each: those that follow each other for one prompt."""
+        columns = reader.columns
+        for _, group in groupby(rows, key=lambda numbered: prompt_key(numbered[1], columns)):
+            together = list(group)
+            for number, row in together:
+                try:
+                    check_rated(row, columns)
+                except DataError as error:
+                    raise DataError(f"{self.where(number)}: {error}") from error
+            first = together[0][0]
+            joined = join_rated([row for _, row in together], columns)
+            preferences = self._read(reader, first, joined, iter(()))
+            if first == 0 and descriptions is not None:
+                descriptions.append(reader.describe())
+            yield first, preferences if len(together) > 1 else NoPreference(RATED_ALONE)
+            for number, _ in together[1:]:
+                yield number, NoPreference(None)
 
     def _reader(self, number: int, first: Any) -> SchemaReader:
         try:
@@ -115,9 +164,9 @@ class Rows:
             raise DataError(f"{self.where(number)}: {error}") from error
 
 
-def _fails(reader: SchemaReader, row: Any) -> bool:
+def _fails(read: Callable[[Any], Any], row: Any) -> bool:
     try:
-        reader.read(row)
+        read(row)
     except DataError:
         return True
     return False
@@ -203,7 +252,7 @@ def rows_from(
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, a list of dicts or of tuples (prompt,
-            preferred, dispreferred), a pandas frame, or a generator of rows.
+            preferred, dispreferred), a dict of lists, a pandas frame, or a generator of rows.
         source: what to call it in messages.
         columns: role -> column, where the names are not recognised (see `fastdpo.data.columns`).
         rated_pairs: "best_worst" or "all", of several rated completions to a prompt.
@@ -217,15 +266,17 @@ def rows_from(
     """
     if isinstance(dataset, Rows):
         return dataset
+    if (by_columns := rows_of_columns(dataset, source)) is not None:
+        dataset = by_columns
+    elif hasattr(dataset, "to_pylist") or hasattr(dataset, "to_dicts"):  # pyarrow, polars
+        dataset = dataset.to_pylist() if hasattr(dataset, "to_pylist") else dataset.to_dicts()
     if isinstance(dataset, Mapping):
         raise DataError(
             f"{source} is a {type(dataset).__name__} with the parts {list(dataset)}; pass one of "
             f'them, for example dataset["{next(iter(dataset), "train")}"]'
         )
     if hasattr(dataset, "to_dict") and hasattr(dataset, "columns"):
-        from datasets import Dataset
-
-        dataset = Dataset.from_pandas(dataset, preserve_index=False)
+        dataset = read_frame(dataset, source)
     if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
         rows = _from_table(dataset, source)
     elif isinstance(dataset, Iterable) and not isinstance(dataset, str | bytes):
@@ -264,7 +315,12 @@ def _read_file(path: Path, ending: str, split: str, max_line_mib: int) -> Rows:
 
 
 def _from_table(table: Any, source: str) -> Rows:
-    """Take a datasets.Dataset or IterableDataset, to be read as plain Python values."""
+    """Take a datasets.Dataset or IterableDataset, to be read as plain Python values.
+
+    A transform of the set is kept: what `dataset[i]` is, is read.
+    """
+    if (getattr(table, "format", None) or {}).get("type") == "custom":
+        return Rows(source, TransformedRows(table))
     check_only_text(table, source)
     return Rows(source, table.with_format(None))
 

@@ -1,12 +1,16 @@
 """Rendering a preference row as the three texts whose tokens make its pair."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastdpo.data.arrival import TemplateAbilities
 from fastdpo.data.chat_template import ensure_chat_template
 from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
+from fastdpo.data.ready_made import ReadyMadeText, check_is_text
 from fastdpo.data.special_tokens import SpecialTokens
 from fastdpo.data.template_variables import TemplateVariables
 from fastdpo.data.tokenizer_bounds import check_growth, explaining_panics
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 MOST_SECONDS = 10.0
 """CPU seconds that the chat template has for one row; usual ones take a thousandth of one."""
@@ -66,10 +71,16 @@ class Renderer:
         self._special_tokens = SpecialTokens(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        for name, text, token in (
+            ("bos_token", self._bos, self._bos_id),
+            ("eos_token", self._eos, self._eos_id),
+        ):
+            self._check_is_token(name, text, token)
         check_growth(tokenizer)
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
         self._adds_bos = bool(probe) and probe[0] == self._bos_id
-        self._adds_eos = bool(probe) and probe[-1] == self._eos_id
+        self._abilities: TemplateAbilities | None = None
+        self._ready_made = ReadyMadeText(tokenizer, self._special_tokens)
 
     def render(self, index: int, row: PreferenceRow) -> RenderedRow:
         """Render the three texts of row number `index`.
@@ -84,8 +95,13 @@ class Renderer:
                     "the tokenizer has no chat template: the plain one of fastdpo is used and will "
                     "be saved with the tokenizer (roles as text, EOS after each assistant turn)"
                 )
-            return self._render_messages(index, row)
-        return self._render_strings(index, row)
+            names = {key for turn in (*row.chosen, *row.rejected) for key in turn} & set(_THOUGHTS)
+            self._variables.note_unread_fields(row, names, self._report.notes)
+            rendered = self._render_messages(index, row)
+        else:
+            rendered = self._render_strings(index, row)
+        check_is_text(rendered.texts)
+        return rendered
 
     def encode(self, rows: list[RenderedRow]) -> list[tuple[Ids, Ids, Ids]]:
         """Return the ids of each row's three texts; rows of a kind are tokenized in one call."""
@@ -102,15 +118,28 @@ class Renderer:
                 else:
                     ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
             if not conversational:
-                ids = [self._bos_and_eos_once(text_ids) for text_ids in ids]
+                ids = [
+                    self._bos_and_eos_once(text_ids, text, ends=nth % 3 > 0)
+                    for nth, (text_ids, text) in enumerate(zip(ids, texts, strict=True))
+                ]
             for nth, index in enumerate(indices):
                 prompt, chosen, rejected = ids[3 * nth : 3 * nth + 3]
                 encoded[index] = (prompt, chosen, rejected)
         return [encoded[index] for index in range(len(rows))]
 
     def without_eos(self, text: str) -> str:
-        """Return `text` without the EOS that it may end with."""
-        return text.removesuffix(self._eos) if self._eos else text
+        """Return `text` without the EOS that it may end with, repeated or before a line break."""
+        while self._eos and (ended := text.rstrip()).endswith(self._eos):
+            text = ended.removesuffix(self._eos)
+        return text
+
+    def without_bos(self, text: str) -> str:
+        """Return `text` without the BOS that it may begin with."""
+        return text.removeprefix(self._bos) if self._bos else text
+
+    def findings(self) -> list[str]:
+        """Return what was odd about all rows together, in sentences."""
+        return self._ready_made.findings()
 
     def _render_strings(self, index: int, row: PreferenceRow) -> RenderedRow:
         eos = self._eos
@@ -124,6 +153,7 @@ class Renderer:
         head = bos if str(row.prompt).startswith(bos) else ""
         prompt = str(row.prompt)[len(head) :]
         parts = [prompt, *(self.without_eos(str(text)) for text in (row.chosen, row.rejected))]
+        self._ready_made.look_at(str(row.prompt), parts)
         sentinel = self._sentinel_for("allow", parts)
         if sentinel is not None:
             parts = self._special_tokens.escape(parts, sentinel)
@@ -137,25 +167,52 @@ class Renderer:
         if sentinel is not None:
             content = self._special_tokens.escape(content, sentinel)
         prompt, chosen, rejected, tools, variables = content
-        try:
-            with cpu_seconds(MOST_SECONDS), more_memory(MOST_BYTES):
-                texts = (
-                    self._apply_template(prompt, tools, variables, add_generation_prompt=True),
-                    self._apply_template(prompt + chosen, tools, variables),
-                    self._apply_template(prompt + rejected, tools, variables),
+
+        def render(messages: Messages) -> str:
+            return self._apply_template(messages, tools, variables)
+
+        ends = []
+        with self._bounded():
+            if self._abilities is None:
+                self._abilities = TemplateAbilities(
+                    self.tokenizer.chat_template,
+                    lambda turns: self._apply_template(turns, None, {}),
                 )
-        except (TooSlowError, MemoryError) as error:
-            raise DataError(
-                f"the chat template takes more than {MOST_SECONDS:g} s of computing or "
-                f"{MOST_BYTES / 2**20:g} MiB for this row ({str(error) or 'out of memory'}); set "
-                "another tokenizer.chat_template, or correct the row"
-            ) from error
+            prompt, chosen, rejected = map(self._abilities.adapt, (prompt, chosen, rejected))
+            start = self._apply_template(prompt, tools, variables, add_generation_prompt=True)
+            for side in (chosen, rejected):
+                text = render(prompt + side)
+                self._abilities.check(prompt + side, text, render)
+                ends.append(self._one_eos_at_the_end(text))
+        texts = (start, ends[0], ends[1])
         if (length := max(map(len, texts))) > MOST_LETTERS:
             raise DataError(
                 f"the chat template makes a text of {length:,} letters of this row, more than "
                 f"{MOST_LETTERS:,}; set another tokenizer.chat_template, or correct the row"
             )
         return RenderedRow(index, texts, True, sentinel)
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Bound what the template, which is foreign code, may take for one row."""
+        try:
+            with cpu_seconds(MOST_SECONDS), more_memory(MOST_BYTES):
+                yield
+        except (TooSlowError, MemoryError) as error:
+            raise DataError(
+                f"the chat template takes more than {MOST_SECONDS:g} s of computing or "
+                f"{MOST_BYTES / 2**20:g} MiB for this row ({str(error) or 'out of memory'}); set "
+                "another tokenizer.chat_template, or correct the row"
+            ) from error
+
+    def _one_eos_at_the_end(self, text: str) -> str:
+        """Remove the EOS that follows another one at the end, white space aside."""
+        start = self.without_eos(text)
+        if not self._eos or text[len(start) :].count(self._eos) < 2:
+            return text
+        end = text[len(start) :]
+        first = end.index(self._eos) + len(self._eos)
+        return start + end[: end.index(self._eos, first)]
 
     def _apply_template(
         self,
@@ -201,13 +258,36 @@ class Renderer:
         self._report.special_token_mode = mode if known in ("", mode) else "literal or allow"
         return self._special_tokens.unused_char(content) if mode == "literal" else None
 
-    def _bos_and_eos_once(self, ids: Ids) -> Ids:
-        """Remove the BOS or EOS that the tokenizer added to a text that already had it."""
-        if self._adds_eos and ids[-1:] == [self._eos_id]:
-            ids = ids[:-1]
+    def _bos_and_eos_once(self, ids: Ids, text: str, *, ends: bool) -> Ids:
+        """Settle what the tokenizer adds to a text: one BOS, and EOS as the text has it.
+
+        Args:
+            ids: of the text.
+            text: as it was encoded.
+            ends: the text ends with one EOS, which a tokenizer may have taken for the one it adds.
+        """
         if self._adds_bos and ids[:2] == [self._bos_id, self._bos_id]:
             ids = ids[1:]
-        return ids
+        written = 0
+        while self._eos and text.endswith(self._eos):
+            text, written = text.removesuffix(self._eos), written + 1
+        found = next((n for n, each in enumerate(reversed(ids)) if each != self._eos_id), len(ids))
+        if found > written:
+            ids = ids[: len(ids) - found + written]
+        return [*ids, self._eos_id] if ends and not found else ids
+
+    def _check_is_token(self, name: str, text: str | None, token: int | None) -> None:
+        """Refuse a BOS or EOS whose text is spelled out in pieces wherever it stands."""
+        if text is None:
+            return
+        ids = _encode(self.tokenizer, [text], add_special_tokens=False)[0]
+        if ids != [token]:
+            raise DataError(
+                f"tokenizer.{name} is {text!r}, which is no token of this tokenizer: it is spelled "
+                f"in {len(ids)} pieces, and its id would be {token}; set it to a token that the "
+                "tokenizer has, or add it (tokenizer.add_special_tokens) and resize the model's "
+                "embeddings"
+            )
 
 
 def _encode(

@@ -5,8 +5,9 @@ import io
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from fastdpo.data.errors import DataError, UnknownSplitError
 from fastdpo.data.json_lines import read_bytes
@@ -184,6 +185,43 @@ def take_split(split: str, name: str, rows: int, source: str) -> range | list[in
             "path of the file that holds the other rows"
         ) from error
     return [row for part in parts for row in range(part.from_, part.to)]
+
+
+class TransformedRows(Sequence[Any]):
+    """The rows of a `datasets.Dataset` as the transform that it has been given makes them."""
+
+    def __init__(self, table: Any):
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self._table[number] for number in range(*index.indices(len(self)))]
+        return self._table[index]
+
+
+def read_frame(frame: Any, source: str) -> Any:
+    """Make a `datasets.Dataset` of a pandas frame.
+
+    Raises:
+        DataError: it holds what Arrow can't.
+    """
+    import pyarrow
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_pandas(frame, preserve_index=False)
+    except (pyarrow.ArrowException, UnicodeError) as error:
+        raise DataError(
+            f"{source} is a frame that Arrow can't hold ({error}); correct the column, or pass its "
+            'rows: frame.to_dict("records")'
+        ) from error
 
 
 def check_only_text(table: Any, source: str) -> None:

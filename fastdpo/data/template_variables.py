@@ -5,6 +5,7 @@ Everything else that `apply_chat_template` takes belongs to the renderer. A row 
 """
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
@@ -61,6 +62,16 @@ class TemplateVariables:
             else:
                 self._note(name, notes)
         return variables
+
+    def note_unread_fields(self, row: PreferenceRow, names: set[str], notes: list[str]) -> None:
+        """Note, once for each name, a field of the row's turns that the template never spells."""
+        try:
+            template = self._tokenizer.get_chat_template(tools=row.tools)
+        except ValueError:
+            return  # rendering will say what is wrong with it
+        for name in names:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                self._note(name, notes)
 
     def _note(self, name: str, notes: list[str]) -> None:
         if name not in self._noted:

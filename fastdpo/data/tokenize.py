@@ -12,13 +12,14 @@ from fastdpo.data.pairs import (
     IDENTICAL,
     IDENTICAL_AFTER_TRUNCATION,
     OVER_LONG_PROMPT,
-    RATED_ALIKE,
     PairBuilder,
     PairDataset,
     PreparationReport,
 )
+from fastdpo.data.ranked import NoPreference
 from fastdpo.data.reading import Rows
 from fastdpo.data.rendering import RenderedRow, Renderer
+from fastdpo.data.scores import opposed_scores
 from fastdpo.data.truncation import truncate
 from fastdpo.options import TokenizationOptions
 
@@ -105,7 +106,7 @@ class _Preparation:
         self.report = PreparationReport(rows.source)
         self.renderer = Renderer(tokenizer, options, self.report)
         self.builder = PairBuilder()
-        self._rows_with_nul = 0
+        self._rows_with_nul = self._empty_prompts = self._scored = self._opposed = 0
 
     @property
     def kept(self) -> int:
@@ -120,8 +121,8 @@ class _Preparation:
 
     def render(self, row: int, preferences: list[PreferenceRow]) -> list[RenderedRow]:
         """Render the preferences of a row; those that are useless already are dropped."""
-        if not preferences:
-            self._drop(RATED_ALIKE, row)
+        if isinstance(preferences, NoPreference) and preferences.reason is not None:
+            self._drop(preferences.reason, row)
         rendered = [self._render(row, preference) for preference in preferences]
         return [texts for texts in rendered if texts is not None]
 
@@ -134,13 +135,25 @@ class _Preparation:
         if row.prompt == []:
             return self._drop(EMPTY_PROMPT, index)
         self._rows_with_nul += "\\x00" in repr((row.prompt, row.chosen, row.rejected))
-        if isinstance(row.prompt, str) and len(row.prompt) >= _PROMPT_FROM_LETTERS:
-            sides = (row.chosen, row.rejected)
-            self.report.repeated_prompts += all(str(s).startswith(row.prompt) for s in sides)
+        if isinstance(row.prompt, str):
+            self._look_at_prompt(row.prompt, str(row.chosen), str(row.rejected))
+        if row.score_margin is not None:
+            self._scored += 1
+            self._opposed += row.score_margin < 0
         try:
             return self.renderer.render(index, row)
         except DataError as error:
             raise DataError(f"{self.rows.where(index)}: {error}") from error
+
+    def _look_at_prompt(self, prompt: str, chosen: str, rejected: str) -> None:
+        """Count prompts that are empty, and those that both completions begin with once more."""
+        self._empty_prompts += not self.renderer.without_bos(prompt).strip()
+        if len(prompt) >= _PROMPT_FROM_LETTERS:
+            words = " ".join(prompt.split())
+            self.report.repeated_prompts += all(
+                " ".join(side[: 2 * len(prompt)].split()).startswith(words)
+                for side in (chosen, rejected)
+            )
 
     def add(self, batch: list[RenderedRow]) -> None:
         """Tokenize a batch and keep its pairs."""
@@ -162,6 +175,13 @@ class _Preparation:
             self.report.findings.append(
                 f"warning: {self._rows_with_nul:,} rows hold the character NUL, which is no text"
             )
+        if self._empty_prompts and self.bos_token_id is not None:
+            self.report.findings.append(
+                f"warning: {self._empty_prompts:,} rows have no prompt: their answers follow the "
+                "BOS token alone"
+            )
+        self.report.findings += opposed_scores(self._scored, self._opposed)
+        self.report.findings += self.renderer.findings()
         return pairs
 
     def _add_pair(self, row: int, prompt_alone: Ids, with_chosen: Ids, with_rejected: Ids) -> None:

@@ -18,6 +18,7 @@ from fastdpo.modeling.adapters import (
     replace_lora_forward,
 )
 from fastdpo.modeling.base_names import require_base
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
 from fastdpo.options import (
     ComparisonOptions,
@@ -54,12 +55,15 @@ def run_policy_and_reference(
         ValueError: an option is missing, or a model cannot be loaded.
     """
     policy = load_policy(model, options)
+    use_kernels(policy, options.kernels)
     result = fn(policy, "policy")
     if options.reference is None:
         with adapters_disabled(policy):
             return result, fn(policy, "reference")
     del policy
-    return result, fn(load_weights(model, resolve_model(options.reference)[0]), "reference")
+    reference = load_weights(model, resolve_model(options.reference)[0])
+    use_kernels(reference, options.kernels)
+    return result, fn(reference, "reference")
 
 
 def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedModel | PeftModel:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-from fastdpo_kernels import lora_linear
+from fastdpo_kernels import LoraModule, lora_linear
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
@@ -23,6 +23,7 @@ from transformers import (
 
 from fastdpo.modeling.adapter_config import check_patterns
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
+from fastdpo.modeling.shared_input import SharedInput
 from fastdpo.system.oom import oom_message
 
 logger = logging.getLogger(__name__)
@@ -55,26 +56,41 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 class _FusedForward:
     """A LoRA layer's forward as one autograd node where it is plain LoRA; PEFT's elsewhere."""
 
+    shared_input: SharedInput | None = None
+    """The layers that read the same input, whose adapters are stacked, this one among them."""
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        if self.shared_input is not None:
+            out = self.shared_input.output_of(self, x)
+            if out is not None:
+                return out
+        plain = self.plain_lora(x)
+        if plain is None:
+            return super().forward(x)  # pyrefly: ignore
+        module, dropout = plain
+        return lora_linear(x, **module._asdict(), dropout=dropout)
+
+    def plain_lora(self: Any, x: Tensor) -> tuple[LoraModule, float] | None:
+        """The arguments of `lora_linear` for x now, and the dropout; None if it is more than LoRA.
+
+        Without adapter while adapters are off.
+        """
         active = [name for name in self.active_adapters if name in self.lora_A]
         off = self.disable_adapters or not active
         plain = off or (len(active) == 1 and _is_plain(self, active[0]))
         base = self.base_layer
-        if args or kwargs or self.merged or not plain or not _is_frozen(base):
-            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        if self.merged or not plain or not _is_frozen(base):
+            return None
+        bias = _cast(base.bias, x)
         if off:
-            return lora_linear(x, base.weight, bias=_cast(base.bias, x))
+            return LoraModule(base.weight, bias=bias), 0.0
         name = active[0]
         dropout = self.lora_dropout[name]
-        return lora_linear(
-            x,
-            base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            bias=_cast(base.bias, x),
-            scaling=self.scaling[name],
-            dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+        matrices = self.lora_A[name].weight, self.lora_B[name].weight
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return LoraModule(base.weight, *matrices, bias, self.scaling[name]), rate
 
 
 class FusedLoraLinear(_FusedForward, lora.Linear):

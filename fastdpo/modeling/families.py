@@ -16,6 +16,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class FusedForms:
+    """How the ops of `fastdpo_kernels` compute a family's layer as transformers does.
+
+    Attributes:
+        prefix: how the names of its classes in transformers begin, as in LlamaMLP.
+        norm_class: how the name of its norms' class goes on.
+        norm: where its norms round: a form of `rms_norm`.
+        centered: whether its norms subtract the mean.
+        interleaved: whether the rotary embedding turns neighbors, with products in fp32.
+        norm_after_sum: the norm that reads the residual sum after attention; "" where none does.
+        after_attention: modules that its output passes before that sum.
+        after_mlp: modules that the MLP's output passes before the second sum.
+    """
+
+    prefix: str
+    norm_class: str = "RMSNorm"
+    norm: str = "llama"
+    centered: bool = False
+    interleaved: bool = False
+    norm_after_sum: str = "post_attention_layernorm"
+    after_attention: tuple[str, ...] = ()
+    after_mlp: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """How a family names what the trainer must know, and what it does differently.
 
@@ -34,6 +59,7 @@ class Family:
             layer back to H last; several where the two layers up may be one matrix.
         attention_linears: names of the linear layers of an attention module.
         norm_suffix: how the class names of norms end.
+        fused: how the fused ops compute its layers; None leaves them to transformers.
     """
 
     packing_obstacle: str = ""
@@ -62,11 +88,37 @@ class Family:
     )
     attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norm_suffix: str = "Norm"
+    fused: FusedForms | None = None
 
 
 USUAL = Family()
 
+_SANDWICH: dict[str, Any] = {
+    "norm": "gemma",
+    "norm_after_sum": "pre_feedforward_layernorm",
+    "after_attention": ("post_attention_layernorm",),
+    "after_mlp": ("post_feedforward_layernorm",),
+}
+
 FAMILIES = {
+    "cohere": Family(
+        fused=FusedForms(
+            "Cohere", "LayerNorm", "olmo2", centered=True, interleaved=True, norm_after_sum=""
+        )
+    ),
+    "gemma": Family(fused=FusedForms("Gemma", norm="gemma")),
+    "gemma2": Family(fused=FusedForms("Gemma2", **_SANDWICH)),
+    "gemma3_text": Family(fused=FusedForms("Gemma3", **_SANDWICH)),
+    "llama": Family(fused=FusedForms("Llama")),
+    "mistral": Family(fused=FusedForms("Mistral")),
+    "olmo2": Family(fused=FusedForms("Olmo2", norm="olmo2", norm_after_sum="")),
+    "phi3": Family(
+        fused=FusedForms(
+            "Phi3", after_attention=("resid_attn_dropout",), after_mlp=("resid_mlp_dropout",)
+        )
+    ),
+    "qwen2": Family(fused=FusedForms("Qwen2")),
+    "qwen3": Family(fused=FusedForms("Qwen3")),
     "doge": Family(packing_obstacle="attends with a mask that it computes from its values"),
     "gpt_oss": Family(attention_sinks=True),
     "granite_swa": Family(attention_sinks=True),

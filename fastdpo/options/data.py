@@ -11,20 +11,30 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "instruction", "query"),
     "input": ("input",),
     "history": ("history",),
-    "conversations": ("conversations", "conversation", "messages"),
+    "conversations": ("conversations", "conversation", "messages", "context"),
     "system": ("system", "system_prompt"),
-    "chosen": ("chosen", "chosen_response", "preferred"),
-    "rejected": ("rejected", "rejected_response", "dispreferred"),
+    "answer_start": ("initial_reason_steps",),
+    "chosen": (
+        "chosen", "chosen_response", "preferred", "accepted", "response_j", "chosen_messages",
+        "chosen_answer", "preferred_response", "better_response", "response_chosen",
+    ),
+    "rejected": (
+        "rejected", "rejected_response", "dispreferred", "response_k", "rejected_messages",
+        "rejected_answer", "dispreferred_response", "worse_response", "response_rejected",
+    ),
     "completions": ("completions", "responses", "answers", "generations", "outputs"),
     "ratings": ("ratings", "rating", "scores", "rewards"),
     "ranks": ("ranks",),
     "tools": ("tools",),
     "chat_template_kwargs": ("chat_template_kwargs",),
-}
+}  # fmt: skip
 """Role -> the column names that are known for it.
 
 A role is what a column can be to a preference row, and a name that --columns takes on its left.
+`answer_start` is the beginning that both answers share.
 """
+NO_COLUMN = "none"
+"""The word that --columns takes on its right where a set has no column of a role: prompt=none."""
 RATED_PAIRS = ("best_worst", "all")
 
 
@@ -55,7 +65,8 @@ class DataOptions(Options):
     columns: list[str] | None = option(
         None,
         "Which column is what, as in prompt=question chosen=good rejected=bad, where no name is "
-        "recognised. question=NAME makes a user turn, prompt=NAME ready text.",
+        "recognised. question=NAME makes a user turn, prompt=NAME ready text; prompt=none: there "
+        "is none.",
     )
     rated_pairs: str = option(
         "best_worst",
@@ -245,7 +256,8 @@ def column_roles(columns: Any) -> dict[str, str]:
     roles = dict(pairs)
     for role in roles:
         check_choice("columns", role, COLUMN_NAMES)
-    if len(roles) < len(pairs) or len(set(roles.values())) < len(roles):
+    names = [name for name in roles.values() if name != NO_COLUMN]
+    if len(roles) < len(pairs) or len(set(names)) < len(names):
         raise ValueError(f"--columns names something twice ({columns}); name each one once.")
     return roles
 

@@ -6,6 +6,7 @@ from typing import Any
 from fastdpo.options.checks import Options, as_dict, option, whole
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
+KERNELS = ("auto", "fused", "eager")
 ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
 
 
@@ -61,6 +62,13 @@ class BatchingOptions(Options):
         "flex for capped scores and sinks, sdpa elsewhere; flash_attention_2 and 3 need their "
         "packages.",
         choices=list(ATTENTION_BACKENDS),
+    )
+    kernels: str = option(
+        "auto",
+        "What computes norms, rotary embeddings, activations and LoRA: fused ops where "
+        "the model's family is known, or eager, transformers' own modules. auto: fused on a GPU "
+        "that runs the Triton kernels.",
+        choices=list(KERNELS),
     )
     disable_dropout: bool = option(
         True,

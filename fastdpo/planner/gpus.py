@@ -46,7 +46,8 @@ def _gpu(
 
 
 KNOWN = (
-    # As sold and as torch reports it in its out-of-memory messages, GiB; TFLOP/s; GB/s.
+    # GiB as sold, and about what a driver leaves to torch (from public messages for some, else
+    # estimated); TFLOP/s and GB/s as data sheets have them.
     _gpu("RTX 2060", 6, 5.79, 26, 336, (7, 5)),
     _gpu("RTX 2080 Ti", 11, 10.75, 54, 616, (7, 5)),
     _gpu("RTX 3060", 12, 11.75, 25, 360, (8, 6)),

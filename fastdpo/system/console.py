@@ -46,8 +46,15 @@ def print_line(text: str = "", *, colored: bool = False) -> None:
     Args:
         text: names of files and columns in it may hold anything: it is made `printable`.
         colored: whether the text holds colors of ours and is printable apart from them.
+
+    A character that the console's encoding lacks is written as `?`.
     """
-    sys.stdout.write((text if colored else printable(text)) + "\n")
+    line = (text if colored else printable(text)) + "\n"
+    try:
+        sys.stdout.write(line)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(line.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 

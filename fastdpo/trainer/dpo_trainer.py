@@ -46,7 +46,12 @@ from fastdpo.trainer.eval_metrics import compute_eval_metrics
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
-from fastdpo.trainer.nonfinite import nonfinite_reason
+from fastdpo.trainer.nonfinite import nonfinite_reason, require_gradient
+from fastdpo.trainer.optimizers import (
+    refuse_optimizer,
+    show_averaged_weights,
+    show_training_weights,
+)
 from fastdpo.trainer.overrides import refuse_overrides
 from fastdpo.trainer.prepare import (
     one_update_per_step,
@@ -131,6 +136,7 @@ class DPOTrainer(ResumableTrainer):
         )
         args = DPOConfig() if args is None else args
         own_optimizer, own_schedule = (each is not None for each in optimizers)
+        refuse_optimizer(optimizers[0] if own_optimizer else args.optim)
         require_all(args, own_optimizer=own_optimizer, own_schedule=own_schedule)
         name = model if isinstance(model, str | os.PathLike) else unwrap_model(model).name_or_path
         tokenizer = processing_class
@@ -299,18 +305,20 @@ class DPOTrainer(ResumableTrainer):
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights are as before.
+            ValueError: the gradient of the first update is 0: nothing would ever be trained.
         """
         self.record.start()
         self._follow_policy()
         model.train()
-        if callable(train := getattr(self.optimizer, "train", None)):
-            train()  # schedule-free optimizers
+        show_training_weights(self.optimizer)
         result = self.update.run(inputs, METRIC_OUTPUTS if self._logs_this_update() else ())
         # In fp16 the scaler looks at the gradient, and skips by itself.
         unscaled = self.accelerator.scaler is None
         if wrong := nonfinite_reason(self.policy, result, inputs, check_gradient=unscaled):
             self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
             return result.loss.new_zeros(())
+        if self.state.global_step == 0:
+            require_gradient(self.policy)
         self.record.add(inputs, result, self.user_args.beta)
         if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
@@ -320,6 +328,7 @@ class DPOTrainer(ResumableTrainer):
         """Move the reference of TR-DPO a step towards the policy, if its turn has come."""
         args, done = self.user_args, self.state.global_step
         if args.sync_ref_model and done and done % args.ref_model_sync_steps == 0:
+            show_averaged_weights(self.optimizer)
             self.reference.reference.update_ema(self.policy, args.ref_model_mixup_alpha)
 
     def _skip_update(self, wrong: str) -> None:
@@ -350,6 +359,7 @@ class DPOTrainer(ResumableTrainer):
         """Compute TRL's metrics over a set of pairs, every pair weighing the same."""
         groups, args = dataloader.dataset, self.user_args
         assert isinstance(groups, PairGroups), "get_eval_dataloader makes them"
+        show_averaged_weights(self.optimizer)
         ref_logps = self._ref_logps(groups, metric_key_prefix)
         with self.autocast():
             metrics = compute_eval_metrics(
@@ -462,6 +472,8 @@ class DPOTrainer(ResumableTrainer):
         saved = ExecutionLayout.from_json(state["layout"])
         if self.user_args.micro_batch_tokens is not None:
             saved.micro_batch_tokens = self.user_args.micro_batch_tokens
+        if self.user_args.kernels != "auto":
+            saved.kernels = self.user_args.kernels
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
         self.layout.assign(saved)

@@ -15,6 +15,7 @@ from fastdpo.modeling.activations import (
     supports_checkpointing,
 )
 from fastdpo.modeling.attention import attention_kind
+from fastdpo.modeling.fused import choose_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, group_length
 from fastdpo.modeling.packing import PackingMode
@@ -85,6 +86,7 @@ def choose_layout(
         embeddings_on_host=on_host,
         most_group_tokens=planned if splits else None,
         attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
+        kernels=choose_kernels(policy, args.kernels),
     )
 
 

@@ -1,4 +1,4 @@
-"""Finds what is not finite: an update's loss or gradient, with its rows; weights after it."""
+"""Finds what is wrong with an update: loss, gradient or weights not finite, or no gradient."""
 
 from collections.abc import Sequence
 
@@ -31,14 +31,40 @@ def nonfinite_reason(
     Returns:
         The fault with the rows of the pairs, as a sentence without "the"; empty if all is finite.
     """
-    if not torch.isfinite(result.loss):
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    norm = torch.zeros_like(result.loss)
+    if check_gradient and gradients:
+        norm = torch.nn.utils.get_total_norm(gradients).to(result.loss)
+    loss_is_finite, gradient_is_finite = torch.isfinite(torch.stack([result.loss, norm])).tolist()
+    if not loss_is_finite:
         wrong = ~torch.isfinite(result.logps).all(dim=1)
         named = [g for g, is_wrong in zip(groups, wrong.tolist(), strict=True) if is_wrong]
         return f"loss is {result.loss.item()} ({_rows(named or groups)})"
-    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-    if not check_gradient or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+    if gradient_is_finite:
         return ""
     return f"gradient is not finite ({_rows(groups)})"
+
+
+def require_gradient(policy: nn.Module) -> None:
+    """Refuse to go on where the first update has no gradient at all: no later one would have.
+
+    Raises:
+        ValueError: every gradient is exactly 0, or nothing that is trained had a part in the loss.
+    """
+    trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    if any(grad is not None and bool(grad.any()) for grad in trained.values()):
+        return
+    unused = [name for name, grad in trained.items() if grad is None]
+    why = (
+        f"{len(unused)} of {len(trained)} trained tensors ({unused[0]} ...) have no part in the "
+        "loss: the log-probs come from the decoder's layers and the head"
+        if unused
+        else "the loss does not change with the policy"
+    )
+    raise ValueError(
+        f"the gradient of the first update is exactly 0, so nothing would be trained: {why}. Train "
+        "an adapter inside the decoder's layers (LoRA), all weights, or with another loss."
+    )
 
 
 def require_finite_step(policy: nn.Module, update: int) -> None:
@@ -66,7 +92,7 @@ def _require_finite(tensors: dict[str, Tensor], update: int) -> None:
             f"the weights after update {update} are not finite: {named(wrong, len(tensors))}. None "
             "of them were saved; checkpoints of earlier updates are as they were. Loss and "
             "gradient were finite, so look at the optimizer: lower the learning rate, and leave "
-            "--adam_epsilon above 0."
+            "--adam_epsilon near 1e-8."
         )
 
 

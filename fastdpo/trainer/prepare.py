@@ -42,7 +42,7 @@ from fastdpo.modeling.trainable import (
     check_quantization_config,
 )
 from fastdpo.options import reference_folder
-from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
+from fastdpo.ref_cache import RefLogpsProvider, StoreOptions, require_creatable
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,8 @@ def reference_provider(
         needed: whether the loss looks at reference log-probs.
 
     Raises:
-        ValueError: nothing would keep the log-probs of a reference that training changes.
+        ValueError: nothing would keep the log-probs of a reference that training changes, or the
+            store's folder cannot be made.
     """
     folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
     if folder is None and not reference.is_frozen and needed:
@@ -206,6 +207,8 @@ def reference_provider(
             "--ref_cache is off and all weights are trained: the reference is gone after the "
             "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
         )
+    if folder is not None:
+        require_creatable(folder)
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return RefLogpsProvider(
         reference,

@@ -35,6 +35,7 @@ from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
 from fastdpo.system import files, results, signals
 from fastdpo.trainer import checkpoint as checkpoints
 from fastdpo.trainer.nonfinite import require_finite_step, require_finite_weights
+from fastdpo.trainer.optimizers import show_averaged_weights
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class ResumableTrainer(Trainer):
             try:
                 resume = None if folder is None else str(folder)
                 output = super().train(resume, trial, ignore_keys_for_eval)
+                show_averaged_weights(self.optimizer)
                 self._save_if_stopped_late(trial)
             finally:
                 self.remove_callback(boundary)
@@ -317,6 +319,7 @@ class ResumableTrainer(Trainer):
             CheckpointError: the model was loaded from that folder, or another process holds it.
             OSError: the disk is full or failing.
         """
+        show_averaged_weights(self.optimizer)
         folder = Path(str(self.args.output_dir) if output_dir is None else output_dir)
         if self._saving_into is not None:
             self._write_model(folder, state_dict)
@@ -348,19 +351,31 @@ class ResumableTrainer(Trainer):
         moments = 0 if self.args.save_only_model else 8 * sum(p.numel() for p in moving)
         return sum(p.nbytes for p in saved) + moments + TOKENIZER_BYTES
 
+    def _load_best_model(self) -> None:
+        show_averaged_weights(self.optimizer)  # whose turn, later, would change what is loaded
+        super()._load_best_model()
+
+    def require_savable(self) -> None:
+        """Refuse, after the first update, a state that the first checkpoint could not hold."""
+        args = self.args
+        if args.save_strategy != SaveStrategy.NO and not args.save_only_model:
+            assert self.optimizer is not None, "training has begun"
+            assert self.lr_scheduler is not None, "training has begun"
+            checkpoints.require_savable(self.optimizer, self.lr_scheduler, self.policy)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None, "training has begun"
         assert self.lr_scheduler is not None, "training has begun"
-        state = self.lr_scheduler.state_dict()
-        checkpoints.save_optimizer(Path(output_dir), self.optimizer, state, self.policy)
+        checkpoints.save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler, self.policy)
         checkpoints.save_extra_state(Path(output_dir), self.extra_state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.optimizer is not None, "training is about to begin"
             assert self.lr_scheduler is not None, "training is about to begin"
-            state = checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.policy)
-            self.lr_scheduler.load_state_dict(state)
+            checkpoints.load_optimizer(
+                Path(checkpoint), self.optimizer, self.lr_scheduler, self.policy
+            )
             checkpoints.load_extra_state(Path(checkpoint), self.extra_state())
 
     def _save_scaler(self, output_dir: str) -> None:
@@ -388,10 +403,11 @@ def update_seed(seed: int, update: int) -> int:
 
 @dataclasses.dataclass(eq=False)
 class _StepCallback(TrainerCallback):
-    """Seeds the random generators before each update, and stops the run after a signal."""
+    """Seeds the generators before each update, checks the first, stops the run after a signal."""
 
     trainer: ResumableTrainer
     resumed_from: Path | None
+    is_first: bool = True
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -415,6 +431,9 @@ class _StepCallback(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.is_first:
+            self.trainer.require_savable()
+            self.is_first = False
         require_finite_step(self.trainer.policy, state.global_step)
         self._stop_if_requested(control)
 

@@ -131,7 +131,7 @@ class _Gradient(torch.autograd.Function):
                 lora_B_cast = lora_B.to(flat_grad.dtype)
                 grad_down = scaled_product(flat_grad, lora_B_cast, layer.scaling)  # (N, r)
             if ctx.needs_input_grad[0]:
-                grad_x = _input_gradient(layer, flat_grad, grad_down, lora_A)
+                grad_x = input_gradient(layer, flat_grad, grad_down, lora_A)
                 grad_x = grad_x.view(*grad_out.shape[:-1], grad_x.shape[-1])
             if ctx.saves_x and grad_down is not None:
                 inputs = layer.drop(x.reshape(-1, x.shape[-1]))
@@ -161,7 +161,7 @@ class _Product(torch.autograd.Function):
         return grad_outputs[0], None, None, None, None
 
 
-def _input_gradient(
+def input_gradient(
     layer: FrozenPart, flat_grad: Tensor, grad_down: Tensor | None, lora_A: Tensor | None
 ) -> Tensor:
     """(N, in) from (N, out) and the branch's (N, r), the large product added to the small one."""

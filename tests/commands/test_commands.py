@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on(workplace, capsys):
         (["--model", "base", "--lora", "--lerning_rate", "1"], "the nearest is --learning_rate"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
         (["--config", "run.yaml", "--report_to", "abacus"], "no tracker of that name"),
-        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "what --eval_dataset dev.jsonl"),
+        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "which --eval_dataset reads"),
         (["--config", "run.yaml", "--output_dir", "bad.jsonl"], "--output_dir bad.jsonl cannot be"),
         (
             ["--config", "run.yaml", "--resume_from_checkpoint", "nowhere"],
@@ -137,6 +137,25 @@ def test_llama_7b_qlora_alone_is_complete_and_says_what_it_uses(workplace, monke
     assert "using trl-lib/ultrafeedback_binarized" in said
     assert requested["name"] == "meta-llama/Llama-2-7b-hf"
     assert requested["load_in_4bit"] is True
+
+
+def test_a_dry_run_finds_what_a_run_would_refuse_of_its_folder(workplace, capsys):
+    """An earlier run's checkpoints, nothing to resume from, a checkpoint of another run."""
+    few = ["--config", "run.yaml", "--lora", "--output_dir", "out", "--max_steps", "1"]
+    few += ["--save_strategy", "steps", "--save_steps", "1"]
+    train.main([*few, "--dry_run"])
+    assert not (workplace / "out").exists()
+    train.main(few)
+    before = sorted(path.name for path in (workplace / "out").rglob("*"))
+    for more, words in (
+        ([], "checkpoints of an earlier run"),
+        (["--resume_from_checkpoint", "nowhere"], "no folder nowhere"),
+        (["--resume_from_checkpoint", "true", "--beta", "0.5"], "beta"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.main([*few, *more, "--dry_run"])
+    train.main([*few, "--resume_from_checkpoint", "true", "--dry_run"])
+    assert sorted(path.name for path in (workplace / "out").rglob("*")) == before
 
 
 def test_evaluation_refuses_options_that_would_change_nothing(workplace, capsys):

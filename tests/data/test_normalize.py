@@ -164,3 +164,59 @@ def test_what_is_blank():
     assert not is_blank("a")
     assert not is_blank([assistant(""), assistant("a")])
     assert not is_blank([{"role": "assistant", "tool_calls": [{"name": "f"}]}])
+
+
+# A prompt that the completions repeat
+
+Q, A, B = user("Name a colour."), assistant("Blue."), assistant("Dog.")
+SPACED = user(" Name a  colour.\n")
+EARLIER = [user("Hi"), assistant("Hello.")]
+PARTED = {"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "start", "expected"),
+    [
+        ([SYSTEM, Q], [Q], [SYSTEM, Q]),
+        ([SYSTEM, Q], [SYSTEM, Q], [SYSTEM, Q]),
+        ([SYSTEM, Q], [SYSTEM, SPACED], [SYSTEM, Q]),
+        ([Q], [SPACED], [Q]),
+        ([SPACED], [Q], [SPACED]),
+        ([Q], [PARTED], [Q]),
+        ([Q], [SYSTEM, Q], [SYSTEM, Q]),
+        ([Q], [SYSTEM, SPACED], [SYSTEM, Q]),
+        ([SYSTEM, *EARLIER, Q], [*EARLIER, Q], [SYSTEM, *EARLIER, Q]),
+        ([SYSTEM, *EARLIER, Q], [Q], [SYSTEM, *EARLIER, Q]),
+        ([SYSTEM, Q, A], [Q, A], [SYSTEM, Q, A]),
+        ("Name a colour.", [SPACED], [user("Name a colour.")]),
+        ("Name a colour.", [SYSTEM, Q], [SYSTEM, Q]),
+    ],
+)
+def test_a_prompt_that_is_repeated_otherwise_is_no_part_of_the_answer(prompt, start, expected):
+    for sides in (([*start, A], [*start, B]), ([*start, A], [B]), ([A], [*start, B])):
+        if start[0] == SYSTEM and sides[0][0] != sides[1][0] and SYSTEM not in [*prompt]:
+            continue  # a system's turn of one side alone
+        row = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+        assert parts(row)[1:] == ([A], [B])
+        assert [m["content"].split() if isinstance(m["content"], str) else 0
+                for m in parts(row)[0]] == [m["content"].split() for m in expected]  # fmt: skip
+
+
+def test_conversations_that_share_their_question_but_for_white_space():
+    assert parts({"chosen": [Q, A], "rejected": [SPACED, B]}) == ([Q], [A], [B])
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [[user("Another?"), A], [SYSTEM, user("Another?"), A], [SYSTEM, A]],
+)
+def test_an_answer_that_begins_with_another_question_is_refused(chosen):
+    row = {"prompt": [{"role": "system", "content": "Else."}, Q], "chosen": chosen, "rejected": [B]}
+    with pytest.raises(DataError, match=r"'chosen' begins with a (user|system)'s turn"):
+        preference_row(row)
+
+
+def test_a_conversation_that_goes_on_with_the_user_is_left_as_it_is():
+    more = [user("And?"), assistant("Red.")]
+    row = {"prompt": [Q, A], "chosen": more, "rejected": [user("Or?"), B]}
+    assert parts(row) == ([Q, A], more, [user("Or?"), B])

@@ -100,6 +100,34 @@ def test_a_table_of_images_is_refused_before_one_is_decoded():
         rows_from(table, "mine")
 
 
+def test_a_transform_of_a_dataset_is_what_is_read(gpt2):
+    from datasets import Dataset
+
+    def add(batch):
+        return batch | {"prompt": [f"SYS: {prompt}" for prompt in batch["prompt"]]}
+
+    def rename(batch):
+        return {"prompt": batch["ask"], "chosen": batch["yes"], "rejected": batch["no"]}
+
+    table = Dataset.from_list([row(n) for n in range(3)])
+    for transformed in (table.with_transform(add), table.with_format("custom", transform=add)):
+        rows = rows_from(transformed, "mine")
+        assert prompts_of(rows) == [transformed[n]["prompt"] for n in range(3)]
+        assert prompts_of(rows) == ["SYS: p0", "SYS: p1", "SYS: p2"]
+        assert prompts_of(rows.take([2, 0])) == ["SYS: p2", "SYS: p0"]
+        assert len(prepare_pairs(rows, gpt2)) == len(rows) == 3
+    in_place = Dataset.from_list([row(0)])
+    in_place.set_transform(add)
+    assert prompts_of(rows_from(in_place, "mine")) == ["SYS: p0"]
+    other = Dataset.from_list([{"ask": "q", "yes": " a", "no": " b"}]).with_transform(rename)
+    assert prompts_of(rows_from(other, "mine")) == ["q"]
+    for kind in ("numpy", "torch", "pandas", "arrow"):
+        assert prompts_of(rows_from(table.with_format(kind), "mine")) == ["p0", "p1", "p2"]
+    bad = table.with_transform(lambda batch: batch | {"chosen": [None] * len(batch["chosen"])})
+    with pytest.raises(DataError, match="mine row 0: field 'chosen' is null"):
+        prompts_of(rows_from(bad, "mine"))
+
+
 # Splits
 
 

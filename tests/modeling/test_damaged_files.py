@@ -1,4 +1,4 @@
-"""Models and tokenizers whose files are damaged, cut short or another model's: a sentence each."""
+"""Models and tokenizers with damaged, cut or foreign files: one sentence each."""
 
 import json
 import shutil

@@ -129,6 +129,7 @@ TABLE: dict[str, Changes | str] = {
     "packing": Changes("work", "off"),
     "merge_prompts": Changes("work", True, {"dataset_name": "@alike.jsonl"}),
     "attention": Changes("curve", "varlen", refused="varlen"),
+    "kernels": Changes("work", "fused"),
     "disable_dropout": Changes("loaded", False),
     "nonfinite": Changes("curve", "skip", {"learning_rate": 1e38}),
     "model_init_kwargs": Changes("loaded", {"attn_implementation": "eager"}),

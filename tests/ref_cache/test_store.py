@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import random
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fastdpo.ref_cache import ReferenceStore
+from fastdpo.ref_cache import ReferenceStore, require_creatable
 from fastdpo.ref_cache import shards as shards_module
 from fastdpo.ref_cache.store import ScoredCompletion
 from fastdpo.system import files
@@ -195,3 +196,19 @@ def test_a_log_prob_that_is_not_finite_is_refused(tmp_path, value):
     assert not temporaries(tmp_path)
     store.append([])
     assert not shards(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(tmp_path):
+    file = tmp_path / "a-file"
+    file.write_text("x")
+    with pytest.raises(ValueError, match=r"a-file is no folder: .*--ref_cache.*FASTDPO_CACHE"):
+        require_creatable(file / ".cache" / "fastdpo" / "reference")
+    require_creatable(tmp_path)
+    require_creatable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    require_creatable(closed)  # a read-only store is a store
+    if not os.access(closed, os.W_OK):  # root may write anywhere
+        with pytest.raises(ValueError, match="closed is not writable"):
+            require_creatable(closed / "a")

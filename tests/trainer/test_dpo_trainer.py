@@ -374,7 +374,7 @@ def test_a_stream_gives_as_many_pairs_as_the_run_needs(train_with):
 
 def test_updates_that_are_not_finite_stop_the_run_or_are_skipped(train_with, caplog):
     def poisoned(pairs):
-        losses = pairs.margins.square()
+        losses = (pairs.margins - 1).square()
         return losses * float("nan") if 3 in seen else losses
 
     class Count(TrainerCallback):
@@ -407,7 +407,7 @@ def test_a_loss_scaler_skips_an_update_whose_loss_is_not_finite(train_with, monk
 
     def poisoned(pairs):
         calls.append(1)
-        return pairs.margins.square() * (float("nan") if len(calls) == 2 else 1.0)
+        return (pairs.margins - 1).square() * (float("nan") if len(calls) == 2 else 1.0)
 
     trainer = train_with(loss_function=poisoned, nonfinite="skip", max_steps=3)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -18,7 +18,10 @@ from fastdpo.trainer.checkpoint.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""In format 1 what JSON does not have was lost from the state of optimizers and schedulers."""
+
 MAX_MANIFEST_BYTES = 2**24  # ours have about 3 KiB
 
 
@@ -215,9 +218,9 @@ def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
         raise CheckpointError(
             f"{folder} has no readable {MANIFEST} ({type(error).__name__}: {error})"
         ) from error
-    if written_in != FORMAT:
+    if written_in not in READABLE_FORMATS:
         raise CheckpointError(
-            f"{path} has format {written_in!r}, and this fastdpo reads {FORMAT}: "
+            f"{path} has format {written_in!r}, and this fastdpo reads up to {FORMAT}: "
             "resume with the fastdpo that wrote it"
         )
     for name in contents:

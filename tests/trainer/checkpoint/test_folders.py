@@ -105,7 +105,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage):
         lambda path: write_fields(path.parent, files={"trainer_state.json": {"bytes": 1}}),
         lambda path: write_fields(path.parent, files={"trainer_state.json": 3}),
         lambda path: write_fields(path.parent, run=5),
-        lambda path: write_fields(path.parent, format=2),
+        lambda path: write_fields(path.parent, format=3),
         lambda path: write_fields(path.parent, plan="x"),
         lambda path: path.write_text("[" * 100_000),
         lambda path: path.write_bytes(b" " * (2**24 + 1)),

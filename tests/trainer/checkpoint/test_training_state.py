@@ -39,6 +39,14 @@ def adamw(model, reverse=False, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups, betas=betas)
 
 
+def constant(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def load(folder, optimizer, model):
+    checkpoint.load_optimizer(folder, optimizer, constant(optimizer), model)
+
+
 def train(model, optimizer, updates, seed):
     draw = torch.Generator().manual_seed(seed)
     for _ in range(updates):
@@ -76,12 +84,12 @@ def assert_bitwise(first, second):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_optimizer_state_by_name(tmp_path, reverse):
     model, optimizer, schedule = trained()
-    checkpoint.save_optimizer(tmp_path, optimizer, schedule.state_dict(), model)
+    checkpoint.save_optimizer(tmp_path, optimizer, schedule, model)
     resumed = Model()
     resumed.load_state_dict(model.state_dict())
     other = adamw(resumed, reverse=reverse, betas=(0.5, 0.5))
     other_schedule = torch.optim.lr_scheduler.LambdaLR(other, lambda step: 1 / (1 + step))
-    other_schedule.load_state_dict(checkpoint.load_optimizer(tmp_path, other, resumed))
+    checkpoint.load_optimizer(tmp_path, other, other_schedule, resumed)
 
     saved = moments(model, optimizer)
     assert len(saved) == 4 * 3
@@ -102,9 +110,10 @@ def test_optimizer_state_by_name(tmp_path, reverse):
 
 def test_optimizer_before_its_first_update(tmp_path):
     model = Model()
-    checkpoint.save_optimizer(tmp_path, adamw(model), {}, model)
+    first = adamw(model)
+    checkpoint.save_optimizer(tmp_path, first, constant(first), model)
     optimizer = adamw(model)
-    assert checkpoint.load_optimizer(tmp_path, optimizer, model) == {}
+    checkpoint.load_optimizer(tmp_path, optimizer, constant(optimizer), model)
     assert not optimizer.state
 
 
@@ -123,9 +132,9 @@ def test_bitsandbytes_moments(tmp_path, kind):
             if kind == "AdamW8bit"
             else torch.randn(size, generator=draw)
         )
-    checkpoint.save_optimizer(tmp_path, optimizer, {}, model)
+    checkpoint.save_optimizer(tmp_path, optimizer, constant(optimizer), model)
     other = getattr(bnb.optim, kind)(model.parameters(), lr=1e-2)
-    checkpoint.load_optimizer(tmp_path, other, model)
+    checkpoint.load_optimizer(tmp_path, other, constant(other), model)
     for parameter in model.parameters():
         saved, found = optimizer.state[parameter], other.state[parameter]
         assert saved["step"] == found["step"]
@@ -137,16 +146,16 @@ def test_bitsandbytes_moments(tmp_path, kind):
 
 def test_other_parameters_are_refused(tmp_path):
     model, optimizer, schedule = trained()
-    checkpoint.save_optimizer(tmp_path, optimizer, schedule.state_dict(), model)
+    checkpoint.save_optimizer(tmp_path, optimizer, schedule, model)
     wider = Model(width=7)
     with pytest.raises(CheckpointError, match=r"first\.weight: \[6, 5\] there, \[7, 5\] here"):
-        checkpoint.load_optimizer(tmp_path, adamw(wider), wider)
+        load(tmp_path, adamw(wider), wider)
     fewer = torch.optim.AdamW(model.first.parameters())
     with pytest.raises(CheckpointError, match=r"second\.bias: \[3\] there, none here"):
-        checkpoint.load_optimizer(tmp_path, fewer, model)
+        load(tmp_path, fewer, model)
     one_group = torch.optim.AdamW(model.parameters())
     with pytest.raises(CheckpointError, match="no group of exactly the 4 parameters"):
-        checkpoint.load_optimizer(tmp_path, one_group, model)
+        load(tmp_path, one_group, model)
     assert not one_group.state
 
 
@@ -156,7 +165,7 @@ def test_a_full_disk_is_an_os_error(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:
         with pytest.raises(OSError, match=r"optimizer\.safetensors"):
-            checkpoint.save_optimizer(tmp_path, optimizer, {}, model)
+            checkpoint.save_optimizer(tmp_path, optimizer, constant(optimizer), model)
         with pytest.raises(OSError, match=r"rng_state\.safetensors"):
             checkpoint.save_rng_state(tmp_path)
     finally:
@@ -194,7 +203,7 @@ def test_rng_states_go_on_where_they_were(tmp_path):
 
 def test_no_pickle(tmp_path):
     model, optimizer, schedule = trained()
-    checkpoint.save_optimizer(tmp_path, optimizer, schedule.state_dict(), model)
+    checkpoint.save_optimizer(tmp_path, optimizer, schedule, model)
     checkpoint.save_rng_state(tmp_path)
     checkpoint.write_manifest(tmp_path, {"seed": 1})
     paths = [path for path in tmp_path.rglob("*") if path.is_file()]
