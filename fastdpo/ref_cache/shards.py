@@ -24,7 +24,7 @@ RAGGED = {"token_logps": "float32"}
 """The vector that `--ref_token_logps off` leaves out."""
 
 SUM_TOLERANCE = 1e-6
-"""Of a sum, the share by which those of its tokens' log-probs may differ: they are rounded."""
+"""The share of a sum by which that of its tokens' log-probs, which are rounded, may differ."""
 
 
 class ShardError(ValueError):
