@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastdpo.data.arrival import TemplateAbilities
 from fastdpo.data.chat_template import ensure_chat_template
 from fastdpo.data.errors import DataError
@@ -15,6 +17,7 @@ from fastdpo.data.special_tokens import SpecialTokens
 from fastdpo.data.template_date import asks_for_date, today, with_date
 from fastdpo.data.template_variables import TemplateVariables
 from fastdpo.data.tokenizer_bounds import check_growth, explaining_panics
+from fastdpo.data.turns import AssistantTurns, Span, has_several_turns
 from fastdpo.options import TokenizationOptions
 from fastdpo.system.limits import TooSlowError, cpu_seconds, more_memory
 
@@ -42,12 +45,15 @@ class RenderedRow:
         conversational: a template wrote them, special tokens included; else the tokenizer adds
             what it adds to any text.
         sentinel: the character that breaks special tokens inside the content; None without any.
+        spans: of the second and the third text, the characters that are scored; None: all of the
+            completion.
     """
 
     row: int
     texts: tuple[str, str, str]
     conversational: bool
     sentinel: str | None
+    spans: tuple[list[Span] | None, list[Span] | None] = (None, None)
 
 
 class Renderer:
@@ -55,8 +61,9 @@ class Renderer:
 
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
-        options: `special_tokens_in_content` says what becomes of special tokens in the content.
-        report: where control-token rows, the plain template and its date are put down.
+        options: `special_tokens_in_content` says what becomes of special tokens in the content,
+            `score_turns` which turns of a completion are scored.
+        report: where special-token rows, the plain template and its date are put down.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Renderer:
         self._day = options.template_date or today()
         self._dated: dict[str, str | None] = {}
         self._special_tokens = SpecialTokens(tokenizer)
+        self._assistant_turns = AssistantTurns(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         for name, text, token in (
@@ -130,6 +138,41 @@ class Renderer:
                 encoded[index] = (prompt, chosen, rejected)
         return [encoded[index] for index in range(len(rows))]
 
+    def masks(self, row: RenderedRow) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which ids of prompt + chosen and prompt + rejected are scored, bool; None: all.
+
+        A token is scored where it ends inside a scored span.
+
+        Raises:
+            DataError: the tokenizer does not tell where its tokens lie.
+        """
+        chosen, rejected = (
+            None if spans is None else self._mask(text, spans, row.sentinel)
+            for text, spans in zip(row.texts[1:], row.spans, strict=True)
+        )
+        return chosen, rejected
+
+    def _mask(self, text: str, spans: list[Span], sentinel: str | None) -> np.ndarray:
+        ends = np.array(self._token_ends(text, sentinel))
+        scored = np.zeros(len(ends), dtype=np.bool_)
+        for start, end in spans:
+            scored |= (ends > start) & (ends <= end)
+        return scored
+
+    def _token_ends(self, text: str, sentinel: str | None) -> list[int]:
+        if sentinel is not None:
+            return self._special_tokens.token_ends(text, sentinel)
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"a completion has several turns, and {type(self.tokenizer).__name__} is not a "
+                "fast tokenizer, which is needed to tell which of its tokens the assistant writes; "
+                "pass --score_turns all to score every token, as TRL does"
+            )
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [end for _, end in encoded["offset_mapping"]]
+
     def without_eos(self, text: str) -> str:
         """Return `text` without the EOS that it may end with, repeated or before a line break."""
         while self._eos and (ended := text.rstrip()).endswith(self._eos):
@@ -171,8 +214,8 @@ class Renderer:
             content = self._special_tokens.escape(content, sentinel)
         prompt, chosen, rejected, tools, variables = content
 
-        def render(messages: Messages) -> str:
-            return self._apply_template(messages, tools, variables)
+        def render(messages: Messages, add_generation_prompt: bool = False) -> str:
+            return self._apply_template(messages, tools, variables, add_generation_prompt)
 
         ends = []
         with self._bounded():
@@ -182,7 +225,7 @@ class Renderer:
                     lambda turns: self._apply_template(turns, None, {}),
                 )
             prompt, chosen, rejected = map(self._abilities.adapt, (prompt, chosen, rejected))
-            start = self._apply_template(prompt, tools, variables, add_generation_prompt=True)
+            start = render(prompt, add_generation_prompt=True)
             for side in (chosen, rejected):
                 text = render(prompt + side)
                 self._abilities.check(prompt + side, text, render)
@@ -193,7 +236,15 @@ class Renderer:
                 f"the chat template makes a text of {length:,} letters of this row, more than "
                 f"{MOST_LETTERS:,}; set another tokenizer.chat_template, or correct the row"
             )
-        return RenderedRow(index, texts, True, sentinel)
+        self._report.rows_of_turns += any(map(has_several_turns, (chosen, rejected)))
+        if self._options.score_turns == "all":
+            return RenderedRow(index, texts, True, sentinel)
+        with self._bounded():
+            of_chosen, of_rejected = (
+                self._assistant_turns.spans(prompt, side, text, render, tools, variables)
+                for side, text in zip((chosen, rejected), ends, strict=True)
+            )
+        return RenderedRow(index, texts, True, sentinel, (of_chosen, of_rejected))
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:

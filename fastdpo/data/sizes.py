@@ -161,7 +161,7 @@ def parquet_bytes(path: Path) -> int:
 
 
 def could_be_far_larger(path: Path) -> bool:
-    """Whether a Parquet file repeats texts by a dictionary so often that it should be counted."""
+    """Return True if a Parquet file repeats texts by a dictionary so often that it is counted."""
     from pyarrow import parquet
 
     metadata = parquet.read_metadata(path)

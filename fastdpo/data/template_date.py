@@ -42,7 +42,7 @@ def today() -> str:
 
 
 def asks_for_date(template: str) -> bool:
-    """Tell whether a chat template may write the date."""
+    """Return True if a chat template may write the date."""
     return re.search(r"\bstrftime_now\b", template) is not None
 
 

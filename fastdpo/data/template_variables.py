@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FUNCTIONS = ("raise_exception", "strftime_now")
-"""What transformers lends to every template; Jinja's own functions are no variables."""
+"""Functions that transformers gives every template; Jinja's own functions are no variables."""
 
 
 class TemplateVariables:

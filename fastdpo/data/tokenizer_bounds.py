@@ -1,4 +1,4 @@
-"""What a fast tokenizer may do to a text: it may not blow it up, and its patterns must end.
+"""Bounds on what a fast tokenizer does to a text: it may not blow it up, and its patterns must end.
 
 A normalizer is a list of replacements that comes with the tokenizer. Forty that each double a text
 make a terabyte of a letter, inside a library that then ends the process; so they are read first.

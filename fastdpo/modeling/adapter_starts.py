@@ -1,4 +1,4 @@
-"""Refuses adapters that change the base, which without them would be no reference.
+"""Checks that an adapter leaves the base as it was, so that the base without it is the reference.
 
 Some of PEFT's initializations (PiSSA, OLoRA, CorDA, LoftQ) take a part of each weight of the base
 out of it and put it into the adapter, when the adapter is made and again whenever it is loaded.

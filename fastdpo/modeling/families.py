@@ -235,7 +235,9 @@ def _first_set(config: "PreTrainedConfig", names: tuple[str, ...]) -> Any:
 
 
 def head_dims(config: "PreTrainedConfig") -> tuple[int, int]:
-    """Entries of one head's queries and keys, and of its values."""
+    """Entries of one head's queries and keys, and of its values; the largest of all layers."""
+    if getattr(config, "is_heterogeneous", False):  # as Gemma 4: full layers have larger heads
+        return max(head_dims(layer) for layer in config.per_layer_config)
     value_dim = getattr(config, "v_head_dim", None)
     rotary_dim = getattr(config, "qk_rope_head_dim", None)
     if value_dim and rotary_dim:  # latent attention: a rotary part beside one without positions

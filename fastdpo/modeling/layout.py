@@ -45,11 +45,15 @@ class WorkItem:
 
     def split(self) -> list["WorkItem"]:
         """One item for each completion."""
-        prompt_ids = self.group.prompt_ids
+        group = self.group
         return [
-            WorkItem(PromptGroup(prompt_ids, (completion_ids,)), self.index, (completion,))
-            for completion, completion_ids in zip(
-                self.completions, self.group.completions, strict=True
+            WorkItem(
+                PromptGroup(group.prompt_ids, (completion_ids,), scored=(mask,)),
+                self.index,
+                (completion,),
+            )
+            for completion, completion_ids, mask in zip(
+                self.completions, group.completions, group.masks, strict=True
             )
         ]
 

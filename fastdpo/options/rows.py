@@ -8,6 +8,7 @@ from fastdpo.options.checks import Options, option, whole
 
 TRUNCATION_MODES = ("keep_completion", "keep_start")
 SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
+SCORED_TURNS = ("assistant", "all")
 
 
 def _iso_day(name: str, value: Any) -> None:
@@ -59,6 +60,13 @@ class TokenizationOptions(Options):
         "The day that a chat template is given which writes the date, as 2025-06-30. Unset: today, "
         "for the whole run; a resumed run keeps its own.",
         check=_iso_day,
+    )
+    score_turns: str = option(
+        "all",
+        "Which turns of a completion of several are scored: assistant leaves out tool results and "
+        "user turns, all scores them too as TRL does. The commands' default is assistant, "
+        "DPOConfig's all.",
+        choices=list(SCORED_TURNS),
     )
     strict_data: bool = option(
         False,

@@ -42,6 +42,7 @@ def describe_request(
         "max_completion_length": options.max_completion_length,
         "truncation_mode": options.truncation_mode,
         "special_tokens_in_content": options.special_tokens_in_content,
+        "score_turns": options.score_turns,
         "tokenizer": str(tokenizer.name_or_path),
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:12],
         "template_date": groups.pairs.report.template_date,

@@ -24,7 +24,7 @@ RAGGED = {"token_logps": "float32"}
 """The vector that `--ref_token_logps off` leaves out."""
 
 SUM_TOLERANCE = 1e-6
-"""The share of a sum by which that of its tokens' log-probs, which are rounded, may differ."""
+"""Share of a sum by which the sum of its tokens' rounded log-probs may differ."""
 
 
 class ShardError(ValueError):
@@ -51,15 +51,27 @@ class Shard:
     versions: dict[str, str] | None  # what computed them; None: not recorded
 
 
-def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
-    """sha256 of a completion in its context: the token ids, and where the scored span begins."""
-    return _key(_prompt_digest(prompt_ids), completion_ids)
+def row_key(
+    prompt_ids: np.ndarray, completion_ids: np.ndarray, mask: np.ndarray | None = None
+) -> bytes:
+    """sha256 of a completion in its context: the token ids, and which of them are scored.
+
+    Args:
+        prompt_ids: (P,) int32.
+        completion_ids: (C,) int32.
+        mask: (C,) bool of the scored tokens; None, which has the key of one that is all True,
+            where every token is scored.
+    """
+    return _key(_prompt_digest(prompt_ids), completion_ids, mask)
 
 
 def group_keys(group: PromptGroup) -> list[bytes]:
     """The row keys of a group's completions."""
     prompt = _prompt_digest(group.prompt_ids)
-    return [_key(prompt.copy(), completion) for completion in group.completions]
+    return [
+        _key(prompt.copy(), completion, mask)
+        for completion, mask in zip(group.completions, group.masks, strict=True)
+    ]
 
 
 def encode(
@@ -211,6 +223,10 @@ def _prompt_digest(prompt_ids: np.ndarray) -> "hashlib._Hash":
     return digest
 
 
-def _key(digest: "hashlib._Hash", completion_ids: np.ndarray) -> bytes:
+def _key(digest: "hashlib._Hash", completion_ids: np.ndarray, mask: np.ndarray | None) -> bytes:
     digest.update(np.ascontiguousarray(completion_ids, dtype="<i4").tobytes())
+    if mask is not None and not mask.all():
+        # -1 is no token id, so no completion without a mask has these bytes.
+        places = np.concatenate([[-1], np.flatnonzero(mask)])
+        digest.update(places.astype("<i4").tobytes())
     return digest.digest()

@@ -26,7 +26,7 @@ ROUNDED_LEAST = 0.5
 
 
 def drops_out(policy: nn.Module, *, adapter_is_zero: bool) -> bool:
-    """Tell whether dropout changes the policy's log-probs in training.
+    """Return True if dropout changes the policy's log-probs in training.
 
     Args:
         policy: the model that is trained.
@@ -94,7 +94,7 @@ def check_first_margin(
 
 
 def is_exact(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tell whether matrix products of this dtype keep at least fp32's precision on a device."""
+    """Return True if matrix products of this dtype keep at least fp32's precision on a device."""
     if dtype not in (torch.float32, torch.float64):
         return False
     return device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32

@@ -41,7 +41,7 @@ def plan_memory(
         args,
         group_lengths(groups, mode),
         pairs_per_update=pairs_per_update,
-        scored_tokens=sum(len(ids) for _, ids in completions),
+        scored_tokens=sum(sum(group.scored_tokens) for group in groups),
         max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
         repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
     )

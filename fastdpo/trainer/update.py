@@ -145,7 +145,7 @@ class _StepAttempt:
             merge_prompts=update.merge_prompts,
         )
         self.micro_batches = [micro_batch.to(self.device) for micro_batch in micro_batches]
-        lengths = [[len(completion) for completion in group.completions] for group in groups]
+        lengths = [group.scored_tokens for group in groups]
         self.tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
         self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
         self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
