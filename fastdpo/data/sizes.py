@@ -176,9 +176,6 @@ def could_be_far_larger(path: Path) -> bool:
 
 def _text_bytes(array: Any) -> tuple[int, int]:
     """Bytes of the longest text in an Arrow array of any type, and of all texts together."""
-    import pyarrow.compute
-
-    pc: Any = pyarrow.compute  # its functions are made when it is imported
     from pyarrow import types
 
     kind = array.type
@@ -201,9 +198,6 @@ def _text_bytes(array: Any) -> tuple[int, int]:
 def _lengths(array: Any) -> Any:
     """The length of each text in 64 bits; None where the array holds none."""
     import pyarrow
-    import pyarrow.compute
-
-    pc: Any = pyarrow.compute  # its functions are made when it is imported
     from pyarrow import types
 
     texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
