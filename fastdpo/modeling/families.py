@@ -34,6 +34,8 @@ class Family:
             layer back to H last; several where the two layers up may be one matrix.
         attention_linears: names of the linear layers of an attention module.
         norm_suffix: how the class names of norms end.
+        unadapted_linears: names of linear layers whose weight a kernel reads without calling them,
+            so that no adapter on them would be trained; PEFT refuses to adapt them.
     """
 
     packing_obstacle: str = ""
@@ -62,11 +64,15 @@ class Family:
     )
     attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norm_suffix: str = "Norm"
+    unadapted_linears: tuple[str, ...] = ()
 
 
 USUAL = Family()
 
+_MAMBA = Family(unadapted_linears=("out_proj", "conv1d"))
+
 FAMILIES = {
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), _MAMBA),
     "doge": Family(packing_obstacle="attends with a mask that it computes from its values"),
     "gpt_oss": Family(attention_sinks=True),
     "granite_swa": Family(attention_sinks=True),
@@ -182,14 +188,25 @@ def _first_set(config: "PreTrainedConfig", names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
+def config_value(config: "PreTrainedConfig", name: str) -> Any:
+    """A field of a text config, None where it has none, the largest where its layers differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # a config of layers of several shapes gives it by layer alone
+        layers: Any = getattr(config, "per_layer_config")  # noqa: B009
+        return max(getattr(layer, name) for layer in (layers[i] for i in range(len(layers))))
+
+
 def head_dims(config: "PreTrainedConfig") -> tuple[int, int]:
-    """Entries of one head's queries and keys, and of its values."""
-    value_dim = getattr(config, "v_head_dim", None)
-    rotary_dim = getattr(config, "qk_rope_head_dim", None)
+    """Entries of one head's queries and keys, and of its values; 0 without attention."""
+    value_dim = config_value(config, "v_head_dim")
+    rotary_dim = config_value(config, "qk_rope_head_dim")
     if value_dim and rotary_dim:  # latent attention: a rotary part beside one without positions
         return config.qk_nope_head_dim + rotary_dim, value_dim
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size, value_dim or size
+    size = config_value(config, "head_dim")
+    if not size and (heads := config_value(config, "num_attention_heads")):
+        size = config.hidden_size // heads
+    return size or 0, value_dim or size or 0
 
 
 def masked_window(config: "PreTrainedConfig | None") -> int | None:

@@ -70,10 +70,8 @@ def check_peft_type(config: PeftConfig, *, four_bit: bool = False) -> None:
         ValueError: names the type or the field, and says why.
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
-    reason = REFUSED.get(
-        kind, "" if kind in TRAINED else "this version of fastdpo has not tried it"
-    )
-    if reason:
+    if kind not in TRAINED:
+        reason = REFUSED.get(kind, "this version of fastdpo has not tried it")
         raise ValueError(
             f"{type(config).__name__} ({kind}) cannot be used here: {reason}. Use LoRA: "
             "LoraConfig(target_modules='all-linear')."

@@ -46,6 +46,7 @@ class Training:
         attention: as `--attention` takes it; `make_plan` puts the backend that attends in its
             place, which the formulas of bytes need.
         head_buffer_bytes: bound of the buffers of `linear_logprobs`.
+        adapter_entries: entries of all adapters where they are known, of a loaded model.
     """
 
     tuning: str = "qlora"
@@ -55,6 +56,8 @@ class Training:
     optimizer: str = "adamw_torch_fused"
     attention: str = "auto"
     head_buffer_bytes: int = 276 * MIB
+
+    adapter_entries: int | None = None
 
     @property
     def trains_adapter(self) -> bool:
@@ -107,6 +110,8 @@ def adapter_parameters(architecture: Architecture, training: Training) -> int:
     """Entries of all adapter matrices, A (r, in) and B (out, r)."""
     if not training.trains_adapter:
         return 0
+    if training.adapter_entries is not None:
+        return training.adapter_entries
     return sum(
         training.lora_r * (linear.inputs + linear.outputs) * linear.count
         for linear in architecture.targets(training.target_modules)
