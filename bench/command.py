@@ -9,7 +9,7 @@ from bench.harness import RESULTS, Recorder
 QUESTIONS = {
     "roofline": "copy bandwidth and matrix rate of this machine, what all else is a ratio of",
     "step": "one update against TRL's trainer: seconds, pairs/s, tokens/s, peak memory",
-    "layers": "a stack of layers: packed and shared against padding, and what arithmetic allows",
+    "layers": "a layer's operations, counted; a stack of layers, packed and shared against padding",
     "kernel": "the head op against TRL, torch, Liger and cut-cross-entropy: time, memory, error",
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",

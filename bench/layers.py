@@ -1,4 +1,10 @@
-"""One training step of a Llama-3.1-8B-shaped stack: packed and shared, packed, padded as TRL pads.
+"""Layers: what one launches, counted; and the step of a stack of them, packed and padded.
+
+Operations: launches and bytes of one layer with transformers' modules and with the fused ops, by
+`bench.layer_operations`. Nothing of it is a measurement.
+
+Step: one training step of a Llama-3.1-8B-shaped stack: packed and shared, packed, padded as TRL
+pads.
 
 Forward and backward of all weights, a few layers of the real width under a small head. How much
 faster packing can be is arithmetic: the products that padding and repeated prompts cost more. It is
@@ -14,7 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from bench.contest import Turns, contest
 from bench.harness import MEASURED, SEED, Recorder, spread
+from bench.layer_operations import PHASES, count_operations, summary
 from bench.measuring import PeakMemory, Stopwatch
+from bench.synthetic import aliased_config
 from fastdpo.batching import MicroBatch, PromptGroup, pack_update
 from fastdpo.modeling.attention import MODEL_ATTENTION, packed_attention
 from fastdpo.modeling.logprobs import packed_logprobs
@@ -34,6 +42,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "fastdpo": {"attention": "auto", "layout": {}},
     "fastdpo unshared": {"attention": "auto", "layout": {"shared_prefix": False}},
 }
+COUNTED = {"alias": ("llama-3.1-8b", "qwen3-8b"), "tokens": 8192}
+"""Models of which one layer's operations are counted, and T."""
+
 ATTENTION_PASSES = 3.5
 """Forward one, backward two and a half: it forms the scores again."""
 
@@ -132,7 +143,31 @@ def cases(*, quick: bool) -> Iterator[dict[str, Any]]:
         yield {"prompt_share": share, **size}
 
 
-def main(recorder: Recorder, *, quick: bool) -> None:
+def main(recorder: Recorder, *, quick: bool, part: str = "all") -> None:
+    """The operations of a layer, the step of a stack, or both."""
+    if part in ("operations", "all"):
+        count_layers(recorder)
+    if part in ("step", "all"):
+        step_seconds(recorder, quick=quick)
+
+
+def count_layers(recorder: Recorder) -> None:
+    """Launches of a recomputed layer, its bytes by kind, and what it saves when kept."""
+    for alias in COUNTED["alias"]:
+        case = {"model": alias, "tokens": COUNTED["tokens"], "lora_r": 16, "weights": "NF4"}
+        for kernels in ("eager", "fused"):
+            config = aliased_config(alias, num_hidden_layers=1)
+            operations, kept = count_operations(config, case["tokens"], kernels)
+            counts = summary(operations)
+            phases = ", ".join(f"{counts['launches'][phase]} {phase}" for phase in PHASES)
+            launches = sum(each.launches for each in operations)
+            recorder.add(case, kernels, "launches_count", [launches], note=phases)
+            for kind, moved in counts["bytes"].items():
+                recorder.add(case, kernels, f"{kind}_bytes", [moved])
+            recorder.add(case, kernels, "saved_when_kept_bytes", [kept])
+
+
+def step_seconds(recorder: Recorder, *, quick: bool) -> None:
     """Seconds of a step, the speed-up over padding, and the part of its bound that it is."""
     for case in cases(quick=quick):
         given = {name: {**case, "contender": name} for name in CONTENDERS}
@@ -160,4 +195,4 @@ def main(recorder: Recorder, *, quick: bool) -> None:
 if __name__ == "__main__":
     from bench.command import run
 
-    run("layers")
+    run("layers", parts=("operations", "step"))

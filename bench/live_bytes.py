@@ -8,8 +8,10 @@ workspaces inside single operations are not seen. That is what a plan is held ag
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+from fastdpo_kernels import _backend
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +22,7 @@ from fastdpo.batching import Segment
 from fastdpo.modeling.activations import apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import PackedSegments, packed_attention
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
 
@@ -96,6 +99,7 @@ def walk_update(
     policy: Sequence[str],
     mlp_tile_tokens: int | None = None,
     norm_tile_tokens: int | None = None,
+    kernels: str = "eager",
     lora_r: int = 16,
     buffer_bytes: int = 128 * 2**20,
 ) -> LiveBytes:
@@ -108,6 +112,7 @@ def walk_update(
         policy: of its decoder layers; nothing is offloaded, host memory being the same here.
         mlp_tile_tokens: tokens of a tile of the MLPs, or None.
         norm_tile_tokens: likewise of the norms.
+        kernels: fused or eager; fused ops run their torch twins, which save the same.
         lora_r: rank of the adapters on all linear layers.
         buffer_bytes: that the head takes for a while.
 
@@ -118,6 +123,7 @@ def walk_update(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model = add_adapter(model, lora_config(lora_r, 2 * lora_r, 0.0, None)).train()
     apply_activation_plan(model, policy)
+    use_kernels(model, kernels, backend="torch")
     tile_mlps(model, mlp_tile_tokens)
     tile_norms(model, norm_tile_tokens)
     tokens = sum(segment.tokens for segment in segments)
@@ -129,7 +135,9 @@ def walk_update(
         for parameter in trained:  # as from the second micro-batch of an update on
             parameter.grad = torch.empty_like(parameter)
         live.ignore([*model.parameters(), *model.buffers(), *(p.grad for p in trained)])
-        with live, packed_attention(unwrap_model(model).config):
+        # The torch twins work the rows tile by tile, a fake operation each: in larger tiles here.
+        tiles = mock.patch.object(_backend, "TILE_ELEMENTS", 2**20)
+        with live, tiles, packed_attention(unwrap_model(model).config):
             ids, positions = (torch.zeros(1, tokens, dtype=torch.int64) for _ in range(2))
             at, _targets, _index = (torch.zeros(scored, dtype=torch.int64) for _ in range(3))
             hidden_states = get_backbone(model)(

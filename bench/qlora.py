@@ -19,6 +19,7 @@ from bench.trainers import LORA_ALPHA, LORA_RANK, limit_memory
 from fastdpo.batching import MicroBatch, PromptGroup, pack_update
 from fastdpo.modeling.adapters import adapters_disabled, add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.fused import choose_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import packed_logprobs
@@ -89,6 +90,7 @@ def carry_out(model: torch.nn.Module, made: Plan) -> None:
         made.mlp_tile_tokens,
         made.norm_tile_tokens,
         made.embeddings_on_host,
+        kernels=choose_kernels(model, "auto"),
     ).apply(model)
 
 

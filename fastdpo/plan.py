@@ -10,7 +10,7 @@ from fastdpo.cli.exit_codes import EXIT_DOES_NOT_FIT
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import Options, check_choice, number, option, whole
-from fastdpo.options.passes import ATTENTION_BACKENDS
+from fastdpo.options.passes import ATTENTION_BACKENDS, KERNELS
 from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ class PlanningOptions(Options):
         "auto",
         "What attends, as in training; auto is what training would choose on that GPU.",
         choices=list(ATTENTION_BACKENDS),
+    )
+    kernels: str = option(
+        "auto",
+        "What computes the layers, as in training; auto is what training would choose on that GPU.",
+        choices=list(KERNELS),
     )
     longest_pairs: bool = option(
         True, "Show the longest pair that fits each size of GPU; off spares a second."
@@ -148,6 +153,7 @@ def _training(model: ModelOptions, options: PlanningOptions, gpu: "GPUSpec") -> 
         target_modules=None if names is None else tuple(names),
         optimizer="adamw_torch_fused" if options.optim == "auto" else options.optim,
         attention=options.attention,
+        kernels=options.kernels,
     )
 
 

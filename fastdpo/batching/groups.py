@@ -20,12 +20,28 @@ class PromptGroup:
         completions: k arrays of (C,) int32, C >= 1.
         ref_logps: (k,) float64, nats, or None.
         row: index of the data set's row that it is from, counted from 0; -1 for none.
+        scored: k masks (C,) bool of the tokens that are scored, None for a completion of which
+            every token is; None where that holds for all of them.
     """
 
     prompt_ids: np.ndarray
     completions: tuple[np.ndarray, ...]
     ref_logps: np.ndarray | None = None
     row: int = -1
+    scored: tuple[np.ndarray | None, ...] | None = None
+
+    @property
+    def masks(self) -> tuple[np.ndarray | None, ...]:
+        """The mask of each completion, None where every token is scored."""
+        return self.scored or (None,) * len(self.completions)
+
+    @property
+    def scored_tokens(self) -> list[int]:
+        """The number of scored tokens of each completion."""
+        return [
+            len(ids) if mask is None else int(mask.sum())
+            for ids, mask in zip(self.completions, self.masks, strict=True)
+        ]
 
 
 class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
@@ -44,11 +60,13 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
 
     @cached_property
     def content_hash(self) -> str:
-        """The sha256, in hex, of all token ids in order."""
+        """The sha256, in hex, of all token ids in order, and of the masks that there are."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             for ids in (pair.prompt_ids, *pair.completions):
                 digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+            for mask in pair.scored:
+                digest.update(b"" if mask is None else mask.tobytes())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -57,7 +75,7 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
     def __getitem__(self, index: int) -> PromptGroup:  # pyrefly: ignore[bad-override]
         pair = self.pairs[index]
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
-        return PromptGroup(pair.prompt_ids, pair.completions, ref_logps, pair.row)
+        return PromptGroup(pair.prompt_ids, pair.completions, ref_logps, pair.row, pair.scored)
 
 
 def shared_prefix_length(group: PromptGroup) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from fastdpo.system.device import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -80,7 +82,7 @@ class MicroBatch:
         """This micro-batch with its tensors on `device`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors = {
-            name: value.to(device, non_blocking=True)
+            name: to_device(value, device)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }

@@ -112,7 +112,11 @@ def _merged_entries(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
         position = newest.get(group.prompt_ids.tobytes())
         if position is not None:
             merged_indices, before = merged[position]
-            joined = PromptGroup(before.prompt_ids, before.completions + group.completions)
+            joined = PromptGroup(
+                before.prompt_ids,
+                before.completions + group.completions,
+                scored=before.masks + group.masks,
+            )
             size = group_tokens(joined)
             if size <= limit and size < group_tokens(before) + group_tokens(group):
                 merged[position] = (merged_indices + indices, joined)
@@ -130,7 +134,7 @@ def _collate(
     laid = lay_out([group for _, group in entries], limit, shared_prefix)
     # A state and target that several completions share is scored once and counts in each of them.
     scored, token_index = np.unique(np.concatenate(laid.scored), return_inverse=True)
-    completions = [completion for _, group in entries for completion in group.completions]
+    lengths = [length for _, group in entries for length in group.scored_tokens]
     return MicroBatch(
         input_ids=torch.from_numpy(laid.input_ids),
         position_ids=torch.from_numpy(laid.position_ids),
@@ -138,7 +142,7 @@ def _collate(
         scored_positions=torch.from_numpy(scored >> 32),
         target_ids=torch.from_numpy(scored & 0xFFFFFFFF),
         token_index=torch.from_numpy(token_index),
-        completion_tokens=torch.tensor([len(completion) for completion in completions]),
+        completion_tokens=torch.tensor(lengths),
         group_indices=tuple(index for indices, _ in entries for index in indices),
         seq_lens=laid.seq_lens,
     )
@@ -155,6 +159,12 @@ def _max_seqlen(group: PromptGroup) -> int:
 def _inputs(group: PromptGroup) -> list[np.ndarray]:
     """The input tokens of each completion: prompt and completion, less the last token."""
     return [np.concatenate([group.prompt_ids, c[:-1]]) for c in group.completions]
+
+
+def _scored(positions: np.ndarray, completion: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The (place of the state << 32 | target id) of each scored token of a completion, int64."""
+    scored = positions << 32 | completion.astype(np.int64)
+    return scored if mask is None else scored[mask]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,8 +187,8 @@ def _pack(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _Pa
         if shared_prefix:
             packed.append(group)
         else:
-            for completion in group.completions:
-                packed.append(PromptGroup(group.prompt_ids, (completion,)))
+            for completion, mask in zip(group.completions, group.masks, strict=True):
+                packed.append(PromptGroup(group.prompt_ids, (completion,), scored=(mask,)))
     packed.fill_up()
     return _PackedArrays(
         packed.input_ids[None], packed.position_ids[None], packed.segments, packed.scored, (size,)
@@ -193,14 +203,16 @@ def _pad(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _Pac
     input_ids = np.zeros((len(sequences), length), dtype=np.int64)
     scored: list[np.ndarray] = []
     completions = (
-        (len(group.prompt_ids), completion) for group in groups for completion in group.completions
+        (len(group.prompt_ids), completion, mask)
+        for group in groups
+        for completion, mask in zip(group.completions, group.masks, strict=True)
     )
-    for index, (tokens, (prompt, completion)) in enumerate(
+    for index, (tokens, (prompt, completion, mask)) in enumerate(
         zip(sequences, completions, strict=True)
     ):
         input_ids[index, : len(tokens)] = tokens
         positions = index * length + np.arange(prompt - 1, len(tokens))
-        scored.append(positions << 32 | completion.astype(np.int64))
+        scored.append(_scored(positions, completion, mask))
     position_ids = np.tile(np.arange(length), (len(sequences), 1))
     return _PackedArrays(input_ids, position_ids, [], scored, lengths)
 
@@ -221,13 +233,13 @@ class _PackedSequence:
         inputs = _inputs(group)
         start = self.filled
         self._write(inputs[0][:prefix], 0)
-        for tokens, completion in zip(inputs, group.completions, strict=True):
+        for tokens, completion, mask in zip(inputs, group.completions, group.masks, strict=True):
             suffix = self.filled
             self._write(tokens[prefix:], prefix)
             positions = np.concatenate(
                 [np.arange(start, start + prefix), np.arange(suffix, self.filled)]
             )
-            self.scored.append(positions[prompt - 1 :] << 32 | completion.astype(np.int64))
+            self.scored.append(_scored(positions[prompt - 1 :], completion, mask))
         suffixes = tuple(len(tokens) - prefix for tokens in inputs)
         self.segments.append(Segment(start, prefix, suffixes))
 

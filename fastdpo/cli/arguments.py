@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -19,7 +20,7 @@ from transformers import HfArgumentParser
 
 from fastdpo.cli.yaml_file import load_yaml_config
 from fastdpo.options.checks import check_keys
-from fastdpo.options.removed import suggest_option
+from fastdpo.options.removed import RENAMED_VALUES, present_value, suggest_option
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class TrlParser(HfArgumentParser):
                 action.default = argparse.SUPPRESS
             elif action.nargs is None and _accepts(self.hints.get(action.dest), bool):
                 action.nargs, action.const = "?", True  # a flag whose default is decided later
+            elif action.dest in RENAMED_VALUES:
+                action.type = partial(present_value, action.dest)
             elif action.type in (int, float) and _accepts(self.hints[action.dest], NoneType):
                 action.type = _or_none(action.type)
 

@@ -1,4 +1,4 @@
-"""What a command ends with: an exit code, and one line that says what arrived and what to do.
+"""How a command ends: an exit code, and one line that says what arrived and what to do.
 
 Errors of ours say all that themselves. Those of the libraries are told apart here by what a user
 can do about them; whatever is left is a fault of this program and keeps its traceback.

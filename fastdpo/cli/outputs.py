@@ -72,7 +72,7 @@ def require_new_file(parsed: Parsed, flag: str, output: Path) -> None:
             taken = _same(output, each.path)
         if taken:
             raise ValueError(
-                f"{flag} {output} is a part of what {each.flag} {each.path} names, which is read: "
+                f"{flag} {output} would overwrite or join {each.path}, which {each.flag} reads: "
                 "name another file."
             )
     files.probe(output)
@@ -91,8 +91,8 @@ def require_new_folder(parsed: Parsed, output: Path) -> None:
             not is_folder and written and _same(output, each.path.absolute().parent)
         ):
             raise ValueError(
-                f"--output_dir {output} would overwrite what {each.flag} {each.path} names, which "
-                "is read: give another folder."
+                f"--output_dir {output} would overwrite or join {each.path}, which {each.flag} "
+                "reads: give another folder."
             )
         if is_folder and _rotates(parsed) and _is_checkpoint_in(each.path, output):
             raise ValueError(

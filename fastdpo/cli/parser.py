@@ -24,7 +24,14 @@ from fastdpo.cli.exit_codes import (
     format_error,
     outcome_of,
 )
-from fastdpo.options import DPO_OPTION_GROUPS, DataOptions, ModelOptions, TrainerDefaults, presets
+from fastdpo.options import (
+    COMMAND_DEFAULTS,
+    DPO_OPTION_GROUPS,
+    DataOptions,
+    ModelOptions,
+    TrainerDefaults,
+    presets,
+)
 from fastdpo.system.console import LineHandler, print_error
 from fastdpo.version import __version__
 
@@ -163,6 +170,7 @@ def _report(error: BaseException) -> int:
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:
     """Make an instance of each dataclass of the values that belong to it."""
+    given = {**COMMAND_DEFAULTS, **given}
     built = {kind: kind(**_fields_of(kind, given)) for kind in groups}
     if training:
         from fastdpo.config import DPOConfig
@@ -213,6 +221,7 @@ def _make_parser(
         allow_abbrev=False,
         exit_on_error=False,
     )
+    parser.set_defaults(**{k: v for k, v in COMMAND_DEFAULTS.items() if k in parser.hints})
     general = parser.add_argument_group("General")
     general.add_argument("--config", help="YAML file of options; the command line overrides it.")
     general.add_argument("--help", "-h", action="store_true", help="Show these options.")

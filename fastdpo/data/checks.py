@@ -22,6 +22,7 @@ def check_pairs(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
     return [
         *_copies(pairs, where),
         *_lengths(pairs),
+        *_scored(pairs),
         *_over_long(pairs),
     ]
 
@@ -48,10 +49,8 @@ def _lengths(pairs: PairDataset) -> list[str]:
     means = ", ".join(f"{name} {tokens.mean():.0f}" for name, tokens in lengths._asdict().items())
     longest = int((lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)).max())
     lines = [f"mean tokens: {means}; longest prompt with completion {longest:,}"]
-    for name, longer in (
-        ("longer", lengths.chosen > lengths.rejected),
-        ("shorter", lengths.chosen < lengths.rejected),
-    ):
+    chosen, rejected = pairs.scored_tokens.T
+    for name, longer in (("longer", chosen > rejected), ("shorter", chosen < rejected)):
         if longer.mean() > BIAS_SHARE and len(pairs) >= _BIAS_FROM_PAIRS:
             lines.append(
                 f"warning: chosen is the {name} completion in {longer.mean():.0%} of the pairs, so "
@@ -59,6 +58,18 @@ def _lengths(pairs: PairDataset) -> list[str]:
                 "lengths/*, or try --loss_type sigmoid_norm"
             )
     return lines
+
+
+def _scored(pairs: PairDataset) -> list[str]:
+    """Return the share of completion tokens that is scored, where completions have many turns."""
+    rows = pairs.report.rows_of_turns
+    if not rows:
+        return []
+    share = pairs.scored_tokens.sum() / sum(tokens.sum() for tokens in pairs.lengths[1:])
+    turns = f"{rows:,} rows have completions of several turns"
+    if not pairs.masks:
+        return [f"{turns}; 100% of the completion tokens are scored, whoever wrote them"]
+    return [f"{turns}; {share:.1%} of the completion tokens are scored, those of the assistant"]
 
 
 def _over_long(pairs: PairDataset) -> list[str]:

@@ -1,7 +1,7 @@
 """Tokenized preference pairs, many of them in few arrays, and the account of their making."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index as as_index
 from typing import NamedTuple, overload
@@ -13,8 +13,12 @@ EMPTY_COMPLETION = "empty completion"
 IDENTICAL = "identical completions"
 IDENTICAL_AFTER_TRUNCATION = "identical completions after truncation"
 OVER_LONG_PROMPT = "over-long prompt"
+NOTHING_SCORED = "a completion without a token of an assistant turn"
 
 _LOCATIONS_KEPT = 5
+
+ScoredMasks = tuple[np.ndarray | None, np.ndarray | None]
+"""Which tokens of chosen and rejected are scored, (C,) and (R,) bool; None: every one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,10 +27,12 @@ class Pair:
 
     Attributes:
         prompt_ids: (P,) int32, P >= 1; the state at its last position predicts both completions.
-        chosen_ids: (C,) int32, C >= 1; every token of it is scored.
-        rejected_ids: (R,) int32, R >= 1; every token of it is scored.
+        chosen_ids: (C,) int32, C >= 1.
+        rejected_ids: (R,) int32, R >= 1.
         row: index of the source row.
         cut: which parts lost tokens to a length limit: prompt, chosen, rejected.
+        scored: which tokens of chosen and rejected are scored, at least one of each; a mask is
+            there only where some are not.
     """
 
     prompt_ids: np.ndarray
@@ -34,11 +40,21 @@ class Pair:
     rejected_ids: np.ndarray
     row: int
     cut: tuple[bool, bool, bool] = (False, False, False)
+    scored: ScoredMasks = (None, None)
 
     @property
     def completions(self) -> tuple[np.ndarray, np.ndarray]:
         """Both completions, chosen first."""
         return self.chosen_ids, self.rejected_ids
+
+    @property
+    def scored_tokens(self) -> tuple[int, int]:
+        """The number of tokens that are scored in chosen and rejected."""
+        chosen, rejected = (
+            len(ids) if mask is None else int(mask.sum())
+            for ids, mask in zip(self.completions, self.scored, strict=True)
+        )
+        return chosen, rejected
 
 
 class PairLengths(NamedTuple):
@@ -76,6 +92,9 @@ class PreparationReport:
         unstable_example: for the first of those, where it is and the end of the prompt that is
             left out or comes back as part of the completion.
         repeated_prompts: rows whose completions both begin with their prompt.
+        template_date: the day, as 2025-06-30, that the chat template was given; None if it writes
+            none.
+        rows_of_turns: rows with a completion of more than one assistant turn.
         shapes: how the rows were read, a sentence for each source.
         findings: what is odd about the pairs, and their lengths (see `fastdpo.data.checks`).
         notes: anything else to tell the user, one line each.
@@ -93,6 +112,8 @@ class PreparationReport:
     unstable_prompts: int = 0
     unstable_example: str = ""
     repeated_prompts: int = 0
+    template_date: str | None = None
+    rows_of_turns: int = 0
     shapes: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -145,6 +166,7 @@ class PairDataset(Sequence[Pair]):
 
     Attributes:
         report: the account of the preparation.
+        masks: by index, the masks of the pairs of which some tokens are not scored.
     """
 
     def __init__(
@@ -154,6 +176,7 @@ class PairDataset(Sequence[Pair]):
         rows: np.ndarray,
         cut: np.ndarray,
         report: PreparationReport,
+        masks: Mapping[int, ScoredMasks] | None = None,
     ):
         assert len(offsets) == 3 * len(rows) + 1, "three parts a pair, and the end"
         assert len(cut) == 3 * len(rows), "three parts a pair"
@@ -163,6 +186,7 @@ class PairDataset(Sequence[Pair]):
         self._rows = rows
         self._cut = cut
         self.report = report
+        self.masks = dict(masks or {})
 
     @classmethod
     def from_pairs(
@@ -171,7 +195,8 @@ class PairDataset(Sequence[Pair]):
         """Pack `pairs`; without a `report` one is made that says only how many there are."""
         builder = PairBuilder()
         for pair in pairs:
-            builder.add(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.row, pair.cut)
+            parts = (pair.prompt_ids, *pair.completions)
+            builder.add(*parts, pair.row, pair.cut, pair.scored)
         if report is None:
             count = len(builder)
             report = PreparationReport("pairs in memory", rows_read=count, pairs_kept=count)
@@ -182,6 +207,14 @@ class PairDataset(Sequence[Pair]):
         """The number of tokens of every prompt, chosen and rejected completion, (n,) int64 each."""
         parts = np.diff(self._offsets).reshape(-1, 3)
         return PairLengths(parts[:, 0], parts[:, 1], parts[:, 2])
+
+    @property
+    def scored_tokens(self) -> np.ndarray:
+        """(n, 2) int64: the number of scored tokens of every chosen and rejected completion."""
+        counts = np.stack(self.lengths[1:], axis=1)
+        for index in self.masks:
+            counts[index] = self[index].scored_tokens
+        return counts
 
     def fingerprints(self) -> list[int]:
         """Return a hash for each pair, equal for pairs of equal tokens."""
@@ -210,7 +243,14 @@ class PairDataset(Sequence[Pair]):
         a, b, c, d = self._offsets[3 * position : 3 * position + 4].tolist()
         tokens = self._tokens
         cut = self._cut[3 * position : 3 * position + 3].tolist()
-        return Pair(tokens[a:b], tokens[b:c], tokens[c:d], int(self._rows[position]), tuple(cut))
+        return Pair(
+            tokens[a:b],
+            tokens[b:c],
+            tokens[c:d],
+            int(self._rows[position]),
+            tuple(cut),
+            self.masks.get(position, (None, None)),
+        )
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(len(self)))
@@ -224,6 +264,7 @@ class PairBuilder:
         self._offsets = array("q", [0])
         self._rows = array("q")
         self._cut = bytearray()
+        self._masks: dict[int, ScoredMasks] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -235,12 +276,15 @@ class PairBuilder:
         rejected_ids: Iterable[int],
         row: int,
         cut: tuple[bool, bool, bool] = (False, False, False),
+        scored: ScoredMasks = (None, None),
     ) -> None:
-        """Append one pair; each part holds at least one id."""
+        """Append one pair; each part holds at least one id, and one of each side is scored."""
         for part in (prompt_ids, chosen_ids, rejected_ids):
             self._tokens.extend(part.tolist() if isinstance(part, np.ndarray) else part)
             assert len(self._tokens) > self._offsets[-1], f"a part of row {row} has no token"
             self._offsets.append(len(self._tokens))
+        if any(mask is not None for mask in scored):
+            self._masks[len(self._rows)] = scored
         self._rows.append(row)
         self._cut.extend(cut)
 
@@ -252,4 +296,5 @@ class PairBuilder:
             np.array(self._rows, dtype=np.int64),
             np.array(self._cut, dtype=np.bool_),
             report,
+            self._masks,
         )

@@ -55,13 +55,16 @@ class _Shown:
         differ = np.flatnonzero(chosen[:shorter] != rejected[:shorter])
         shared = int(differ[0]) if len(differ) else shorter
         lines = [self._line("prompt", pair.prompt_ids, 0, pair.cut[0])]
-        for name, ids, cut in zip(
-            ("chosen", "rejected"), pair.completions, pair.cut[1:], strict=True
+        names = ("chosen", "rejected")
+        for name, ids, scored, cut in zip(
+            names, pair.completions, pair.scored_tokens, pair.cut[1:], strict=True
         ):
-            lines.append(self._line(name, ids, shared, cut))
+            lines.append(self._line(name, ids, shared, cut, scored))
         return "\n".join(lines)
 
-    def _line(self, name: str, ids: np.ndarray, shared: int, cut: bool) -> str:
+    def _line(
+        self, name: str, ids: np.ndarray, shared: int, cut: bool, scored: int | None = None
+    ) -> str:
         """Return a part's name and length, then its text, indented."""
         text = self._paint(self._text(ids[shared:]), name)
         if shared:
@@ -69,7 +72,8 @@ class _Shown:
         if cut:
             mark = self._paint("[cut]", "cut")
             text = f"{mark} {text}" if name == "prompt" else f"{text} {mark}"
-        label = self._paint(f"{name}, {len(ids):,} tokens:", name)
+        of_them = "" if scored in (None, len(ids)) else f", {scored:,} of them scored"
+        label = self._paint(f"{name}, {len(ids):,} tokens{of_them}:", name)
         return f"  {label}\n    " + text.replace("\n", "\n    ")
 
     def _text(self, ids: np.ndarray) -> str:

@@ -1,5 +1,6 @@
 """Finding the rows in a local file, a folder, a set on the hub, or an object from Python."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
@@ -18,6 +19,7 @@ from fastdpo.data.ranked import (
     join_rated,
     prompt_key,
 )
+from fastdpo.data.sizes import check_files, check_table
 from fastdpo.data.tables import (
     TABLE_ENDINGS,
     TransformedRows,
@@ -303,7 +305,9 @@ def _read_file(path: Path, ending: str, split: str, max_line_mib: int) -> Rows:
     elif ending in (".csv", ".tsv"):
         rows = Rows(str(path), *read_csv(path))
     else:
-        rows = _from_table(read_table(path), str(path))
+        table = read_table(path)
+        check_table(table, str(path), path.stat().st_size, max_line_mib)
+        rows = _from_table(table, str(path))
     if split == "train":
         return rows
     taken = rows.take(take_split(split, "train", len(rows), str(path)))
@@ -330,7 +334,11 @@ def _load_set(
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
+        if Path(name).is_dir():
+            _check_folder(name, config_name, files)
         loaded = load_dataset(name, config_name, split=split, streaming=streaming, **files)
+    except DataError:
+        raise
     except (OSError, ValueError, DatasetsError, HfHubHTTPError) as error:
         text = f"{type(error).__name__}: {error}"
         if "split" in str(error) and isinstance(error, ValueError):
@@ -352,3 +360,25 @@ def _load_set(
             f"{_LOCAL_REMEDY}"
         ) from error
     return _from_table(loaded, f"{name}[{split}]")
+
+
+def _check_folder(name: str, config_name: str | None, files: dict[str, Any]) -> None:
+    """Refuse a folder whose README.md names files outside it, or whose files unpack to too much.
+
+    Raises:
+        DataError: names the file.
+    """
+    from datasets import config, load_dataset_builder
+
+    folder = Path(os.path.abspath(name))
+    builder = load_dataset_builder(name, config_name, **files)
+    named = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
+    for file in named:
+        outside = "://" in file or not Path(os.path.abspath(file)).is_relative_to(folder)
+        if outside and not files:
+            raise DataError(
+                f"the README.md of {name} names {file}, which lies outside that folder; correct "
+                "it, or pass the file itself"
+            )
+    local = [Path(file) for file in named if "://" not in file]
+    check_files(local, name, Path(config.HF_DATASETS_CACHE))

@@ -1,8 +1,11 @@
 """Rendering a preference row as the three texts whose tokens make its pair."""
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastdpo.data.arrival import TemplateAbilities
 from fastdpo.data.chat_template import ensure_chat_template
@@ -11,13 +14,25 @@ from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport
 from fastdpo.data.ready_made import ReadyMadeText, check_is_text
 from fastdpo.data.special_tokens import SpecialTokens
+from fastdpo.data.template_date import asks_for_date, today, with_date
+from fastdpo.data.template_variables import TemplateVariables
+from fastdpo.data.tokenizer_bounds import check_growth, explaining_panics
+from fastdpo.data.turns import AssistantTurns, Span, has_several_turns
 from fastdpo.options import TokenizationOptions
+from fastdpo.system.limits import TooSlowError, cpu_seconds, more_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+MOST_SECONDS = 10.0
+"""CPU seconds that the chat template has for one row; usual ones take a thousandth of one."""
+MOST_BYTES = 2**30
+"""Memory that it has for one row."""
+MOST_LETTERS = 2**26
+"""Letters that it may make of one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +45,15 @@ class RenderedRow:
         conversational: a template wrote them, special tokens included; else the tokenizer adds
             what it adds to any text.
         sentinel: the character that breaks special tokens inside the content; None without any.
+        spans: of the second and the third text, the characters that are scored; None: all of the
+            completion.
     """
 
     row: int
     texts: tuple[str, str, str]
     conversational: bool
     sentinel: str | None
+    spans: tuple[list[Span] | None, list[Span] | None] = (None, None)
 
 
 class Renderer:
@@ -43,8 +61,9 @@ class Renderer:
 
     Args:
         tokenizer: gets the plain chat template if it has none and a conversational row comes.
-        options: `special_tokens_in_content` says what becomes of special tokens in the content.
-        report: where control-token rows and the plain template are put down.
+        options: `special_tokens_in_content` says what becomes of special tokens in the content,
+            `score_turns` which turns of a completion are scored.
+        report: where special-token rows, the plain template and its date are put down.
     """
 
     def __init__(
@@ -56,8 +75,11 @@ class Renderer:
         self.tokenizer = tokenizer
         self._options = options
         self._report = report
-        self._looked_for: set[str] = set()
+        self._variables = TemplateVariables(tokenizer)
+        self._day = options.template_date or today()
+        self._dated: dict[str, str | None] = {}
         self._special_tokens = SpecialTokens(tokenizer)
+        self._assistant_turns = AssistantTurns(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token  # slow to look up
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         for name, text, token in (
@@ -65,6 +87,7 @@ class Renderer:
             ("eos_token", self._eos, self._eos_id),
         ):
             self._check_is_token(name, text, token)
+        check_growth(tokenizer)
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
         self._adds_bos = bool(probe) and probe[0] == self._bos_id
         self._abilities: TemplateAbilities | None = None
@@ -84,7 +107,7 @@ class Renderer:
                     "be saved with the tokenizer (roles as text, EOS after each assistant turn)"
                 )
             names = {key for turn in (*row.chosen, *row.rejected) for key in turn} & set(_THOUGHTS)
-            self._note_unused("tools" if row.tools else None, *row.chat_template_kwargs, *names)
+            self._variables.note_unread_fields(row, names, self._report.notes)
             rendered = self._render_messages(index, row)
         else:
             rendered = self._render_strings(index, row)
@@ -100,10 +123,11 @@ class Renderer:
         for (conversational, sentinel), indices in kinds.items():
             texts = [text for index in indices for text in rows[index].texts]
             special = not conversational
-            if sentinel is None:
-                ids = _encode(self.tokenizer, texts, add_special_tokens=special)
-            else:
-                ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
+            with explaining_panics():
+                if sentinel is None:
+                    ids = _encode(self.tokenizer, texts, add_special_tokens=special)
+                else:
+                    ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
             if not conversational:
                 ids = [
                     self._bos_and_eos_once(text_ids, text, ends=nth % 3 > 0)
@@ -113,6 +137,41 @@ class Renderer:
                 prompt, chosen, rejected = ids[3 * nth : 3 * nth + 3]
                 encoded[index] = (prompt, chosen, rejected)
         return [encoded[index] for index in range(len(rows))]
+
+    def masks(self, row: RenderedRow) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which ids of prompt + chosen and prompt + rejected are scored, bool; None: all.
+
+        A token is scored where it ends inside a scored span.
+
+        Raises:
+            DataError: the tokenizer does not tell where its tokens lie.
+        """
+        chosen, rejected = (
+            None if spans is None else self._mask(text, spans, row.sentinel)
+            for text, spans in zip(row.texts[1:], row.spans, strict=True)
+        )
+        return chosen, rejected
+
+    def _mask(self, text: str, spans: list[Span], sentinel: str | None) -> np.ndarray:
+        ends = np.array(self._token_ends(text, sentinel))
+        scored = np.zeros(len(ends), dtype=np.bool_)
+        for start, end in spans:
+            scored |= (ends > start) & (ends <= end)
+        return scored
+
+    def _token_ends(self, text: str, sentinel: str | None) -> list[int]:
+        if sentinel is not None:
+            return self._special_tokens.token_ends(text, sentinel)
+        if not self.tokenizer.is_fast:
+            raise DataError(
+                f"a completion has several turns, and {type(self.tokenizer).__name__} is not a "
+                "fast tokenizer, which is needed to tell which of its tokens the assistant writes; "
+                "pass --score_turns all to score every token, as TRL does"
+            )
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return [end for _, end in encoded["offset_mapping"]]
 
     def without_eos(self, text: str) -> str:
         """Return `text` without the EOS that it may end with, repeated or before a line break."""
@@ -148,27 +207,57 @@ class Renderer:
         return RenderedRow(index, (prompt, prompt + chosen, prompt + rejected), False, sentinel)
 
     def _render_messages(self, index: int, row: PreferenceRow) -> RenderedRow:
-        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, row.chat_template_kwargs]
+        variables = self._variables.taken_from(row, self._report.notes)
+        content: Any = [row.prompt, row.chosen, row.rejected, row.tools, variables]
         sentinel = self._sentinel_for("literal", content)
         if sentinel is not None:
             content = self._special_tokens.escape(content, sentinel)
         prompt, chosen, rejected, tools, variables = content
 
-        def render(messages: Messages) -> str:
-            return self._apply_template(messages, tools, variables)
+        def render(messages: Messages, add_generation_prompt: bool = False) -> str:
+            return self._apply_template(messages, tools, variables, add_generation_prompt)
 
-        if self._abilities is None:
-            self._abilities = TemplateAbilities(
-                self.tokenizer.chat_template, lambda turns: self._apply_template(turns, None, {})
-            )
-        prompt, chosen, rejected = map(self._abilities.adapt, (prompt, chosen, rejected))
-        start = self._apply_template(prompt, tools, variables, add_generation_prompt=True)
         ends = []
-        for side in (chosen, rejected):
-            text = render(prompt + side)
-            self._abilities.check(prompt + side, text, render)
-            ends.append(self._one_eos_at_the_end(text))
-        return RenderedRow(index, (start, ends[0], ends[1]), True, sentinel)
+        with self._bounded():
+            if self._abilities is None:
+                self._abilities = TemplateAbilities(
+                    self.tokenizer.chat_template,
+                    lambda turns: self._apply_template(turns, None, {}),
+                )
+            prompt, chosen, rejected = map(self._abilities.adapt, (prompt, chosen, rejected))
+            start = render(prompt, add_generation_prompt=True)
+            for side in (chosen, rejected):
+                text = render(prompt + side)
+                self._abilities.check(prompt + side, text, render)
+                ends.append(self._one_eos_at_the_end(text))
+        texts = (start, ends[0], ends[1])
+        if (length := max(map(len, texts))) > MOST_LETTERS:
+            raise DataError(
+                f"the chat template makes a text of {length:,} letters of this row, more than "
+                f"{MOST_LETTERS:,}; set another tokenizer.chat_template, or correct the row"
+            )
+        self._report.rows_of_turns += any(map(has_several_turns, (chosen, rejected)))
+        if self._options.score_turns == "all":
+            return RenderedRow(index, texts, True, sentinel)
+        with self._bounded():
+            of_chosen, of_rejected = (
+                self._assistant_turns.spans(prompt, side, text, render, tools, variables)
+                for side, text in zip((chosen, rejected), ends, strict=True)
+            )
+        return RenderedRow(index, texts, True, sentinel, (of_chosen, of_rejected))
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Bound what the template, which is foreign code, may take for one row."""
+        try:
+            with cpu_seconds(MOST_SECONDS), more_memory(MOST_BYTES):
+                yield
+        except (TooSlowError, MemoryError) as error:
+            raise DataError(
+                f"the chat template takes more than {MOST_SECONDS:g} s of computing or "
+                f"{MOST_BYTES / 2**20:g} MiB for this row ({str(error) or 'out of memory'}); set "
+                "another tokenizer.chat_template, or correct the row"
+            ) from error
 
     def _one_eos_at_the_end(self, text: str) -> str:
         """Remove the EOS that follows another one at the end, white space aside."""
@@ -187,14 +276,19 @@ class Renderer:
         add_generation_prompt: bool = False,
     ) -> str:
         try:
+            dated = self._dated_template(tools)
+            given: dict[str, Any] = {} if dated is None else {"chat_template": dated}
             # As text: with tokenize=True the return type depends on the transformers version.
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **given,
                 **variables,
             )
+        except (TooSlowError, MemoryError):
+            raise
         except Exception as error:  # a template is foreign code and may raise anything
             roles = [message["role"] for message in messages]
             raise DataError(
@@ -205,17 +299,20 @@ class Renderer:
         assert isinstance(text, str), f"a rendered template is text, not {type(text).__name__}"
         return text
 
-    def _note_unused(self, *names: str | None) -> None:
-        """Note, once for each variable, that the template never looks at it."""
-        template = self.tokenizer.chat_template
-        for name in names:
-            if name is None or name in self._looked_for or not isinstance(template, str):
-                continue
-            self._looked_for.add(name)
-            if not re.search(rf"\b{re.escape(name)}\b", template):
+    def _dated_template(self, tools: list[Any] | None) -> str | None:
+        """The tokenizer's template with this run's date in it; None if it asks for none."""
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if template not in self._dated:
+            dated = None
+            if asks_for_date(template):
+                dated = with_date(template, self._day)
+                self._report.template_date = self._day
                 self._report.notes.append(
-                    f"warning: the chat template does not use {name!r}, which rows give it"
+                    f"the chat template writes the date: every row gets {self._day} "
+                    "(--template_date)"
                 )
+            self._dated[template] = dated
+        return self._dated[template]
 
     def _sentinel_for(self, default_mode: str, content: Any) -> str | None:
         """Count a row that spells special tokens; return what breaks them, None to let them be."""

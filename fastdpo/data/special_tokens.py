@@ -74,11 +74,20 @@ class SpecialTokens:
         self, texts: list[str], sentinel: str, *, add_special_tokens: bool
     ) -> list[list[int]]:
         """Encode texts that `escape` made; only unbroken special tokens become special ids."""
+        encodings = self._encoder(sentinel).encode_batch(
+            texts, add_special_tokens=add_special_tokens
+        )
+        return [encoding.ids for encoding in encodings]
+
+    def token_ends(self, text: str, sentinel: str) -> list[int]:
+        """Return where each token of a text that `escape` made ends, in characters of that text."""
+        encoding = self._encoder(sentinel).encode(text, add_special_tokens=False)
+        return [end for _, end in encoding.offsets]
+
+    def _encoder(self, sentinel: str) -> Any:
         if sentinel not in self._tokenizers:
             self._tokenizers[sentinel] = self._without_sentinel(sentinel)
-        tokenizer = self._tokenizers[sentinel]
-        encodings = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
-        return [encoding.ids for encoding in encodings]
+        return self._tokenizers[sentinel]
 
     def _without_sentinel(self, sentinel: str) -> Any:
         """Copy the fast tokenizer so that it deletes `sentinel` after matching special tokens."""

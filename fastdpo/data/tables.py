@@ -2,13 +2,17 @@
 
 import csv
 import io
+import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from fastdpo.data.errors import DataError, UnknownSplitError
 from fastdpo.data.json_lines import read_bytes
+from fastdpo.data.sizes import check_ratio, could_be_far_larger, parquet_bytes
+from fastdpo.system.limits import available_bytes, more_memory
 
 TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".arrow")
 _NO_TEXT = re.compile(r"\b(Image|Audio|Video|Pdf)\(")
@@ -72,18 +76,29 @@ def read_table(path: Path) -> Any:
     """Open a Parquet or Arrow file as a `datasets.Dataset`, without a copy in the cache folder.
 
     Raises:
-        DataError: the file is broken or of another kind.
+        DataError: the file is broken, of another kind, or unpacks to more than there is memory.
     """
     import pyarrow
     from datasets import Dataset
 
+    size, available = path.stat().st_size, available_bytes() or sys.maxsize
     try:
-        if path.suffix.lower() == ".parquet":
-            from pyarrow import parquet
+        with more_memory(size + available):
+            if path.suffix.lower() == ".parquet":
+                from pyarrow import parquet
 
-            return Dataset(parquet.read_table(path))
-        return Dataset.from_file(str(path))
-    except (pyarrow.ArrowException, OSError) as error:
+                if could_be_far_larger(path):
+                    check_ratio(parquet_bytes(path), size, str(path))
+                return Dataset(parquet.read_table(path))
+            return Dataset.from_file(str(path))
+    except DataError:
+        raise
+    except MemoryError as error:
+        raise DataError(
+            f"{path}, a file of {size:,} bytes, unpacks to more than the memory that is available "
+            f"({available / 2**20:,.0f} MiB); pass the rows as a .jsonl file, in several parts"
+        ) from error
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} can't be read as {path.suffix.lower()}: {error}; write it again, or pass the "
             "rows as a .jsonl file"
@@ -99,12 +114,21 @@ def read_saved(path: Path, split: str) -> Any:
     """Open one split of a folder that save_to_disk wrote; slices as in `take_split`.
 
     Raises:
-        DataError: the folder is broken.
+        DataError: the folder is broken, or names files outside itself.
         UnknownSplitError: there is no such split.
     """
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(str(path))
+    try:
+        _check_saved_names(path)
+        loaded = load_from_disk(str(path))
+    except DataError:
+        raise
+    except Exception as error:  # `datasets` raises what its parsing of the folder happens to meet
+        raise DataError(
+            f"{path} looks like a folder of save_to_disk and cannot be read "
+            f"({type(error).__name__}: {error}); save or copy it again"
+        ) from error
     parts: dict[str, Any] = {"train": loaded}
     if isinstance(loaded, DatasetDict):
         parts = {str(name): part for name, part in loaded.items()}
@@ -114,6 +138,23 @@ def read_saved(path: Path, split: str) -> Any:
             f"split {split!r} was asked of {path}, which has {list(parts)}; pass one of those"
         )
     return parts[name].select(take_split(split, name, len(parts[name]), str(path)))
+
+
+def _check_saved_names(path: Path) -> None:
+    """Refuse a saved folder whose lists name files or splits outside it."""
+    names: list[Any] = []
+    for split in (path / "dataset_dict.json",):
+        if split.is_file():
+            names += json.loads(split.read_text(encoding="utf-8"))["splits"]
+    for state in [path / "state.json", *path.glob("*/state.json")]:
+        if state.is_file():
+            files = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+            names += [file["filename"] for file in files]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise DataError(
+                f"{path} names {name!r}, which is no file of its own; save or copy it again"
+            )
 
 
 def take_split(split: str, name: str, rows: int, source: str) -> range | list[int]:

@@ -11,10 +11,12 @@ from fastdpo.data.pairs import (
     EMPTY_PROMPT,
     IDENTICAL,
     IDENTICAL_AFTER_TRUNCATION,
+    NOTHING_SCORED,
     OVER_LONG_PROMPT,
     PairBuilder,
     PairDataset,
     PreparationReport,
+    ScoredMasks,
 )
 from fastdpo.data.ranked import NoPreference
 from fastdpo.data.reading import Rows
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_ROWS = 512
+_BATCH_LETTERS = 2**25
 _PROGRESS_FROM_ROWS = 2_000
 _PROMPT_FROM_LETTERS = 16
 
@@ -70,12 +73,15 @@ def prepare_pairs(
         raise ValueError(f"limit is {limit}, at least 1 is needed, or None for no limit")
     preparation = _Preparation(rows, tokenizer, options or TokenizationOptions(), vocabulary_size)
     batch: list[RenderedRow] = []
+    letters = 0
     for row, preferences in _with_progress(preparation.preferences(), rows, progress):
+        known = len(batch)
         batch += preparation.render(row, preferences)
         wanted = _BATCH_ROWS if limit is None else min(_BATCH_ROWS, limit - preparation.kept)
-        if len(batch) >= wanted:
+        letters += sum(len(text) for each in batch[known:] for text in each.texts)
+        if len(batch) >= wanted or letters > _BATCH_LETTERS:
             preparation.add(batch[:wanted])
-            batch = batch[wanted:]
+            batch, letters = batch[wanted:], 0
         if preparation.kept == limit:
             return preparation.finish(
                 f"reading stopped at {limit:,} pairs, all that were asked for"
@@ -154,7 +160,7 @@ class _Preparation:
     def add(self, batch: list[RenderedRow]) -> None:
         """Tokenize a batch and keep its pairs."""
         for rendered, ids in zip(batch, self.renderer.encode(batch), strict=True):
-            self._add_pair(rendered.row, *ids)
+            self._add_pair(rendered, *ids)
 
     def finish(self, note: str | None = None) -> PairDataset:
         """Return the pairs with their complete report."""
@@ -180,7 +186,10 @@ class _Preparation:
         self.report.findings += self.renderer.findings()
         return pairs
 
-    def _add_pair(self, row: int, prompt_alone: Ids, with_chosen: Ids, with_rejected: Ids) -> None:
+    def _add_pair(
+        self, rendered: RenderedRow, prompt_alone: Ids, with_chosen: Ids, with_rejected: Ids
+    ) -> None:
+        row = rendered.row
         if self.vocabulary_size is not None:
             self._check_vocabulary(row, with_chosen, with_rejected)
         shared = min(
@@ -205,6 +214,9 @@ class _Preparation:
             return self._drop(OVER_LONG_PROMPT, row)
         if truncated[1] == truncated[2]:
             return self._drop(IDENTICAL_AFTER_TRUNCATION, row)
+        scored = self._masks(rendered, shared, len(truncated[1]), len(truncated[2]))
+        if any(mask is not None and not mask.any() for mask in scored):
+            return self._drop(NOTHING_SCORED, row)
         cut = (
             len(truncated[0]) < shared,
             len(truncated[1]) < len(chosen),
@@ -214,7 +226,23 @@ class _Preparation:
         self.report.truncated_completions += cut[1] + cut[2]
         if shared < len(prompt_alone):
             self._note_unstable(row, prompt_alone[shared:])
-        self.builder.add(*truncated, row, cut)
+        self.builder.add(*truncated, row, cut, scored)
+
+    def _masks(self, rendered: RenderedRow, shared: int, chosen: int, rejected: int) -> ScoredMasks:
+        """The masks of a pair's completions of these lengths, which begin after `shared` ids."""
+        if rendered.spans == (None, None):
+            return None, None
+        try:
+            masks = self.renderer.masks(rendered)
+        except DataError as error:
+            raise DataError(f"{self.rows.where(rendered.row)}: {error}") from error
+        of_chosen, of_rejected = (
+            None
+            if mask is None or mask[shared : shared + length].all()
+            else mask[shared : shared + length]
+            for mask, length in zip(masks, (chosen, rejected), strict=True)
+        )
+        return of_chosen, of_rejected
 
     def _useless(self, prompt: Ids, chosen: Ids, rejected: Ids) -> str | None:
         """Return the reason why a pair cannot teach anything, or None."""

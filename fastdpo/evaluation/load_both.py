@@ -15,9 +15,11 @@ from fastdpo.modeling.adapters import (
     adapters_disabled,
     base_model_name,
     load_adapter,
+    read_adapter_config,
     replace_lora_forward,
 )
 from fastdpo.modeling.base_names import require_base
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.loading import load_model, load_tokenizer, resolve_dtype
 from fastdpo.options import (
     ComparisonOptions,
@@ -54,12 +56,15 @@ def run_policy_and_reference(
         ValueError: an option is missing, or a model cannot be loaded.
     """
     policy = load_policy(model, options)
+    use_kernels(policy, options.kernels)
     result = fn(policy, "policy")
     if options.reference is None:
         with adapters_disabled(policy):
             return result, fn(policy, "reference")
     del policy
-    return result, fn(load_weights(model, resolve_model(options.reference)[0]), "reference")
+    reference = load_weights(model, resolve_model(options.reference)[0])
+    use_kernels(reference, options.kernels)
+    return result, fn(reference, "reference")
 
 
 def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedModel | PeftModel:
@@ -110,9 +115,11 @@ def policy_name(model: ModelOptions, options: ComparisonOptions) -> str:
             "a --model whose weights were all trained, --reference (the model it started from)."
         )
     name = model.model_name_or_path
-    if options.adapter is not None and name is None:
-        name = base_model_name(options.adapter)
-        require_base(name, options.adapter)
+    if options.adapter is not None:
+        read_adapter_config(options.adapter)  # before anything is read or loaded
+        if name is None:
+            name = base_model_name(options.adapter)
+            require_base(name, options.adapter)
     if name is None:
         raise ValueError("--model is missing: pass the folder of the trained model.")
     return resolve_model(name)[0]

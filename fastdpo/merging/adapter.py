@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from fastdpo.merging.model_files import model_file
 from fastdpo.merging.tensor_files import StoredTensor, check_mergeable, tensors_of
 from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.adapter_starts import CONVERT, start_fault
 from fastdpo.modeling.finite import nonfinite_adapter, nonfinite_tensors, require_finite_scale
 
 _PREFIX = "base_model.model."
@@ -30,9 +31,6 @@ _KNOWN = frozenset((
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 ))  # fmt: skip
 """Keys of adapter_config.json that change nothing here, or that are taken into account."""
-
-_STARTS = (True, False, "gaussian", "eva")
-"""Initializations that leave the base as it was; the others move a part of it into the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,7 @@ def read_adapter(folder: Path) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{config_file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(
-            f"{config_file} holds a {type(config).__name__}, no object: copy it again."
-        )
+        raise ValueError(f"{config_file} holds a {type(config).__name__}, no object.")
     _refuse_other_kinds(config, config_file)
     require_finite_scale(config, str(config_file))
     parts: dict[str, dict[str, StoredTensor]] = {}
@@ -126,12 +122,8 @@ def _refuse_other_kinds(config: Mapping[str, Any], file: Path) -> None:
             f"{file}: the adapter is of the type {config.get('peft_type')}; only LORA is merged. "
             "Merge it with PEFT's merge_and_unload."
         )
-    if (start := config.get("init_lora_weights", True)) not in _STARTS:
-        raise ValueError(
-            f"{file}: init_lora_weights is {start!r}, which moves a part of the base into "
-            "the adapter, so it does not fit the base as it is stored; save it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...) first."
-        )
+    if fault := start_fault(config):
+        raise ValueError(f"{file}: {fault}. {CONVERT}.")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         raise ValueError(f"{file}: bias is {config['bias']!r}; none, all and lora_only are known.")
     defaults = {entry.name: entry.default for entry in dataclasses.fields(LoraConfig)}

@@ -5,6 +5,7 @@ PEFT builds, saves, loads and merges; only the forward of its LoRA layers is our
 `lora_linear`, which works alike for adapters made here and for a PeftModel that the user brings.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
-from fastdpo_kernels import lora_linear
+from fastdpo_kernels import LoraModule, lora_linear
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
@@ -22,10 +23,12 @@ from transformers import (
 )
 
 from fastdpo.modeling.adapter_config import check_patterns
+from fastdpo.modeling.adapter_starts import base_kept, drawn_config, require_base_kept
 from fastdpo.modeling.families import family_of
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.peft_types import check_peft_type
+from fastdpo.modeling.shared_input import SharedInput
 from fastdpo.system.oom import oom_message
 
 logger = logging.getLogger(__name__)
@@ -58,26 +61,41 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
 class _FusedForward:
     """A LoRA layer's forward as one autograd node where it is plain LoRA; PEFT's elsewhere."""
 
+    shared_input: SharedInput | None = None
+    """The layers that read the same input, whose adapters are stacked, this one among them."""
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        if self.shared_input is not None:
+            out = self.shared_input.output_of(self, x)
+            if out is not None:
+                return out
+        plain = self.plain_lora(x)
+        if plain is None:
+            return super().forward(x)  # pyrefly: ignore
+        module, dropout = plain
+        return lora_linear(x, **module._asdict(), dropout=dropout)
+
+    def plain_lora(self: Any, x: Tensor) -> tuple[LoraModule, float] | None:
+        """The arguments of `lora_linear` for x now, and the dropout; None if it is more than LoRA.
+
+        Without adapter while adapters are off.
+        """
         active = [name for name in self.active_adapters if name in self.lora_A]
         off = self.disable_adapters or not active
         plain = off or (len(active) == 1 and _is_plain(self, active[0]))
         base = self.base_layer
-        if args or kwargs or self.merged or not plain or not _is_frozen(base):
-            return super().forward(x, *args, **kwargs)  # pyrefly: ignore
+        if self.merged or not plain or not _is_frozen(base):
+            return None
+        bias = _cast(base.bias, x)
         if off:
-            return lora_linear(x, base.weight, bias=_cast(base.bias, x))
+            return LoraModule(base.weight, bias=bias), 0.0
         name = active[0]
         dropout = self.lora_dropout[name]
-        return lora_linear(
-            x,
-            base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            bias=_cast(base.bias, x),
-            scaling=self.scaling[name],
-            dropout=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+        matrices = self.lora_A[name].weight, self.lora_B[name].weight
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return LoraModule(base.weight, *matrices, bias, self.scaling[name]), rate
 
 
 class FusedLoraLinear(_FusedForward, lora.Linear):
@@ -128,7 +146,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """Put a new adapter on the model, its weights in fp32 whatever the base's dtype.
 
     Raises:
-        ValueError: the model has an adapter already, or this kind of adapter is not trained here.
+        ValueError: the model has an adapter already, the new one would write to the base, or this
+            kind of adapter is not trained here.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -137,8 +156,15 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
         )
     check_peft_type(peft_config, four_bit=getattr(model, "is_loaded_in_4bit", False))
     _exclude_unadapted(model, peft_config)
+    drawn = drawn_config(model, peft_config)
+    if drawn is not peft_config:
+        logger.warning(
+            "init_lora_weights is 'lora_ga' and preprocess_loraga has left no gradients: the "
+            "adapter is drawn as PEFT draws any other, and saved as such."
+        )
     replace_lora_forward(model)
-    adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    with base_kept(model, f"the adapter of peft_config ({type(drawn).__name__})"):
+        adapted = get_peft_model(model, drawn, autocast_adapter_dtype=True)
     replace_lora_forward(adapted)
     return adapted
 
@@ -201,12 +227,12 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         trainable: whether the adapter will be trained further.
 
     Raises:
-        ValueError: there is no adapter there, its weights do not fit this base, or they or their
-            scale are not finite.
+        ValueError: there is no adapter there, its weights do not fit this base, they or their
+            scale are not finite, or it would write to the base.
     """
-    base_model_name(folder)
+    read_adapter_config(folder)
     replace_lora_forward(model)
-    with _strict_load(model, folder) as load:
+    with _strict_load(model, folder) as load, base_kept(model, f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
     replace_lora_forward(adapted)
@@ -217,9 +243,10 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """Load the adapter of a folder under another name, beside the one that the model has.
 
     Raises:
-        ValueError: its weights do not fit this base, or they or their scale are not finite.
+        ValueError: its weights do not fit this base, they or their scale are not finite, or it
+            would write to the base.
     """
-    with _strict_load(model, folder) as load:
+    with _strict_load(model, folder) as load, base_kept(model, f"the adapter in {folder}"):
         load(model, name)
 
 
@@ -228,9 +255,10 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
     """Yield a function (model, name) that loads the folder's weights, all of them.
 
     It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
-    a matrix whose name it does not find as it was drawn, with a warning.
+    a matrix whose name it does not find as it was drawn, with a warning, and runs the
+    initialization of the adapter's config before it loads.
     """
-    peft_config = _read_config(folder)
+    peft_config = read_adapter_config(folder)
     check_peft_type(peft_config, four_bit=getattr(unwrap_model(base), "is_loaded_in_4bit", False))
     config = peft_config.to_dict()
     names = [name for name, _ in base.named_modules()]
@@ -285,33 +313,50 @@ def is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
+def read_adapter_config(folder: str) -> PeftConfig:
+    """The config of the adapter in a folder, once it is known to leave the base as it is.
+
+    Raises:
+        AdapterError: the folder holds no adapter, or a damaged one.
+        ValueError: the adapter would write to the base.
+    """
+    file = Path(folder) / ADAPTER_CONFIG
+    try:
+        if file.is_file():  # before PEFT looks for what an initialization needs
+            content = json.loads(file.read_text("utf-8"))
+            if not isinstance(content, dict):
+                raise TypeError(f"{file} holds a {type(content).__name__} in place of an object")
+        else:
+            content = {}
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    require_base_kept(content, str(file))
+    try:
+        return PeftConfig.from_pretrained(folder)
+    except Exception as error:  # PEFT raises what its parsing of the file happens to meet
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: str, error: Exception) -> AdapterError:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return AdapterError(
+        f"{folder} holds no adapter ({type(error).__name__}: {reason}): need a folder with "
+        "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
+        "with --lora or --qlora."
+    )
+
+
 def base_model_name(folder: str) -> str:
     """The name of the model that an adapter was trained on.
 
     Raises:
-        ValueError: the folder holds no adapter, or one that does not say.
+        ValueError: the folder holds no adapter, one that does not say, or one that would write to
+            the base.
     """
-    base = _read_config(folder).base_model_name_or_path
+    base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter in {folder} does not name its base: pass it as --model.")
     return base
-
-
-def _read_config(folder: str) -> PeftConfig:
-    """The adapter_config.json of a folder.
-
-    Raises:
-        ValueError: the folder holds no adapter, or a damaged one.
-    """
-    try:
-        return PeftConfig.from_pretrained(folder)
-    except Exception as error:  # PEFT raises what its parsing of the file happens to meet
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise AdapterError(
-            f"{folder} holds no adapter ({type(error).__name__}: {reason}): need a folder with "
-            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
-            "with --lora or --qlora."
-        ) from error
 
 
 @contextmanager

@@ -48,6 +48,21 @@ def disable_dropout(model: nn.Module) -> None:
     setattr(causal_lm, _REMEMBERED, changed)
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Tell whether anything that `disable_dropout` turns off is on in the base."""
+    causal_lm = unwrap_model(model)
+    holders = [*_own_modules(causal_lm), *_configs(causal_lm)]
+    return any(
+        (isinstance(each, _DropoutNd) and each.p > 0)
+        or any(_is_rate(name, value) for name, value in vars(each).items())
+        or (
+            not isinstance(each, _InEval | PreTrainedConfig)
+            and any(_is_rate(name, value, JITTER_WORD) for name, value in vars(each).items())
+        )
+        for each in holders
+    )
+
+
 @contextmanager
 def configured_dropout(model: nn.Module) -> Iterator[None]:
     """Let the model's configs have the rates that they came with: to be saved, or compared."""

@@ -16,6 +16,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class FusedForms:
+    """How the ops of `fastdpo_kernels` compute a family's layer as transformers does.
+
+    Attributes:
+        prefix: how the names of its classes in transformers begin, as in LlamaMLP.
+        norm_class: how the name of its norms' class goes on.
+        norm: where its norms round: a form of `rms_norm`.
+        centered: whether its norms subtract the mean.
+        interleaved: whether the rotary embedding turns neighbors, with products in fp32.
+        norm_after_sum: the norm that reads the residual sum after attention; "" where none does.
+        after_attention: modules that its output passes before that sum.
+        after_mlp: modules that the MLP's output passes before the second sum.
+    """
+
+    prefix: str
+    norm_class: str = "RMSNorm"
+    norm: str = "llama"
+    centered: bool = False
+    interleaved: bool = False
+    norm_after_sum: str = "post_attention_layernorm"
+    after_attention: tuple[str, ...] = ()
+    after_mlp: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """How a family names what the trainer must know, and what it does differently.
 
@@ -36,6 +61,7 @@ class Family:
         norm_suffix: how the class names of norms end.
         unadapted_linears: names of linear layers whose weight a kernel reads without calling them,
             so that no adapter on them would be trained; PEFT refuses to adapt them.
+        fused: how the fused ops compute its layers; None leaves them to transformers.
     """
 
     packing_obstacle: str = ""
@@ -65,14 +91,40 @@ class Family:
     attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norm_suffix: str = "Norm"
     unadapted_linears: tuple[str, ...] = ()
+    fused: FusedForms | None = None
 
 
 USUAL = Family()
 
 _MAMBA = Family(unadapted_linears=("out_proj", "conv1d"))
 
+_SANDWICH: dict[str, Any] = {
+    "norm": "gemma",
+    "norm_after_sum": "pre_feedforward_layernorm",
+    "after_attention": ("post_attention_layernorm",),
+    "after_mlp": ("post_feedforward_layernorm",),
+}
+
 FAMILIES = {
     **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), _MAMBA),
+    "cohere": Family(
+        fused=FusedForms(
+            "Cohere", "LayerNorm", "olmo2", centered=True, interleaved=True, norm_after_sum=""
+        )
+    ),
+    "gemma": Family(fused=FusedForms("Gemma", norm="gemma")),
+    "gemma2": Family(fused=FusedForms("Gemma2", **_SANDWICH)),
+    "gemma3_text": Family(fused=FusedForms("Gemma3", **_SANDWICH)),
+    "llama": Family(fused=FusedForms("Llama")),
+    "mistral": Family(fused=FusedForms("Mistral")),
+    "olmo2": Family(fused=FusedForms("Olmo2", norm="olmo2", norm_after_sum="")),
+    "phi3": Family(
+        fused=FusedForms(
+            "Phi3", after_attention=("resid_attn_dropout",), after_mlp=("resid_mlp_dropout",)
+        )
+    ),
+    "qwen2": Family(fused=FusedForms("Qwen2")),
+    "qwen3": Family(fused=FusedForms("Qwen3")),
     "doge": Family(packing_obstacle="attends with a mask that it computes from its values"),
     "gpt_oss": Family(attention_sinks=True),
     "granite_swa": Family(attention_sinks=True),
@@ -190,21 +242,25 @@ def _first_set(config: "PreTrainedConfig", names: tuple[str, ...]) -> Any:
 
 def config_value(config: "PreTrainedConfig", name: str) -> Any:
     """A field of a text config, None where it has none, the largest where its layers differ."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # a config of layers of several shapes gives it by layer alone
-        layers: Any = getattr(config, "per_layer_config")  # noqa: B009
-        return max(getattr(layer, name) for layer in (layers[i] for i in range(len(layers))))
+    if getattr(config, "is_heterogeneous", False):
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+        return max((value for value in values if value is not None), default=None)
+    return getattr(config, name, None)
 
 
 def head_dims(config: "PreTrainedConfig") -> tuple[int, int]:
-    """Entries of one head's queries and keys, and of its values; 0 without attention."""
-    value_dim = config_value(config, "v_head_dim")
-    rotary_dim = config_value(config, "qk_rope_head_dim")
+    """Entries of one head's queries and keys, and of its values; the largest of all layers.
+
+    Both are 0 in a model without attention.
+    """
+    if getattr(config, "is_heterogeneous", False):  # as Gemma 4: full layers have larger heads
+        return max(head_dims(layer) for layer in config.per_layer_config)
+    value_dim = getattr(config, "v_head_dim", None)
+    rotary_dim = getattr(config, "qk_rope_head_dim", None)
     if value_dim and rotary_dim:  # latent attention: a rotary part beside one without positions
         return config.qk_nope_head_dim + rotary_dim, value_dim
-    size = config_value(config, "head_dim")
-    if not size and (heads := config_value(config, "num_attention_heads")):
+    size = getattr(config, "head_dim", None)
+    if not size and (heads := getattr(config, "num_attention_heads", None)):
         size = config.hidden_size // heads
     return size or 0, value_dim or size or 0
 

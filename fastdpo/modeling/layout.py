@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens
 from fastdpo.modeling.activations import apply_activation_plan, supports_checkpointing
 from fastdpo.modeling.embeddings import embeddings_to_host
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
@@ -44,11 +45,15 @@ class WorkItem:
 
     def split(self) -> list["WorkItem"]:
         """One item for each completion."""
-        prompt_ids = self.group.prompt_ids
+        group = self.group
         return [
-            WorkItem(PromptGroup(prompt_ids, (completion_ids,)), self.index, (completion,))
-            for completion, completion_ids in zip(
-                self.completions, self.group.completions, strict=True
+            WorkItem(
+                PromptGroup(group.prompt_ids, (completion_ids,), scored=(mask,)),
+                self.index,
+                (completion,),
+            )
+            for completion, completion_ids, mask in zip(
+                self.completions, group.completions, group.masks, strict=True
             )
         ]
 
@@ -66,6 +71,7 @@ class ExecutionLayout:
         embeddings_on_host: whether the embeddings are looked up in host memory.
         most_group_tokens: longer groups run one completion at a time; None splits none.
         attention: kind of the attention computation, from `attention_kind`.
+        kernels: fused or eager, from `choose_kernels`; empty leaves the layers as they are.
     """
 
     micro_batch_tokens: int
@@ -75,6 +81,7 @@ class ExecutionLayout:
     embeddings_on_host: bool = False
     most_group_tokens: int | None = None
     attention: str = ""
+    kernels: str = ""
 
     @classmethod
     def default(cls, model: nn.Module) -> Self:
@@ -88,7 +95,8 @@ class ExecutionLayout:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `as_json` wrote."""
-        renamed = {"activation_plan": values.get("layer_policy"), **values}  # as 0.1 wrote it
+        # Releases before kept the plan under another name and had no fused layers.
+        renamed = {"activation_plan": values.get("layer_policy"), "kernels": "eager", **values}
         known: dict[str, Any] = {entry.name: renamed[entry.name] for entry in fields(cls)}
         known["activation_plan"] = tuple(known["activation_plan"])
         return cls(**known)
@@ -100,6 +108,7 @@ class ExecutionLayout:
 
     def apply(self, policy: PreTrainedModel | PeftModel) -> None:
         """Set the model up for this layout, whatever layout it had before."""
+        self._choose_kernels(policy)
         if self.activation_plan:
             apply_activation_plan(policy, self.activation_plan)
         if self.activation_plan or self._tiles:
@@ -109,8 +118,13 @@ class ExecutionLayout:
 
     def apply_to_reference(self, model: nn.Module) -> None:
         """Set up a reference that is a model of its own: passes without gradients tile too."""
+        self._choose_kernels(model)
         if self._tiles and supports_checkpointing(model):
             self._tile(model)
+
+    def _choose_kernels(self, model: nn.Module) -> None:
+        if self.kernels:
+            use_kernels(model, self.kernels)
 
     @property
     def _tiles(self) -> bool:

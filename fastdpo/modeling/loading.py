@@ -146,9 +146,7 @@ def _explaining(what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {what}: {_first_line(error)} {HUB_HINT}") from error
-    except (
-        BaseException
-    ) as error:  # safetensors, tokenizers and torch each have errors of their own
+    except BaseException as error:  # each library has errors of its own
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         if isinstance(error, RuntimeError) and oom_message(error):

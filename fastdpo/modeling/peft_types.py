@@ -20,7 +20,7 @@ TRAINED = {
     "LN_TUNING": True, "VERA": True, "FOURIERFT": True, "VBLORA": True, "MISS": True,
     "RANDLORA": True, "ROAD": True, "TRAINABLE_TOKENS": True, "HIRA": True, "SHIRA": True,
     "WAVEFT": True, "LOHA": False, "LOKR": False, "FROD": False, "GLORA": False, "HRA": False,
-    "UNILORA": False, "C3A": False, "OSF": False, "DELORA": False, "GRALORA": False,
+    "UNILORA": False, "C3A": True, "OSF": False, "DELORA": False, "GRALORA": True,
     "TINYLORA": False, "PSOFT": False, "PEANUT": False, "SUPERTUNING": False, "DEFT": False,
 }  # fmt: skip
 """The types that are trained, and whether on 4-bit weights too; the others fail there or err."""

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from fastdpo.modeling.adapter_starts import is_identity_adapter, uninitialized
 from fastdpo.modeling.adapters import (
     adapters_disabled,
     base_model_name,
@@ -49,6 +48,7 @@ class ReferenceModel:
         description: one sentence on what the reference is, for logs and model cards.
         adapter: name of the adapter that is on inside the context, or None.
         is_frozen: whether the reference is still there after the first update.
+        is_start: whether it is the policy as training starts, so that the first margins are 0.
     """
 
     model: nn.Module
@@ -56,6 +56,7 @@ class ReferenceModel:
     description: str
     adapter: str | None = None
     is_frozen: bool = True
+    is_start: bool = False
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Tensors of the adapter that is on, by name: log-probs depend on them as on weights."""
@@ -99,9 +100,14 @@ def reference_from_base(policy: nn.Module) -> ReferenceModel:
     """Take as reference the policy, with its adapters off or before its first update."""
     if isinstance(policy, PeftModel):
         description = "The reference is the same model with its adapter off."
-        return ReferenceModel(policy, lambda: adapters_disabled(policy), description)
+        return ReferenceModel(
+            policy,
+            lambda: adapters_disabled(policy),
+            description,
+            is_start=is_identity_adapter(policy),
+        )
     description = "The reference is the model as it is now, before the first update."
-    return ReferenceModel(policy, nullcontext, description, is_frozen=False)
+    return ReferenceModel(policy, nullcontext, description, is_frozen=False, is_start=True)
 
 
 def reference_from_start(policy: nn.Module) -> ReferenceModel:
@@ -118,9 +124,10 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
     """Take as reference a frozen copy of the adapter if there is one, else of all weights."""
     if not isinstance(policy, PeftModel):
         frozen = copy.deepcopy(policy).requires_grad_(False)
-        return ReferenceModel(frozen, nullcontext, "The reference is a frozen copy of the model.")
+        description = "The reference is a frozen copy of the model."
+        return ReferenceModel(frozen, nullcontext, description, is_start=True)
     (active,), trainable = policy.active_adapters, _trainable(policy)
-    config = copy.deepcopy(policy.peft_config[active])
+    config = uninitialized(policy.peft_config[active])
     name = _free_name(policy)
     policy.add_adapter(name, config)
     replace_lora_forward(policy)
@@ -129,6 +136,7 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
         lambda: _adapter_on(policy, name),
         "The reference is a frozen copy of the adapter that training starts from.",
         adapter=name,
+        is_start=True,
     )
     _restore(policy, active, trainable)
     reference.update_ema(policy, 1.0)
@@ -204,35 +212,6 @@ def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
     name = unwrap_model(model).name_or_path or type(unwrap_model(model)).__name__
     adapter = model.active_adapter if isinstance(model, PeftModel) else None
     return ReferenceModel(model, nullcontext, f"The reference is {name}.", adapter=adapter)
-
-
-def is_identity_adapter(policy: PeftModel) -> bool:
-    """Tell whether the adapter is new.
-
-    Then every one of its up-projections is 0, and its copies of whole modules and of token
-    embeddings are as they are in the base.
-    """
-    (active,) = policy.active_adapters
-    tensors = get_peft_model_state_dict(policy, adapter_name=active)
-    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name]
-    if not ups or any(tensor.any() for tensor in ups):
-        return False
-    return not any(_is_changed(module, active) for module in policy.modules())
-
-
-def _is_changed(module: nn.Module, adapter: str) -> bool:
-    """Whether an adapter's own copy of a module, or of some embeddings, differs from the base's."""
-    if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-        copies = module.modules_to_save[adapter].state_dict()
-        originals = module.original_module.state_dict()
-        return any(
-            name not in originals or not torch.equal(each, originals[name].to(each))
-            for name, each in copies.items()
-        )
-    if isinstance(module, TrainableTokensLayer) and adapter in module.trainable_tokens_delta:
-        delta = module.trainable_tokens_delta[adapter]
-        return not torch.equal(delta, module.trainable_tokens_original[adapter].to(delta))
-    return False
 
 
 @contextmanager

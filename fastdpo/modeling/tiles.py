@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.modeling.activations import decoder_layers
 from fastdpo.modeling.families import Family, family_of, is_gated_mlp, is_norm
+from fastdpo.modeling.fused import runs_fused
 from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.system.rng import RNGState
 
@@ -220,13 +221,16 @@ def tile_norms(model: nn.Module, tile_tokens: int | None) -> int:
         tile_tokens: most tokens of a tile; None runs every norm over all tokens at once again.
 
     Returns:
-        How many norms there are.
+        How many norms run so: those that transformers computes. A fused norm saves its input
+        itself and holds nothing in fp32 but a row, so it runs over all tokens at once.
     """
     backbone = get_backbone(model)
     modules = [m for layer in decoder_layers(model) for m in layer.modules()]
     modules += backbone.children()  # the last norm
     family = _family(model)
-    return run_in_tiles((m for m in modules if is_norm(m, family)), tile_tokens)
+    norms = [m for m in modules if is_norm(m, family)]
+    run_in_tiles((m for m in norms if runs_fused(m) and isinstance(m, _TiledModule)), None)
+    return run_in_tiles((m for m in norms if not runs_fused(m)), tile_tokens)
 
 
 def _family(model: nn.Module) -> Family:

@@ -21,10 +21,11 @@ from fastdpo.options.passes import BatchingOptions
 from fastdpo.options.preference import DPO_OPTION_GROUPS, PreferenceOptions
 from fastdpo.options.reference import ReferenceOptions, cache_folder, reference_folder
 from fastdpo.options.rows import SPECIAL_TOKEN_MODES, TRUNCATION_MODES, TokenizationOptions
-from fastdpo.options.running import TrainerDefaults, presets
+from fastdpo.options.running import COMMAND_DEFAULTS, TrainerDefaults, presets
 from fastdpo.options.trl import TrlOptions
 
 __all__ = [
+    "COMMAND_DEFAULTS",
     "ComparisonOptions",
     "DataOptions",
     "LossOptions",

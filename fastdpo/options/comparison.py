@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from fastdpo.options.checks import Options, number, option
 from fastdpo.options.data import DataOptions
 from fastdpo.options.model import ModelOptions
+from fastdpo.options.passes import KERNELS
 
 
 @dataclass
@@ -23,6 +24,10 @@ class ComparisonOptions(Options):
         0.1,
         "Reward per nat of log-ratio, as in training.",
         check=number("Pass the beta of the training run.", above=0),
+    )
+
+    kernels: str = option(
+        "auto", "What computes the layers, as in training.", choices=list(KERNELS)
     )
 
     def __post_init__(self) -> None:

@@ -13,6 +13,23 @@ MODEL_ALIASES = {
     "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
     "qwen3-8b": "Qwen/Qwen3-8B",
     "gemma-2-9b": "google/gemma-2-9b-it",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "ministral-8b": "mistralai/Ministral-8B-Instruct-2410",
+    "ministral-3-8b": "mistralai/Ministral-3-8B-Instruct-2512",
+    "qwen3.5-0.8b": "Qwen/Qwen3.5-0.8B",
+    "qwen3.5-2b": "Qwen/Qwen3.5-2B",
+    "qwen3.5-4b": "Qwen/Qwen3.5-4B",
+    "qwen3.5-9b": "Qwen/Qwen3.5-9B",
+    "gemma-3-1b": "google/gemma-3-1b-it",
+    "gemma-3-4b": "google/gemma-3-4b-it",
+    "gemma-3-12b": "google/gemma-3-12b-it",
+    "gemma-4-e2b": "google/gemma-4-E2B-it",
+    "gemma-4-e4b": "google/gemma-4-E4B-it",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
+    "phi-4": "microsoft/phi-4",
+    "phi-4-mini": "microsoft/Phi-4-mini-instruct",
 }
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

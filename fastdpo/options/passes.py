@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.options.checks import Options, as_dict, option, whole
+from fastdpo.options.removed import present_value
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
+KERNELS = ("auto", "fused", "eager")
 ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
 
 
@@ -62,6 +64,13 @@ class BatchingOptions(Options):
         "packages.",
         choices=list(ATTENTION_BACKENDS),
     )
+    kernels: str = option(
+        "auto",
+        "What computes norms, rotary embeddings, activations and LoRA: fused ops where "
+        "the model's family is known, or eager, transformers' own modules. auto: fused on a GPU "
+        "that runs the Triton kernels.",
+        choices=list(KERNELS),
+    )
     disable_dropout: bool = option(
         True,
         "Turn the model's own dropout off, which would blur policy against reference.",
@@ -77,6 +86,7 @@ class BatchingOptions(Options):
     )
 
     def __post_init__(self) -> None:
+        self.embeddings = present_value("embeddings", self.embeddings)
         self.model_init_kwargs = _loading(as_dict("model_init_kwargs", self.model_init_kwargs))
         super().__post_init__()
         if self.merge_prompts and "off" in (self.packing, self.shared_prefix):

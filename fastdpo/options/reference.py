@@ -43,6 +43,13 @@ class ReferenceOptions(Options):
         "more than rounding. A few show a wrong store at the cost of a second; 0 does not look.",
         check=whole(0, "4 is usual, 0 does not look"),
     )
+    first_margin: str = option(
+        "stop",
+        "What follows where policy and reference are one at the start (no dropout, no other "
+        "reference, not resumed) and the first update shows otherwise: stop, since the reference "
+        "or the policy is wrong, or warn.",
+        choices=["stop", "warn"],
+    )
     sync_ref_model: bool = option(
         False,
         "TR-DPO: move the reference towards the policy during training. It is then computed in "

@@ -5,6 +5,7 @@ Each one gets one sentence of advice. Only the standard library is imported.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from fastdpo.options.synonyms import FOREIGN_OPTIONS, SYNONYMS
 
@@ -78,6 +79,14 @@ REMOVED_OPTIONS = {
 
 _NO_CANDIDATES = ("do_train", "do_eval", "do_predict")
 """Options of transformers that nobody means who mistypes another one."""
+
+RENAMED_VALUES = {"embeddings": {"card": "gpu"}}
+"""By option, the former names of its values, which YAML files and command lines may still have."""
+
+
+def present_value(name: str, value: Any) -> Any:
+    """The value of an option under its present name; any other value as it is."""
+    return RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
 def suggest_option(name: str, known: Iterable[str], dashes: str = "") -> str:

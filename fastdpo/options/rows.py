@@ -1,11 +1,25 @@
 """The options of turning rows into token ids: lengths, special tokens, useless rows."""
 
 from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
 from fastdpo.options.checks import Options, option, whole
 
 TRUNCATION_MODES = ("keep_completion", "keep_start")
 SPECIAL_TOKEN_MODES = ("literal", "allow", "error")
+SCORED_TURNS = ("assistant", "all")
+
+
+def _iso_day(name: str, value: Any) -> None:
+    try:
+        day = date.fromisoformat(value)
+    except (TypeError, ValueError):
+        day = None
+    if day is None or day.isoformat() != value:
+        raise ValueError(
+            f"--{name} is {value!r}; it must be a day as 2025-06-30. Leave it out for today."
+        )
 
 
 @dataclass
@@ -40,6 +54,19 @@ class TokenizationOptions(Options):
         "Special tokens written inside the data: literal encodes them as plain text, allow as "
         "tokens, error refuses the row. Unset: literal in conversations, allow in ready strings.",
         choices=list(SPECIAL_TOKEN_MODES),
+    )
+    template_date: str | None = option(
+        None,
+        "The day that a chat template is given which writes the date, as 2025-06-30. Unset: today, "
+        "for the whole run; a resumed run keeps its own.",
+        check=_iso_day,
+    )
+    score_turns: str = option(
+        "all",
+        "Which turns of a completion of several are scored: assistant leaves out tool results and "
+        "user turns, all scores them too as TRL does. The commands' default is assistant, "
+        "DPOConfig's all.",
+        choices=list(SCORED_TURNS),
     )
     strict_data: bool = option(
         False,

@@ -72,6 +72,10 @@ INHERITED_CHECKS: dict[str, Check] = {
 """Bounds of inherited training options that would otherwise fail late, or train in silence."""
 
 
+COMMAND_DEFAULTS = {"score_turns": "assistant"}
+"""Defaults of our own options in every command that has them, where `DPOConfig` keeps TRL's way."""
+
+
 def presets(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the command's defaults for the inherited training options, to be laid below `given`.
 

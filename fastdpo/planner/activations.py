@@ -3,7 +3,9 @@
 Counted along the autograd graph as transformers and `lora_linear` build it: a norm saves its input
 in fp32 and one number a token, `lora_linear` its input (which layers that read the same tensor
 share), attention its queries, keys, values, output and one number a head, SiLU and product the
-three tensors that they read. `tests/planner/test_terms.py` counts the same on real models, to the
+three tensors that they read. Fused, a norm saves its input as it is, and the MLP gate and up, in
+whose place its gradients are written; where all weights are trained, also what the layer down
+reads. `tests/planner/test_terms.py` counts the same on real models, to the
 byte.
 """
 
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 
 from fastdpo.modeling.attention_backends import BACKENDS
 from fastdpo.planner.architecture import Architecture
-from fastdpo.planner.terms import Training, dequantized_bytes
+from fastdpo.planner.terms import Training, dequantized_bytes, runs_fused
 
 OFFLOADED_ON_GPU = 2
 """Inputs of offloaded layers that lie on the GPU at a time: one in use, one on its way."""
@@ -93,7 +95,8 @@ def layer_bytes(
     hidden = architecture.hidden * tokens
     # Under autocast every linear layer casts and saves its own copy of what it reads.
     readers, mlp_readers = (1, 1) if training.trains_adapter else (3, 2)
-    norms = _Norms(training, tokens, norm_tile_tokens)
+    fused = runs_fused(architecture, training)
+    norms = _Norms(training, tokens, norm_tile_tokens, fused)
     norm = norms.saved(architecture.hidden)
     outer = architecture.norms - 2  # those after attention and MLP, which no linear layer reads
     attention = norm + readers * d * hidden + _attention(architecture, training, shape)
@@ -104,19 +107,16 @@ def layer_bytes(
         attention += norms.saved(keys, architecture.head_size)
     tile = tokens if mlp_tile_tokens is None else min(mlp_tile_tokens, tokens)
     per_token = d * architecture.intermediate
-    mlp = (
-        mlp_readers * d * hidden
-        + outer // 2 * norm
-        + (4 * per_token * tile if tile == tokens else 0)
-    )
+    inner = (4 if not fused else 2 if training.trains_adapter else 3) * per_token * tile
+    mlp = mlp_readers * d * hidden + outer // 2 * norm + (inner if tile == tokens else 0)
     saved = attention + norm + mlp
     scratch = max(
         (dequantized_bytes(linear, training) for linear in architecture.linears), default=0
     )
     # The gradients of the product, and of its two factors or the dense weight.
-    inside = per_token * tile + max(per_token * tile, scratch)
+    inside = per_token * tile + max(0 if fused else per_token * tile, scratch)
     if tile < tokens:  # the tile is run forward again, and the input's gradient is there for all
-        inside += 4 * per_token * tile + d * hidden
+        inside += inner + d * hidden
     gradient = stream * hidden
     phases = {
         "mlp": saved + gradient + inside,
@@ -141,15 +141,16 @@ def layer_bytes(
 
 @dataclass(frozen=True)
 class _Norms:
-    """How norms run: over all tokens at once in fp32, or tile by tile."""
+    """How norms run: over all tokens at once in fp32, or tile by tile; or fused, token by token."""
 
     training: Training
     tokens: int
     tile_tokens: int | None
+    fused: bool
 
     @property
     def tiled(self) -> bool:
-        return self.tile_tokens is not None and self.tile_tokens < self.tokens
+        return not self.fused and self.tile_tokens is not None and self.tile_tokens < self.tokens
 
     @property
     def stream_bytes(self) -> int:
@@ -158,14 +159,17 @@ class _Norms:
     @property
     def keep_input(self) -> bool:
         """Tells whether norms save the input itself, not a copy of it."""
-        return self.tiled or self.stream_bytes == 4
+        return self.fused or self.tiled or self.stream_bytes == 4
 
     def saved(self, width: int, size: int | None = None) -> int:
         """Bytes saved: the input in fp32 and a number for each vector of `size`.
 
-        Tiled it is the input as it is. A trained weight needs what it multiplies too.
+        Tiled it is the input as it is, and fused too, with the number for each vector. A trained
+        weight needs what it multiplies too, unless fused.
         """
         entries = width * self.tokens
+        if self.fused:
+            return self.stream_bytes * entries + 4 * (entries // (size or width))
         if self.tiled:
             return self.stream_bytes * entries
         normed = 0 if self.training.trains_adapter else 4 * entries
@@ -174,8 +178,10 @@ class _Norms:
     def backward(self, width: int) -> int:
         """Bytes that the backward adds: fp32 tensors of all tokens, or of a tile.
 
-        Tiled, the gradient of all tokens comes on top.
+        Tiled, the gradient of all tokens comes on top; fused it is all there is.
         """
+        if self.fused:
+            return self.stream_bytes * width * self.tokens
         if not self.tiled:
             return NORM_TEMPORARIES * 4 * width * self.tokens
         assert self.tile_tokens is not None, "tiled"
@@ -230,7 +236,7 @@ def head_bytes(
     buffers. A trained head sums its gradient in fp32 and casts it twice, (V, H) each.
     """
     d, hidden = training.entry_bytes, architecture.hidden
-    norms = _Norms(training, shape.tokens, norm_tile_tokens)
+    norms = _Norms(training, shape.tokens, norm_tile_tokens, runs_fused(architecture, training))
     norm, scored = norms.saved(hidden), hidden * shape.scored_tokens
     forward = norm + d * hidden * shape.tokens + 2 * d * scored
     forward += _head_buffers(architecture, training, shape)

@@ -74,6 +74,7 @@ class Architecture:
         plain_embeddings: whether the embeddings are a look-up and nothing more.
         is_standard: whether a layer is attention and one gated MLP, for which the activation
             formulas are written.
+        has_fused_layers: whether `fastdpo_kernels` can compute its norms and MLPs.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Architecture:
     attention: AttentionNeeds
     plain_embeddings: bool
     is_standard: bool
+    has_fused_layers: bool
 
     @property
     def linear_parameters(self) -> int:
@@ -262,6 +264,8 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
         attention=attention_needs(config),
         plain_embeddings=type(embeddings).__name__ in ("Embedding", "HostEmbedding"),
         is_standard=set(shapes) == standard and other < weights,
+        has_fused_layers=family.fused is not None
+        and any(k.__name__ == f"{family.fused.prefix}DecoderLayer" for k in type(layer).__mro__),
     )
 
 

@@ -39,8 +39,8 @@ def plan_for_run(
 
     Args:
         model: a causal LM or a PeftModel, loaded, with the adapter that it will train.
-        config: of the run; `micro_batch_tokens`, `optim`, `attention`, `disable_dropout` and
-            activation checkpointing are read.
+        config: of the run; `micro_batch_tokens`, `optim`, `attention`, `kernels`, `disable_dropout`
+            and activation checkpointing are read.
         group_tokens: tokens of every training pair, its shared prefix counted once.
         pairs_per_update: B.
         scored_tokens: scored tokens of all pairs.
@@ -67,7 +67,7 @@ def plan_for_run(
     architecture = architecture_of(model, _name_of(model))
     # Padded sequences run under the model's own attention, whose flash kernels keep as much.
     attention = "auto" if config.packing == "off" else config.attention
-    training = training_of(model, config.optim, attention)
+    training = training_of(model, config.optim, attention, config.kernels)
     if not config.disable_dropout:
         needs = attention_needs(unwrap_model(model).config.get_text_config(), dropout=True)
         architecture = replace(architecture, attention=needs)
@@ -103,13 +103,16 @@ def plan_for_run(
     return replace(split, notes=(note, *split.notes))
 
 
-def training_of(model: nn.Module, optimizer: str, attention: str = "auto") -> Training:
+def training_of(
+    model: nn.Module, optimizer: str, attention: str = "auto", kernels: str = "auto"
+) -> Training:
     """How a loaded model is trained, from its weights and adapters.
 
     Args:
         model: a causal LM or a PeftModel on it.
         optimizer: `--optim`.
         attention: `--attention`.
+        kernels: `--kernels`.
     """
     ranks = [
         a.weight.shape[0]
@@ -129,6 +132,7 @@ def training_of(model: nn.Module, optimizer: str, attention: str = "auto") -> Tr
         optimizer=str(getattr(optimizer, "value", optimizer)),
         attention=attention,
         adapter_entries=entries if has_adapter else None,
+        kernels=kernels,
     )
 
 

@@ -46,7 +46,8 @@ from fastdpo.planner.terms import (
     SLACK_SHARE,
     Training,
     resident_bytes,
-    resolve_attention,
+    resolve_backends,
+    runs_fused,
 )
 
 ROUNDING_TOKENS = 128
@@ -263,7 +264,8 @@ def strategies(
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
             found.append(replace(found[-1], embeddings_on_host=True))
-        found.append(replace(found[-1], norm_tile_tokens=NORM_TILE_TOKENS))
+        if not runs_fused(architecture, training):  # those hold nothing that tiles would bound
+            found.append(replace(found[-1], norm_tile_tokens=NORM_TILE_TOKENS))
         found += [replace(found[-1], mlp_tile_tokens=tokens) for tokens in TILES_TOKENS]
     if change_optimizer and "8bit" not in training.optimizer:
         found.append(replace(found[-1], optimizer=EIGHT_BIT))
@@ -298,7 +300,7 @@ def make_plan(
             the last strategy.
         recompute: whether layers may be recomputed or offloaded; else all are kept.
     """
-    training = resolve_attention(architecture, training, gpu.capability)
+    training = resolve_backends(architecture, training, gpu.capability)
     lengths = workload.lengths()
     if micro_batch_tokens is not None:
         lengths = [_rounded(max(micro_batch_tokens, workload.longest_group_tokens))]

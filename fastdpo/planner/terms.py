@@ -45,6 +45,7 @@ class Training:
         optimizer: `--optim`, as transformers names it.
         attention: as `--attention` takes it; `make_plan` puts the backend that attends in its
             place, which the formulas of bytes need.
+        kernels: as `--kernels` takes it; `make_plan` puts fused or eager in the place of auto.
         head_buffer_bytes: bound of the buffers of `linear_logprobs`.
         adapter_entries: entries of all adapters where they are known, of a loaded model.
     """
@@ -55,6 +56,7 @@ class Training:
     target_modules: tuple[str, ...] | None = None
     optimizer: str = "adamw_torch_fused"
     attention: str = "auto"
+    kernels: str = "auto"
     head_buffer_bytes: int = 276 * MIB
 
     adapter_entries: int | None = None
@@ -65,14 +67,18 @@ class Training:
         return self.tuning != "full"
 
 
-def resolve_attention(
+FUSED_CAPABILITY = (8, 0)
+"""Compute capability from which `--kernels auto` is fused: the Triton kernels' own."""
+
+
+def resolve_backends(
     architecture: Architecture, training: Training, capability: Capability
 ) -> Training:
-    """Put the backend that attends in place of the requested one.
+    """Put what attends, and fused or eager layers, in place of what was requested.
 
     Args:
         architecture: of the model.
-        training: whose `attention` is what the run requests.
+        training: whose `attention` and `kernels` are what the run requests.
         capability: compute capability of the GPU.
 
     Raises:
@@ -85,7 +91,15 @@ def resolve_attention(
         training.attention,
         assume_installed=True,
     )
-    return replace(training, attention=selected.backend)
+    kernels = training.kernels
+    if kernels == "auto":
+        kernels = "fused" if capability >= FUSED_CAPABILITY else "eager"
+    return replace(training, attention=selected.backend, kernels=kernels)
+
+
+def runs_fused(architecture: Architecture, training: Training) -> bool:
+    """Tell whether the layers run fused ops."""
+    return training.kernels == "fused" and architecture.has_fused_layers
 
 
 def nf4_bytes(entries: int) -> int:

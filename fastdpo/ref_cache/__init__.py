@@ -5,7 +5,7 @@ from fastdpo.ref_cache.hash_cache import HASH_CACHE_FILE
 from fastdpo.ref_cache.identity import reference_identity
 from fastdpo.ref_cache.run_notes import describe_request
 from fastdpo.ref_cache.source import RefLogpsProvider
-from fastdpo.ref_cache.store import ReferenceStore, StoreOptions, require_creatable
+from fastdpo.ref_cache.store import ReferenceStore, StoreOptions
 
 __all__ = [
     "HASH_CACHE_FILE",
@@ -15,5 +15,4 @@ __all__ = [
     "describe_request",
     "reference_identity",
     "reference_logps",
-    "require_creatable",
 ]

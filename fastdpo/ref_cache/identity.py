@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.dropout import configured_dropout
+from fastdpo.modeling.fused import kernels_of
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.weight_hash import base_tensors, tensors_hash
@@ -72,6 +73,8 @@ def reference_identity(
         "attention": attention_kind(causal_lm.config, causal_lm.device, attention),
         "head_numerics": NUMERICS_VERSION,
     }
+    if kernels_of(model) != "eager":
+        identity["layers"] = kernels_of(model)  # stores from before there were fused ones stand
     if reference is not None and (tensors := reference.adapter_tensors()):
         identity["adapter"] = {
             "weights": tensors_hash(tensors),

@@ -23,6 +23,9 @@ TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64"}
 RAGGED = {"token_logps": "float32"}
 """The vector that `--ref_token_logps off` leaves out."""
 
+SUM_TOLERANCE = 1e-6
+"""Share of a sum by which the sum of its tokens' rounded log-probs may differ."""
+
 
 class ShardError(ValueError):
     """A file that is no shard, or that was damaged since it was written."""
@@ -48,15 +51,27 @@ class Shard:
     versions: dict[str, str] | None  # what computed them; None: not recorded
 
 
-def row_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
-    """sha256 of a completion in its context: the token ids, and where the scored span begins."""
-    return _key(_prompt_digest(prompt_ids), completion_ids)
+def row_key(
+    prompt_ids: np.ndarray, completion_ids: np.ndarray, mask: np.ndarray | None = None
+) -> bytes:
+    """sha256 of a completion in its context: the token ids, and which of them are scored.
+
+    Args:
+        prompt_ids: (P,) int32.
+        completion_ids: (C,) int32.
+        mask: (C,) bool of the scored tokens; None, which has the key of one that is all True,
+            where every token is scored.
+    """
+    return _key(_prompt_digest(prompt_ids), completion_ids, mask)
 
 
 def group_keys(group: PromptGroup) -> list[bytes]:
     """The row keys of a group's completions."""
     prompt = _prompt_digest(group.prompt_ids)
-    return [_key(prompt.copy(), completion) for completion in group.completions]
+    return [
+        _key(prompt.copy(), completion, mask)
+        for completion, mask in zip(group.completions, group.masks, strict=True)
+    ]
 
 
 def encode(
@@ -112,8 +127,12 @@ def read(path: Path) -> Shard:
         raise ShardError(str(error)) from error
     versions = metadata.get("versions")
     wanted = {"format": str(FORMAT), "sha256": checksum(tensors, versions)}
+    if metadata.get("format") != wanted["format"]:
+        raise ShardError(
+            f"it has format {metadata.get('format')!r}, and this fastdpo reads {FORMAT}"
+        )
     if metadata != wanted | ({} if versions is None else {"versions": versions}):
-        raise ShardError("its format or checksum is wrong")
+        raise ShardError("its checksum is wrong")
     if fault := validate(tensors):
         raise ShardError(fault)
     return Shard(
@@ -139,15 +158,39 @@ def validate(tensors: Mapping[str, np.ndarray]) -> str | None:
         )
     if (token_counts < 1).any():
         return "a token count is below 1"
-    if not np.isfinite(tensors["logps"]).all():
-        return "a log-prob is not finite"
+    for name in ("logps", "token_logps"):
+        if fault := _log_prob_fault(tensors.get(name, np.empty(0))):
+            return fault
     if "token_logps" not in tensors:
         return None
     # Each count is checked before they are summed, where int64 could wrap around.
     scored = len(tensors["token_logps"])
     if (token_counts > scored).any() or token_counts.sum() != scored:
         return f"its token counts do not add up to its {scored} token log-probs"
-    return None if np.isfinite(tensors["token_logps"]).all() else "a log-prob is not finite"
+    return _sum_fault(tensors)
+
+
+def _log_prob_fault(logps: np.ndarray) -> str | None:
+    """The reason why these cannot be log-probs; None if they can."""
+    if not np.isfinite(logps).all():
+        return "a log-prob is not finite"
+    above = logps[logps > 0]
+    return f"a log-prob is {above[0]:g}, above 0" if len(above) else None
+
+
+def _sum_fault(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """The reason why the sums are not those of the tokens' log-probs; None if they are."""
+    stored, counts = tensors["logps"], tensors["tokens"]
+    if not len(stored):
+        return None
+    added = np.add.reduceat(tensors["token_logps"].astype(np.float64), np.cumsum(counts) - counts)
+    wrong = np.flatnonzero(~np.isclose(stored, added, rtol=SUM_TOLERANCE, atol=1e-30))
+    if not len(wrong):
+        return None
+    return (
+        f"a sum is {stored[wrong[0]]:.6f} nats, and the log-probs of its tokens add up to "
+        f"{added[wrong[0]]:.6f}"
+    )
 
 
 def checksum(tensors: Mapping[str, np.ndarray], versions: str | None = None) -> str:
@@ -180,6 +223,10 @@ def _prompt_digest(prompt_ids: np.ndarray) -> "hashlib._Hash":
     return digest
 
 
-def _key(digest: "hashlib._Hash", completion_ids: np.ndarray) -> bytes:
+def _key(digest: "hashlib._Hash", completion_ids: np.ndarray, mask: np.ndarray | None) -> bytes:
     digest.update(np.ascontiguousarray(completion_ids, dtype="<i4").tobytes())
+    if mask is not None and not mask.all():
+        # -1 is no token id, so no completion without a mask has these bytes.
+        places = np.concatenate([[-1], np.flatnonzero(mask)])
+        digest.update(places.astype("<i4").tobytes())
     return digest.digest()

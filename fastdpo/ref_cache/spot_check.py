@@ -80,11 +80,7 @@ def spot_check(
     worst = (-1.0, 0.0, 0.0)
     now = [each for s in scored for each in zip(s.logps, s.token_logps, strict=True)]
     for stored, stored_tokens, (logps, token_logps) in zip(sums, tokens, now, strict=True):
-        if stored_tokens is None:  # what independent differences of that rms would sum to
-            rms = abs(float(logps) - float(stored)) / len(token_logps) ** 0.5
-        else:
-            difference = token_logps.astype(np.float64) - stored_tokens.astype(np.float64)
-            rms = float(np.sqrt(np.square(difference).mean()))
+        rms = _apart(float(stored), stored_tokens, float(logps), token_logps)
         worst = max(worst, (rms if np.isfinite(rms) else np.inf, float(stored), float(logps)))
     result = SpotCheck(len(scored), *worst)
     allowed = LARGEST_RMS.get(compute_dtype, LARGEST_RMS_OTHERWISE)
@@ -98,3 +94,24 @@ def spot_check(
             "GPU computed; --ref_spot_check 0 does not look."
         )
     return result
+
+
+def _apart(
+    stored: float, stored_tokens: np.ndarray | None, scored: float, token_logps: np.ndarray
+) -> float:
+    """Nats a token, rms, by which a completion's stored log-probs differ from the scored ones.
+
+    The sums count too, since training sees nothing else: their mean difference is at most the rms
+    of the tokens' if they are the sums of these.
+
+    Args:
+        stored: the stored sum.
+        stored_tokens: (C,) float32, or None where they were left out.
+        scored: the sum as it is now.
+        token_logps: (C,) float32, as they are now.
+    """
+    apart = abs(scored - stored)
+    if stored_tokens is None:  # what independent differences of that rms would sum to
+        return apart / len(token_logps) ** 0.5
+    difference = token_logps.astype(np.float64) - stored_tokens.astype(np.float64)
+    return max(float(np.sqrt(np.square(difference).mean())), apart / len(token_logps))

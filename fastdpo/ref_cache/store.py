@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -92,25 +91,6 @@ def quarantine(shard: Path) -> Path:
     with contextlib.suppress(FileNotFoundError):
         files.replace(shard, aside)
     return aside
-
-
-def require_creatable(folder: Path) -> None:
-    """Refuse a folder of stores that is not there and cannot be made, before anything is computed.
-
-    Raises:
-        ValueError: it names the folder that stands in the way, and what to pass instead.
-    """
-    above = folder
-    while not above.exists() and above != above.parent:
-        above = above.parent
-    if above == folder or (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-        return
-    raise ValueError(
-        f"reference log-probs would be kept in {folder}, and {above} is "
-        f"{'not writable' if above.is_dir() else 'no folder'}: give another folder with "
-        "--ref_cache or the variable FASTDPO_CACHE, or, where an adapter is trained, pass "
-        "--ref_cache off."
-    )
 
 
 class ReferenceStore:

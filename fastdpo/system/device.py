@@ -6,6 +6,16 @@ BF16_CAPABILITY = (8, 0)
 """Compute capability from which on GPUs have bfloat16 units; older ones only emulate them."""
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on `device`; the host does not wait for the copy to a GPU.
+
+    The copy is from pinned memory, which torch keeps until it is done.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def cuda_has_bf16() -> bool:
     """Tell whether there is a CUDA GPU with bfloat16 units; T4 and RTX 20 only emulate them."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -5,7 +5,7 @@ import gc
 import torch
 
 _MARKS = ("out of memory", "ALLOC_FAILED", "allocate memory", "enough memory", "bad_alloc")
-"""What the messages of CUDA, cuBLAS and of torch's allocator for the CPU have in common."""
+"""Words that the messages of CUDA, cuBLAS and torch's CPU allocator have in common."""
 
 
 class DoesNotFitError(MemoryError):

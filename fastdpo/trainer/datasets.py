@@ -1,5 +1,6 @@
 """The data sets of a run as groups of token ids, and the loaders that hand them out."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdpo.batching import PairGroups, longest_sequence
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
+from fastdpo.data.template_date import today
 from fastdpo.trainer.prepare import tokenize_dataset
 
 
@@ -36,7 +38,16 @@ class PreferenceDatasets:
         train_dataset: Any,
         eval_dataset: Any,
     ) -> None:
-        self.args, self.tokenizer, self.vocabulary_size = args, tokenizer, vocabulary_size
+        self.args = copy.copy(args)
+        self.args.template_date = args.template_date or today()
+        self.tokenizer, self.vocabulary_size = tokenizer, vocabulary_size
+        self._given = train_dataset, eval_dataset
+        self._tokenize(train_dataset, eval_dataset)
+        if self.template_date is None:
+            self._given = None, None  # they will not be read again
+
+    def _tokenize(self, train_dataset: Any, eval_dataset: Any) -> None:
+        args = self.args
         needed = self.pairs_per_update * args.max_steps if args.max_steps > 0 else None
         self.train = self.tokenized(train_dataset, "train", limit=needed)
         self._require_an_update()
@@ -63,6 +74,17 @@ class PreferenceDatasets:
         """The tokens of the longest prompt + completion of all sets; 0 without any."""
         sets = [self.train, *self.eval_by_name.values()]
         return max((longest_sequence(groups) for groups in sets if groups is not None), default=0)
+
+    @property
+    def template_date(self) -> str | None:
+        """The day, as 2025-06-30, that the chat template wrote into these sets; None if none."""
+        sets = [*([] if self.train is None else [self.train]), *self.eval_by_name.values()]
+        return next((day for each in sets if (day := each.pairs.report.template_date)), None)
+
+    def tokenize_again(self, day: str) -> None:
+        """Tokenize the same rows with another day in the chat template; pairs stay as they are."""
+        self.args.template_date = day
+        self._tokenize(*self._given)
 
     @property
     def pairs_per_update(self) -> int:

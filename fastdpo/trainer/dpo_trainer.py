@@ -43,8 +43,9 @@ from fastdpo.trainer.arguments import check_arguments, refuse_arguments
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
+from fastdpo.trainer.first_margin import check_first_margin, drops_out, is_exact
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
-from fastdpo.trainer.metrics import TrainingMetrics, num_input_tokens
+from fastdpo.trainer.metrics import TrainingMetrics, UpdateResult, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
 from fastdpo.trainer.nonfinite import nonfinite_reason, require_gradient
 from fastdpo.trainer.optimizers import (
@@ -306,6 +307,7 @@ class DPOTrainer(ResumableTrainer):
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights are as before.
             ValueError: the gradient of the first update is 0: nothing would ever be trained.
+            ValueError: policy and reference differ where they are one; the weights are as before.
         """
         self.record.start()
         self._follow_policy()
@@ -319,10 +321,22 @@ class DPOTrainer(ResumableTrainer):
             return result.loss.new_zeros(())
         if self.state.global_step == 0:
             require_gradient(self.policy)
+        self._check_first_margin(inputs, result)
         self.record.add(inputs, result, self.user_args.beta)
         if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
         return result.loss
+
+    def _check_first_margin(self, groups: list[PromptGroup], result: UpdateResult) -> None:
+        """Look at the first update of a run whose policy and reference are one at its start."""
+        reference = self.reference.reference
+        is_first = self.first_update_margin is None and self.resumed_from is None
+        if not (is_first and self.needs_reference and reference.is_start):
+            return
+        if drops_out(self.policy, adapter_is_zero=reference.adapter is None):
+            return
+        exact = is_exact(self.reference.compute_dtype, unwrap_model(self.policy).device)
+        check_first_margin(groups, result, exact=exact, action=self.user_args.first_margin)
 
     def _follow_policy(self) -> None:
         """Move the reference of TR-DPO a step towards the policy, if its turn has come."""
@@ -450,11 +464,28 @@ class DPOTrainer(ResumableTrainer):
             "seed": args.seed,
             "data_seed": args.data_seed,
             "data": None if self.train_groups is None else self.train_groups.content_hash,
+            "template_date": self.sets.template_date,
             "sampling": str(args.train_sampling_strategy),
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
             "reference": self.reference.reference.description,
         }
+
+    def adopt_run(self, saved: Mapping[str, Any]) -> None:
+        """Give the chat template the date of the run that wrote the checkpoint."""
+        now, then = self.sets.template_date, saved.get("template_date")
+        if now is None or now == then or self.user_args.template_date is not None:
+            return
+        if then is None:
+            logger.warning(
+                "The chat template writes the date, and the checkpoint does not say which: pass "
+                "--template_date with the day on which its run began."
+            )
+            return
+        logger.info("The chat template is given %s, the day on which the run began.", then)
+        self.sets.tokenize_again(then)
+        self.train_dataset = self.train_groups  # pyrefly: ignore
+        self.eval_dataset = self.eval_groups  # pyrefly: ignore
 
     def layout_state(self) -> dict[str, Any]:
         """The layout of the updates, with which a resumed run repeats them to the bit."""
@@ -472,6 +503,8 @@ class DPOTrainer(ResumableTrainer):
         saved = ExecutionLayout.from_json(state["layout"])
         if self.user_args.micro_batch_tokens is not None:
             saved.micro_batch_tokens = self.user_args.micro_batch_tokens
+        if self.user_args.kernels != "auto":
+            saved.kernels = self.user_args.kernels
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
         self.layout.assign(saved)

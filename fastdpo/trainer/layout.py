@@ -15,6 +15,7 @@ from fastdpo.modeling.activations import (
     supports_checkpointing,
 )
 from fastdpo.modeling.attention import attention_kind
+from fastdpo.modeling.fused import choose_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, group_length
 from fastdpo.modeling.packing import PackingMode
@@ -46,7 +47,7 @@ def plan_memory(
             args,
             group_lengths(groups, mode),
             pairs_per_update=pairs_per_update,
-            scored_tokens=sum(len(ids) for _, ids in completions),
+            scored_tokens=sum(sum(group.scored_tokens) for group in groups),
             max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
             repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
         )
@@ -95,6 +96,7 @@ def choose_layout(
         embeddings_on_host=on_host,
         most_group_tokens=planned if splits else None,
         attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
+        kernels=choose_kernels(policy, args.kernels),
     )
 
 

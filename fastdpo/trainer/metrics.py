@@ -36,15 +36,31 @@ class MetricSums:
     """Sums over pairs and tokens since they were last read; they stay on their device till then."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float | Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, values: Tensor, count: float | None = None) -> None:
-        """Add values to a metric; they count as many, or as `count`."""
-        total = values.detach().double().sum()
+    def add(
+        self,
+        name: str,
+        values: Tensor,
+        count: float | None = None,
+        where: Tensor | None = None,
+    ) -> None:
+        """Add values to a metric; they count as many, or as `count`.
+
+        Args:
+            name: of the metric.
+            values: of any shape.
+            count: how many they count as.
+            where: bool of that shape, which of them to add: selecting those instead would make
+                the host wait for their number.
+        """
+        values = values.detach().double()
+        counted: float | Tensor = values.numel() if count is None else count
+        if where is not None:
+            values, counted = torch.where(where, values, 0.0), where.sum()
+        total = values.sum()
         self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts.get(name, 0.0) + (
-            values.numel() if count is None else count
-        )
+        self.counts[name] = self.counts.get(name, 0.0) + counted
 
     def add_pairs(self, result: PairsResult, beta: float) -> None:
         """Add everything that is logged of the pairs of an update or of an evaluation.
@@ -81,16 +97,24 @@ class MetricSums:
         """Add the metrics that cost a look at the whole vocabulary."""
         rejected = (completions % 2).bool()
         self.add("entropy", entropy)
-        self.add("logits/chosen", mean_logits[~rejected])
-        self.add("logits/rejected", mean_logits[rejected])
-        self.add("mean_token_accuracy", is_top1[~rejected])
+        self.add("logits/chosen", mean_logits, where=~rejected)
+        self.add("logits/rejected", mean_logits, where=rejected)
+        self.add("mean_token_accuracy", is_top1, where=~rejected)
 
     def averages(self) -> dict[str, float]:
-        """Mean of each metric that has values."""
+        """Mean of each metric that has values; the host waits for the device once."""
+        if not self.sums:
+            return {}
+        like = next(iter(self.sums.values()))
+        counts = [
+            count.double() if isinstance(count, Tensor) else like.new_full((), count)
+            for count in (self.counts[name] for name in self.sums)
+        ]
+        read = torch.stack([*self.sums.values(), *counts]).view(2, -1).tolist()
         return {
-            name: total.item() / self.counts[name]
-            for name, total in self.sums.items()
-            if self.counts[name] > 0
+            name: total / count
+            for name, total, count in zip(self.sums, *read, strict=True)
+            if count
         }
 
 

@@ -31,12 +31,16 @@ def nonfinite_reason(
     Returns:
         The fault with the rows of the pairs, as a sentence without "the"; empty if all is finite.
     """
-    if not torch.isfinite(result.loss):
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    norm = torch.zeros_like(result.loss)
+    if check_gradient and gradients:
+        norm = torch.nn.utils.get_total_norm(gradients).to(result.loss)
+    loss_is_finite, gradient_is_finite = torch.isfinite(torch.stack([result.loss, norm])).tolist()
+    if not loss_is_finite:
         wrong = ~torch.isfinite(result.logps).all(dim=1)
         named = [g for g, is_wrong in zip(groups, wrong.tolist(), strict=True) if is_wrong]
         return f"loss is {result.loss.item()} ({_rows(named or groups)})"
-    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-    if not check_gradient or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+    if gradient_is_finite:
         return ""
     return f"gradient is not finite ({_rows(groups)})"
 
@@ -88,7 +92,7 @@ def _require_finite(tensors: dict[str, Tensor], update: int) -> None:
             f"the weights after update {update} are not finite: {named(wrong, len(tensors))}. None "
             "of them were saved; checkpoints of earlier updates are as they were. Loss and "
             "gradient were finite, so look at the optimizer: lower the learning rate, and leave "
-            "--adam_epsilon above 0."
+            "--adam_epsilon near 1e-8."
         )
 
 

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from fastdpo.batching import PairGroups
 from fastdpo.config import DPOConfig
 from fastdpo.data import PairDataset, prepare_pairs, rows_from
+from fastdpo.modeling.adapter_starts import check_policy_start
 from fastdpo.modeling.adapters import (
     add_adapter,
     base_model_name,
@@ -43,7 +44,7 @@ from fastdpo.modeling.trainable import (
     check_quantization_config,
 )
 from fastdpo.options import reference_folder
-from fastdpo.ref_cache import RefLogpsProvider, StoreOptions, require_creatable
+from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def prepare_policy(
     Raises:
         ModelError: the model cannot be loaded.
         ValueError: loading options come with a loaded model, its weights or adapters are of a kind
-            that is not built, it would have two adapters, or the base below one is trained.
+            that is not built, it would have two adapters, the base below one is trained, or the
+            adapter has taken a part of it.
     """
     by_name = isinstance(model, str | os.PathLike)
     loading = args.from_pretrained_options
@@ -113,6 +115,7 @@ def prepare_policy(
         set_seed(args.seed)  # the adapter's first weights belong to the run's seed
         model = add_adapter(model, peft_config)
     check_base_frozen(model)
+    check_policy_start(model)
     return model
 
 
@@ -199,8 +202,7 @@ def reference_provider(
         needed: whether the loss looks at reference log-probs.
 
     Raises:
-        ValueError: nothing would keep the log-probs of a reference that training changes, or the
-            store's folder cannot be made.
+        ValueError: nothing would keep the log-probs of a reference that training changes.
     """
     folder = None if args.sync_ref_model else reference_folder(args.ref_cache)
     if folder is None and not reference.is_frozen and needed:
@@ -208,8 +210,6 @@ def reference_provider(
             "--ref_cache is off and all weights are trained: the reference is gone after the "
             "first update. Leave --ref_cache out, or train an adapter (--lora, --qlora)."
         )
-    if folder is not None:
-        require_creatable(folder)
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return RefLogpsProvider(
         reference,

@@ -51,11 +51,13 @@ class ResumableTrainer(Trainer):
         policy: the model that is trained and saved.
         tokenizer: saved beside the model.
         user_args: the options as the user gave them, saved beside the model too.
+        resumed_from: the checkpoint that the run in hand goes on from, or None.
     """
 
     policy: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     user_args: DPOConfig
+    resumed_from: Path | None = None
     _saving_into: Path | None = None
     _saved_update: int | None = None
     _stop: signals.Stop | None = None
@@ -81,6 +83,13 @@ class ResumableTrainer(Trainer):
 
     def load_layout_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `layout_state` returned when the checkpoint was written."""
+
+    def adopt_run(self, saved: Mapping[str, Any]) -> None:
+        """Become the run of a checkpoint in what differs only since time has passed.
+
+        Args:
+            saved: the `resume_signature` of the run that wrote the checkpoint.
+        """
 
     def extra_state(self) -> dict[str, torch.Tensor]:
         """Tensors that training changes and that neither the policy nor the optimizer holds."""
@@ -122,7 +131,7 @@ class ResumableTrainer(Trainer):
         checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
         with checkpoints.claimed(output_dir), signals.graceful_shutdown() as self._stop:
             self._run = self._describe_run()
-            folder = self.checkpoint_to_resume(resume_from_checkpoint)
+            self.resumed_from = folder = self.checkpoint_to_resume(resume_from_checkpoint)
             self._require_place(output_dir, starts_anew=folder is None)
             self.on_before_train()
             self._stop.raise_if_requested()
@@ -195,6 +204,8 @@ class ResumableTrainer(Trainer):
                     "folder, or pass true for the newest whole one in --output_dir."
                 )
         manifest = checkpoints.verify(folder)
+        self.adopt_run(manifest.run)
+        self._run = {**self._run, **self.resume_signature()}
         allowed = self.user_args.allow_config_change or []
         for line in checkpoints.require_same_run(manifest.run, self._run, allowed):
             logger.warning("Resuming although this differs (--allow_config_change): %s", line)

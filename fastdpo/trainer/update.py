@@ -43,6 +43,7 @@ from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
+from fastdpo.system.device import to_device
 from fastdpo.system.oom import free_cached_memory
 from fastdpo.system.rng import RNGState
 from fastdpo.trainer.metrics import UpdateResult
@@ -144,8 +145,8 @@ class _StepAttempt:
             merge_prompts=update.merge_prompts,
         )
         self.micro_batches = [micro_batch.to(self.device) for micro_batch in micro_batches]
-        lengths = [[len(completion) for completion in group.completions] for group in groups]
-        self.tokens = torch.tensor(lengths, device=self.device)  # (B, 2)
+        lengths = [group.scored_tokens for group in groups]
+        self.tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
         self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
         self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
         self.token_completions: list[Tensor] = []
@@ -219,7 +220,7 @@ class _StepAttempt:
         """(C,) int64 indices of the completions in a micro-batch, in its order."""
         items = [self.items[index] for index in micro_batch.group_indices]
         indices = [2 * item.index + completion for item in items for completion in item.completions]
-        return torch.tensor(indices, device=self.device)
+        return to_device(torch.tensor(indices), self.device)
 
     def _forward(
         self, micro_batch: MicroBatch, indices: Tensor, outputs: tuple[str, ...]
@@ -280,7 +281,7 @@ class _StepAttempt:
         known = [group.ref_logps for group in self.groups if group.ref_logps is not None]
         if known:
             assert len(known) == len(self.groups), "known for all groups or for none"
-            return torch.from_numpy(np.stack(known)).to(self.device)
+            return to_device(torch.from_numpy(np.stack(known)), self.device)
         reference = self.update.reference
         logps = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.device)
         with (

@@ -5,10 +5,13 @@ straight from hidden states and the rows of `lm_head`, without the (N, V) logits
 `linear_cross_entropy` is the same behind the signature of torch's own. `lora_linear` is a frozen
 linear layer, dense or 4-bit, with its LoRA branch as one autograd node, `lora_linears` several of
 them on one input. `rms_norm`, `rotary` and `gated_activation` are what lies between the linear
-layers of Llama and its relatives.
+layers of Llama and its relatives; `gated_lora_linear` is the activation with the layer after it.
+`missing_for_triton` says why they run their torch twins.
 """
 
+from ._backend import missing_for_triton
 from .gated_activation import gated_activation
+from .gated_lora_linear import gated_lora_linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_logprobs import LinearLogprobs, linear_logprobs
 from .lora_linear import lora_linear
@@ -26,4 +29,6 @@ __all__ = [
     "rms_norm",
     "rotary",
     "gated_activation",
+    "gated_lora_linear",
+    "missing_for_triton",
 ]

@@ -1,4 +1,4 @@
-"""Where the ops of a layer run: Triton on a GPU, their torch twin everywhere else."""
+"""Where the ops run: Triton on a GPU, their torch twin everywhere else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def uses_triton(backend: str, x: Tensor) -> bool:
         raise ValueError(f"backend {backend!r} does not exist: choose from {BACKENDS}.")
     if backend == "torch" or (backend == "auto" and not x.is_cuda):
         return False
-    missing = _missing(x)
+    missing = missing_for_triton(x)
     if missing is None:
         return True
     if backend == "auto":
@@ -72,7 +72,8 @@ def next_power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _missing(x: Tensor) -> str | None:
+def missing_for_triton(x: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot run on x, in words; None where they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if x.dtype == torch.float64:
@@ -86,4 +87,6 @@ def _missing(x: Tensor) -> str | None:
 
 @cache
 def _say_fallback(reason: str) -> None:
-    logger.warning("the ops of a layer run their torch twins on this GPU: %s.", reason)
+    logger.warning(
+        "The ops of fastdpo_kernels run their slower torch twins on this GPU: %s.", reason
+    )

@@ -54,21 +54,21 @@ def gated_activation(
 
     Source: GLU variants, arXiv:2002.05202.
     """
-    _validate(gate, up, kind)
-    triton = uses_triton(backend, gate)
+    options = options_of(gate, up, kind, overwrite, backend)
     given = (gate,) if up is None else (gate, up)
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if is_small(backend, gate, EAGER_BELOW):
         left, right = gate.chunk(2, dim=-1) if up is None else (gate, up)
         return _act(left, kind) * right
-    options = _Options(kind, triton, overwrite and _may_overwrite(gate, up))
     if with_gradient:
         return _GatedActivation.apply(gate, up, options)
-    return options.forward(*_halves(gate, up)).view(_out_shape(gate, up))
+    return options.product(gate, up)
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class Options:
+    """How a call computes."""
+
     kind: str
     triton: bool
     overwrite: bool
@@ -86,6 +86,26 @@ class _Options:
             strides = gate.stride(0), up.stride(0)
             launch(gate, up, out, *strides, **self._constants(gate))
         return out
+
+    def product(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        """(..., I) of gate and up as they are given."""
+        return self.forward(*_halves(gate, up)).view(_out_shape(gate, up))
+
+    def gradients(
+        self, grad: Tensor, gate: Tensor, up: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of gate and up as they are given, in their place if that is allowed."""
+        given = [t for t in (gate, up) if t is not None]
+        written = [_rows(t) for t in given]
+        if not self.overwrite:
+            contiguous = torch.contiguous_format
+            written = [torch.empty_like(row, memory_format=contiguous) for row in written]
+        into = _halves(*written) if len(written) == 2 else _halves(written[0], None)
+        self.backward(_rows(grad), *_halves(gate, up), into)
+        if self.overwrite and self.triton:
+            torch.autograd.graph.increment_version(written)
+        grads = [row.view(t.shape) for row, t in zip(written, given, strict=True)]
+        return grads[0], grads[1] if up is not None else None
 
     def backward(self, grad: Tensor, gate: Tensor, up: Tensor, into: tuple[Tensor, Tensor]) -> None:
         """Both gradients, (N, I), into two tensors, which may be gate and up themselves."""
@@ -117,27 +137,25 @@ class _GatedActivation(torch.autograd.Function):
     """Saves what it is given."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, options: _Options) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, options: Options) -> Tensor:
         ctx.options = options
         ctx.save_for_backward(gate, up)
-        return options.forward(*_halves(gate, up)).view(_out_shape(gate, up))
+        return options.product(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyrefly: ignore[bad-override]
         gate, up = ctx.saved_tensors
-        options: _Options = ctx.options
-        given = [t for t in (gate, up) if t is not None]
-        rows = [_rows(t) for t in given]
-        written = [torch.empty_like(row, memory_format=torch.contiguous_format) for row in rows]
-        if options.overwrite:
-            written = rows
-        into = _halves(*written) if len(written) == 2 else _halves(written[0], None)
-        options.backward(_rows(grad_outputs[0]), *_halves(gate, up), into)
-        if options.overwrite and options.triton:
-            torch.autograd.graph.increment_version(written)
-        grads = [row.view(t.shape) for row, t in zip(written, given, strict=True)]
-        return grads[0], grads[1] if up is not None else None, None
+        options: Options = ctx.options
+        return *options.gradients(grad_outputs[0], gate, up), None
+
+
+def options_of(
+    gate: Tensor, up: Tensor | None, kind: str, overwrite: bool, backend: str
+) -> Options:
+    """Validate a call and settle how it computes; raises what `gated_activation` raises."""
+    _validate(gate, up, kind)
+    return Options(kind, uses_triton(backend, gate), overwrite and _may_overwrite(gate, up))
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -159,15 +177,20 @@ def _may_overwrite(gate: Tensor, up: Tensor | None) -> bool:
     rows = [_rows(t.detach()) for t in given]
     if any(t.grad_fn is None for t in given):
         return False
-    if any(row.data_ptr() != t.data_ptr() for t, row in zip(given, rows, strict=True)):
-        return False
+    if any(_storage(row) != _storage(t) for t, row in zip(given, rows, strict=True)):
+        return False  # a copy
     if any(row.stride(0) < row.shape[1] for row in rows):
         return False
-    if up is None or gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr():
+    if up is None or _storage(gate) != _storage(up):
         return True
     stride, width = rows[0].stride(0), rows[0].shape[1]
     distance = abs(int(gate.storage_offset()) - int(up.storage_offset())) % max(stride, 1)
     return rows[1].stride(0) == stride and width <= distance <= stride - width
+
+
+def _storage(x: Tensor) -> int:
+    """Which memory x lies in; of a tensor without memory, such as a fake one, too."""
+    return x.untyped_storage()._cdata
 
 
 def _out_shape(gate: Tensor, up: Tensor | None) -> tuple[int, ...]:

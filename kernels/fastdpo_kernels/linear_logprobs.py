@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import _torch
+from ._backend import uses_triton
 from ._function import Backend, FrozenHeadLogprobs, TrainedHeadLogprobs
 from ._torch import Bounds, LogitTransform, Request
-
-logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 1
 """Raised whenever a change moves the log-probs by more than rounding: stored ones then miss."""
 
 EXTRA_OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-BACKENDS = ("auto", "torch", "triton")
 
 
 class LinearLogprobs(NamedTuple):
@@ -240,37 +234,12 @@ def _validate_bounds(bounds: Bounds) -> None:
 
 def _backend(name: str, hidden_states: Tensor) -> Backend:
     """The module that computes; triton is imported only when it is chosen."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} does not exist: choose from {BACKENDS}.")
     half = hidden_states.dtype in (torch.bfloat16, torch.float16)
-    if name == "torch" or (name == "auto" and not (hidden_states.is_cuda and half)):
+    if (name == "auto" and not half) or not uses_triton(name, hidden_states):
         return _torch
-    missing = _missing_for_triton(hidden_states)
-    if missing is None:
-        from . import _launch
+    from . import _launch
 
-        return _launch
-    if name == "auto":
-        _say_fallback(missing)
-        return _torch
-    raise RuntimeError(f"backend 'triton' cannot run here: {missing}. Pass backend='torch'.")
-
-
-@cache
-def _say_fallback(reason: str) -> None:
-    logger.warning("linear_logprobs runs its slower torch backend on this GPU: %s.", reason)
-
-
-def _missing_for_triton(hidden_states: Tensor) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if hidden_states.dtype == torch.float64:
-        return "it computes in fp32, and the input is fp64"
-    if not hidden_states.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the input is on {hidden_states.device} and TRITON_INTERPRET is not 1"
-    if hidden_states.is_cuda and torch.cuda.get_device_capability(hidden_states.device) < (8, 0):
-        return "the GPU's compute capability is below 8.0"
-    return None
+    return _launch
 
 
 def _validate_range(target_ids: Tensor, vocabulary_size: int) -> None:

@@ -84,7 +84,7 @@ class FrozenPart:
         """(..., out) from (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
         down = None if lora_A is None else self.drop(flat) @ lora_A.to(x.dtype).T
-        return self.accumulated(flat, down, lora_B).view(*x.shape[:-1], self.out_features)
+        return like_rows_of(x, self.accumulated(flat, down, lora_B))
 
     def accumulated(self, rows: Tensor, down: Tensor | None, lora_B: Tensor | None) -> Tensor:
         """(N, out): the large product is added to the branch and the bias while it is formed.
@@ -131,7 +131,7 @@ class _Gradient(torch.autograd.Function):
                 lora_B_cast = lora_B.to(flat_grad.dtype)
                 grad_down = scaled_product(flat_grad, lora_B_cast, layer.scaling)  # (N, r)
             if ctx.needs_input_grad[0]:
-                grad_x = _input_gradient(layer, flat_grad, grad_down, lora_A)
+                grad_x = input_gradient(layer, flat_grad, grad_down, lora_A)
                 grad_x = grad_x.view(*grad_out.shape[:-1], grad_x.shape[-1])
             if ctx.saves_x and grad_down is not None:
                 inputs = layer.drop(x.reshape(-1, x.shape[-1]))
@@ -161,7 +161,7 @@ class _Product(torch.autograd.Function):
         return grad_outputs[0], None, None, None, None
 
 
-def _input_gradient(
+def input_gradient(
     layer: FrozenPart, flat_grad: Tensor, grad_down: Tensor | None, lora_A: Tensor | None
 ) -> Tensor:
     """(N, in) from (N, out) and the branch's (N, r), the large product added to the small one."""
@@ -169,6 +169,15 @@ def _input_gradient(
     if grad_down is None or lora_A is None:
         return flat_grad @ weight
     return layer.drop(grad_down @ lora_A.to(flat_grad.dtype)).addmm_(flat_grad, weight)
+
+
+def like_rows_of(x: Tensor, flat: Tensor) -> Tensor:
+    """(N, out) as (..., out), the axes of `x` but its last.
+
+    It is no view to autograd, which lets nobody write into a view that a Function gives out; and
+    layers do (`mlp_output += attention_output` in Falcon).
+    """
+    return torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

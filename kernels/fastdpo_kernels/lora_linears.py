@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .lora_linear import FrozenPart, dense_weight, lora_linear, scaled_product, validate
+from .lora_linear import (
+    FrozenPart,
+    dense_weight,
+    like_rows_of,
+    lora_linear,
+    scaled_product,
+    validate,
+)
 
 
 class LoraModule(NamedTuple):
@@ -78,16 +86,50 @@ class _Group:
     def products(self, x: Tensor, adapters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """One (..., out) per module; `adapters` are A and B of the first, A and B of the next."""
         rows = x.reshape(-1, x.shape[-1])
-        downs = self.downs(rows, adapters[::2])
+        cast = Adapters.cast(adapters, x.dtype)
         return tuple(
-            part.accumulated(rows, down, lora_B).view(*x.shape[:-1], part.out_features)
-            for part, down, lora_B in zip(self.parts, downs, adapters[1::2], strict=True)
+            like_rows_of(x, part.accumulated(rows, down, lora_B))
+            for part, down, lora_B in zip(self.parts, cast.downs(rows), cast.ups, strict=True)
         )
 
-    def downs(self, rows: Tensor, matrices: Sequence[Tensor | None]) -> list[Tensor | None]:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapters:
+    """The matrices of several adapters in the dtype of the products, cast in one launch."""
+
+    stacked: Tensor | None  # (sum of the ranks, in): the A matrices one below the other
+    ups: list[Tensor | None]  # (out, r) each: the B matrices
+    ranks: list[int]  # 0 where there is no adapter
+
+    @classmethod
+    def cast(cls, adapters: Sequence[Tensor | None], dtype: torch.dtype) -> Adapters:
+        """From A and B of the first module, A and B of the next."""
+        downs, ups = adapters[::2], list(adapters[1::2])
+        given = [matrix for matrix in downs if matrix is not None]
+        ranks = [0 if matrix is None else len(matrix) for matrix in downs]
+        if not given:
+            return cls(None, ups, ranks)
+        stacked = given[0].new_empty(sum(ranks), given[0].shape[1], dtype=dtype)
+        targets = list(stacked.split([len(matrix) for matrix in given]))
+        for place, matrix in enumerate(ups):
+            if matrix is not None and matrix.dtype != dtype:
+                given.append(matrix)
+                targets.append(torch.empty_like(matrix, dtype=dtype))
+                ups[place] = targets[-1]
+        with torch.no_grad():
+            torch._foreach_copy_(targets, given)
+        return cls(stacked, ups, ranks)
+
+    def downs(self, rows: Tensor) -> list[Tensor | None]:
         """(N, r) of each module, views of one product, or None where there is no adapter."""
-        stacked = stacked_in(rows.dtype, matrices)
-        return sliced(None if stacked is None else rows @ stacked.T, matrices)
+        return self.sliced(None if self.stacked is None else rows @ self.stacked.T)
+
+    def sliced(self, columns: Tensor | None) -> list[Tensor | None]:
+        """The columns of each module's rank, in order; None where it has no adapter."""
+        if columns is None:
+            return [None] * len(self.ranks)
+        parts = columns.split(self.ranks, dim=1)
+        return [part if rank else None for part, rank in zip(parts, self.ranks, strict=True)]
 
 
 class _Gradients(torch.autograd.Function):
@@ -111,15 +153,20 @@ class _Gradients(torch.autograd.Function):
             return None, None, *(None for _ in adapters)
         with torch.autocast(given.device.type, enabled=False):
             grads = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grad_outputs]
-            grad_downs = _grad_downs(ctx.group, grads, adapters)
+            cast = Adapters.cast(adapters, given.dtype)
+            grad_downs = _grad_downs(ctx.group, grads, cast)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = _input_gradient(ctx.group, grads, grad_downs, adapters[::2])
+                grad_x = _input_gradient(ctx.group, grads, grad_downs, cast)
                 grad_x = grad_x.view(*given.shape[:-1], grad_x.shape[-1])
             of_adapters: list[Tensor | None] = [None] * len(adapters)
             if ctx.saves_x:
                 rows = x.reshape(-1, x.shape[-1])
-                of_adapters = _adapter_gradients(ctx.group, rows, grads, grad_downs, adapters)
+                of_adapters = _adapter_gradients(ctx.group, rows, grads, grad_downs, cast)
+                of_adapters = [
+                    None if g is None or t is None else g.to(t.dtype)
+                    for g, t in zip(of_adapters, adapters, strict=True)
+                ]
         return grad_x, None, *of_adapters
 
 
@@ -138,39 +185,30 @@ class _Products(torch.autograd.Function):
         return None, None, *(None for _ in range(2 * len(grad_outputs))), *grad_outputs
 
 
-def _grad_downs(
-    group: _Group, grads: Sequence[Tensor | None], adapters: Sequence[Tensor | None]
-) -> Tensor | None:
+def _grad_downs(group: _Group, grads: Sequence[Tensor | None], cast: Adapters) -> Tensor | None:
     """(N, sum of the ranks): dL/d(x @ A.T) of all modules side by side, None without adapters."""
-    matrices = adapters[::2]
-    width = sum(len(matrix) for matrix in matrices if matrix is not None)
-    if width == 0:
+    if cast.stacked is None:
         return None
     like = next(g for g in grads if g is not None)
-    grad_downs = like.new_empty(len(like), width)
-    places = sliced(grad_downs, matrices)
-    for part, grad, place, lora_B in zip(group.parts, grads, places, adapters[1::2], strict=True):
+    grad_downs = like.new_empty(len(like), sum(cast.ranks))
+    places = cast.sliced(grad_downs)
+    for part, grad, place, lora_B in zip(group.parts, grads, places, cast.ups, strict=True):
         if place is None or lora_B is None:
             continue
         if grad is None:
             place.zero_()
         else:
-            place.addmm_(grad, lora_B.to(grad.dtype), beta=0.0, alpha=part.scaling)
+            place.addmm_(grad, lora_B, beta=0.0, alpha=part.scaling)
     return grad_downs
 
 
 def _input_gradient(
-    group: _Group,
-    grads: Sequence[Tensor | None],
-    grad_downs: Tensor | None,
-    matrices: Sequence[Tensor | None],
+    group: _Group, grads: Sequence[Tensor | None], grad_downs: Tensor | None, cast: Adapters
 ) -> Tensor:
     """(N, in): the small product first, each large one added to it while it is formed."""
     grad_x = None
-    like = next(g for g in grads if g is not None)
-    stacked = stacked_in(like.dtype, matrices)
-    if grad_downs is not None and stacked is not None:
-        grad_x = grad_downs @ stacked
+    if grad_downs is not None and cast.stacked is not None:
+        grad_x = grad_downs @ cast.stacked
     for part, grad in zip(group.parts, grads, strict=True):
         if grad is not None:
             weight = dense_weight(part.weight, grad.dtype)
@@ -184,38 +222,14 @@ def _adapter_gradients(
     rows: Tensor,
     grads: Sequence[Tensor | None],
     grad_downs: Tensor | None,
-    adapters: Sequence[Tensor | None],
+    cast: Adapters,
 ) -> list[Tensor | None]:
-    """Gradients of A and B of the first module, A and B of the next, each in its own dtype."""
-    matrices = adapters[::2]
-    downs = group.downs(rows, matrices)
-    stacked = None if grad_downs is None else (grad_downs.T @ rows).T
+    """Gradients of A and B of the first module, A and B of the next, in the products' dtype."""
+    columns = cast.sliced(None if grad_downs is None else (grad_downs.T @ rows).T)
     found: list[Tensor | None] = []
-    for part, grad, down, columns, lora_A, lora_B in zip(
-        group.parts, grads, downs, sliced(stacked, matrices), matrices, adapters[1::2], strict=True
-    ):
-        if grad is None or down is None or columns is None or lora_A is None or lora_B is None:
+    for part, grad, down, column in zip(group.parts, grads, cast.downs(rows), columns, strict=True):
+        if grad is None or down is None or column is None:
             found += [None, None]
-            continue
-        grad_B = scaled_product(grad.T, down, part.scaling)
-        found += [columns.T.to(lora_A.dtype), grad_B.to(lora_B.dtype)]
+        else:
+            found += [column.T, scaled_product(grad.T, down, part.scaling)]
     return found
-
-
-def stacked_in(dtype: torch.dtype, matrices: Sequence[Tensor | None]) -> Tensor | None:
-    """(sum of the ranks, in): the A matrices one below the other, cast once."""
-    given = [matrix for matrix in matrices if matrix is not None]
-    return torch.cat(given).to(dtype) if given else None
-
-
-def sliced(columns: Tensor | None, matrices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The columns of each module's rank, in order; None where it has no adapter."""
-    places: list[Tensor | None] = []
-    start = 0
-    for matrix in matrices:
-        if matrix is None or columns is None:
-            places.append(None)
-            continue
-        places.append(columns[:, start : start + len(matrix)])
-        start += len(matrix)
-    return places

@@ -70,6 +70,7 @@ def test_presets_lie_below_what_the_user_gives():
     made = parsed.training
     assert (made.learning_rate, made.lr_scheduler_type, made.warmup_steps) == (1e-5, "cosine", 0.1)
     assert (made.num_train_epochs, made.max_length) == (1, 1024)
+    assert (made.score_turns, PreferenceOptions().score_turns) == ("assistant", "all")
     assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 32
     made = train("--learning_rate", "5e-6", "--gradient_accumulation_steps", "2").training
     assert made.learning_rate == 5e-6

@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on(workplace, capsys):
         (["--model", "base", "--lora", "--lerning_rate", "1"], "the nearest is --learning_rate"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
         (["--config", "run.yaml", "--report_to", "abacus"], "no tracker of that name"),
-        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "what --eval_dataset dev.jsonl"),
+        (["--config", "run.yaml", "--output_dir", "dev.jsonl"], "which --eval_dataset reads"),
         (["--config", "run.yaml", "--output_dir", "bad.jsonl"], "--output_dir bad.jsonl cannot be"),
         (
             ["--config", "run.yaml", "--resume_from_checkpoint", "nowhere"],

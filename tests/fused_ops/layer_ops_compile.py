@@ -54,11 +54,11 @@ def recorded():
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kept.append((module, name, getattr(module, name)))
             setattr(module, name, Recorder(getattr(module, name), launches))
-    missing, _backend._missing = _backend._missing, lambda x: None
+    missing, _backend.missing_for_triton = _backend.missing_for_triton, lambda x: None
     try:
         yield launches
     finally:
-        _backend._missing = missing
+        _backend.missing_for_triton = missing
         for module, name, kernel in kept:
             setattr(module, name, kernel)
 

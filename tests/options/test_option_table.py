@@ -119,6 +119,7 @@ TABLE: dict[str, Changes | str] = {
     "max_completion_length": Changes("pairs", 5),
     "truncation_mode": Changes("pairs", "keep_start", {"max_length": 44}),
     "special_tokens_in_content": Changes("pairs", "literal", {"dataset_name": "@spelled.jsonl"}),
+    "score_turns": Changes("pairs", "assistant", {"dataset_name": "@turns.jsonl"}),
     "strict_data": Changes("pairs", True, {"dataset_name": "@useless.jsonl"}, refused="identical"),
     # BatchingOptions
     "micro_batch_tokens": Changes("work", 128),
@@ -129,8 +130,11 @@ TABLE: dict[str, Changes | str] = {
     "packing": Changes("work", "off"),
     "merge_prompts": Changes("work", True, {"dataset_name": "@alike.jsonl"}),
     "attention": Changes("curve", "varlen", refused="varlen"),
+    "kernels": Changes("work", "fused"),
     "disable_dropout": Changes("loaded", False),
-    "nonfinite": Changes("curve", "skip", {"learning_rate": 1e38}),
+    "nonfinite": covered(
+        "trainer/test_dpo_trainer.py::test_a_loss_scaler_skips_an_update_whose_loss_is_not_finite"
+    ),
     "model_init_kwargs": Changes("loaded", {"attn_implementation": "eager"}),
     # ReferenceOptions
     "reference": Changes("curve", "@other"),
@@ -240,6 +244,18 @@ def folder(tmp_path_factory):
             for i, row in enumerate(rows[:8])
         ],
         "spelled": [row | {"prompt": "</s>" + row["prompt"]} for row in rows],
+        "turns": [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": [
+                    {"role": "assistant", "content": row["chosen"]},
+                    {"role": "user", "content": "And?"},
+                    {"role": "assistant", "content": "That is all."},
+                ],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            }
+            for row in rows
+        ],
         "alike": [row | {"prompt": rows[0]["prompt"]} for row in rows],
         "useless": [*rows, rows[0] | {"rejected": rows[0]["chosen"]}],
     }

@@ -45,7 +45,7 @@ def planned(architecture, size, longest=2048, update=65536, host=64, **options) 
 def test_more_memory_is_never_slower_and_the_card_is_nearly_full(llama):
     plans = [planned(llama, f"{size} GB") for size in (8, 12, 16, 24, 48, 80)]
     assert all(made.fits for made in plans)
-    kept = [made.activation_counts.get("keep", 0) / made.micro_batch_tokens for made in plans]
+    kept = [made.activation_counts.get("keep", 0) for made in plans]
     assert kept[0] < kept[-1]
     for made in plans[:-1]:
         assert made.peak_bytes > 0.85 * made.gpu_bytes, made.describe()
@@ -59,7 +59,7 @@ def test_the_kept_layers_are_the_last_and_another_one_would_not_fit(llama):
     assert 1 < kept < 32
     assert made.activation_plan == ("recompute",) * (32 - kept) + ("keep",) * kept
     layout = MemoryLayout(
-        llama, Training(attention="varlen"), Workload(2048, 65536).shape(4096),
+        llama, Training(attention="varlen", kernels="fused"), Workload(2048, 65536).shape(4096),
         MemoryStrategy(
             made.optimizer, made.embeddings_on_host, made.norm_tile_tokens, made.mlp_tile_tokens
         ),
@@ -74,9 +74,9 @@ def test_long_pairs_go_to_the_host_as_far_as_it_has_room(llama):
     assert made.fits, made.describe()
     assert made.activation_plan.count("offload") > 10
     assert made.pinned_host_bytes >= made.activation_plan.count("offload") * 65536 * 4096 * 2
-    less = planned(llama, "24 GB", 65536, host=8)
+    less = planned(llama, "24 GB", 65536, host=7)
     assert less.fits
-    assert less.pinned_host_bytes <= 8 * GIB < made.pinned_host_bytes
+    assert less.pinned_host_bytes <= 7 * GIB < made.pinned_host_bytes
     assert less.mlp_tile_tokens is not None
     poor = planned(llama, "24 GB", 65536, host=1)
     assert not poor.fits

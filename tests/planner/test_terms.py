@@ -16,6 +16,7 @@ from fastdpo.batching import PromptGroup, Segment, pack_update
 from fastdpo.modeling.activations import PAGE_BYTES, apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.options import MODEL_ALIASES
 from fastdpo.planner import (
@@ -48,7 +49,28 @@ PARAMETERS = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
     "gemma-2-9b": 9_241_705_984,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "ministral-8b": 8_019_808_256,
+    "ministral-3-8b": 8_489_553_920,
+    "qwen3.5-0.8b": 752_393_024,
+    "qwen3.5-2b": 1_881_825_088,
+    "qwen3.5-4b": 4_205_751_296,
+    "qwen3.5-9b": 8_953_803_264,
+    "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-4-e2b": 4_628_569_344,
+    "gemma-4-e4b": 7_463_013_376,
+    "gpt-oss-20b": 20_914_757_184,
+    "smollm3-3b": 3_075_098_624,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini": 3_836_021_760,
 }
+"""Of the language model alone where a model can look and listen too."""
+
+GUESSED = ("qwen3.5-", "gemma-4-", "gpt-oss-", "phi-4")
+"""Families whose layers are more than attention and one gated MLP of separate matrices."""
 
 
 def groups(count=2):
@@ -105,14 +127,16 @@ class SavedBytes:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit):
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit, kernels):
     config = FAMILIES[family](**SIZES)
     base = random_model(config, dtype=dtype, device="cpu", load_in_4bit=four_bit)
     model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
     apply_activation_plan(model, ("keep", "keep", "recompute"))
+    use_kernels(model, kernels, backend="torch")
     micro_batch = pack_update(groups(), 4096)[0]
     saved = SavedBytes(model, micro_batch).by_layer
-    training = training_of(model, "adamw_torch", "sdpa")
+    training = training_of(model, "adamw_torch", "sdpa", kernels)
     assert training.tuning == ("qlora" if four_bit else "lora")
     layer = layer_bytes(architecture_of(model, family), training, shape_of(micro_batch))
     rotary = 2 * dtype.itemsize * 8 * micro_batch.input_ids.shape[1]
@@ -125,19 +149,25 @@ R, K = "recompute", "keep"
 
 
 @pytest.mark.parametrize(
-    ("alias", "tokens", "policy", "tiles", "dtype"),
+    ("alias", "tokens", "policy", "tiles", "dtype", "kernels"),
     [
-        ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.bfloat16),
-        ("llama-3.1-8b", 8192, (R, R), (2048, None), torch.bfloat16),
-        ("llama-3.1-8b", 16384, (R, R, R, R), (2048, 2048), torch.bfloat16),
-        ("llama-3.1-8b", 8192, (R, R, K, K), (2048, 1024), torch.bfloat16),
-        ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.float32),
-        ("llama-2-7b", 8192, (R, K, K, K), (None, 2048), torch.bfloat16),
-        ("qwen2.5-7b", 4096, (K, K, K, K), (None, None), torch.bfloat16),
-        ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16),
+        ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.bfloat16, "eager"),
+        ("llama-3.1-8b", 8192, (R, R), (2048, None), torch.bfloat16, "eager"),
+        ("llama-3.1-8b", 16384, (R, R, R, R), (2048, 2048), torch.bfloat16, "eager"),
+        ("llama-3.1-8b", 8192, (R, R, K, K), (2048, 1024), torch.bfloat16, "eager"),
+        ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.float32, "eager"),
+        ("llama-2-7b", 8192, (R, K, K, K), (None, 2048), torch.bfloat16, "eager"),
+        ("qwen2.5-7b", 4096, (K, K, K, K), (None, None), torch.bfloat16, "eager"),
+        ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16, "eager"),
+        ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.bfloat16, "fused"),
+        ("llama-3.1-8b", 4096, (R, R, K, K), (1024, None), torch.bfloat16, "fused"),
+        ("qwen3-8b", 4096, (K, K, K, K), (None, None), torch.bfloat16, "fused"),
+        ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16, "fused"),
     ],
 )
-def test_the_peak_of_an_update_is_that_of_its_tensors(alias, tokens, policy, tiles, dtype, soak):
+def test_the_peak_of_an_update_is_that_of_its_tensors(
+    alias, tokens, policy, tiles, dtype, kernels, soak
+):
     """Real shapes on fake tensors: everything but the insides of single operations."""
     if tokens > 8192 and tiles != (2048, 2048) and not soak:
         pytest.skip("takes seconds; run by make soak")
@@ -145,11 +175,13 @@ def test_the_peak_of_an_update_is_that_of_its_tensors(alias, tokens, policy, til
     prefix, suffix = tokens // 2, tokens // 4
     walked = walk_update(
         config, [Segment(0, prefix, (suffix, suffix))], dtype=dtype, policy=policy,
-        mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1],
+        mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1], kernels=kernels, buffer_bytes=2**27,
     )  # fmt: skip
     layout = MemoryLayout(
         architecture_of_config(config, alias),
-        Training("lora", dtype.itemsize, attention="sdpa"),
+        Training(
+            "lora", dtype.itemsize, attention="sdpa", kernels=kernels, head_buffer_bytes=2**27
+        ),
         MicroBatchShape(tokens, 2 * suffix, prefix, suffix, suffix * (prefix + suffix)),
         MemoryStrategy("adamw_torch", mlp_tile_tokens=tiles[0], norm_tile_tokens=tiles[1]),
     )
@@ -161,9 +193,10 @@ def test_the_peak_of_an_update_is_that_of_its_tensors(alias, tokens, policy, til
 def test_every_alias_is_counted_offline(alias):
     found = architecture_named(alias)
     assert found.parameters == PARAMETERS[alias]
-    assert found.is_standard
+    assert found.is_standard != alias.startswith(GUESSED)
     assert found.attention.softcap == (alias == "gemma-2-9b")
-    assert found.query_key_norms == (alias == "qwen3-8b")
+    normed = ("qwen3-8b", "gemma-3-", "gemma-4-")
+    assert found.query_key_norms == alias.startswith(normed)
 
 
 def test_a_loaded_model_is_counted_like_its_config():

@@ -23,6 +23,7 @@ from fastdpo.ref_cache import (
     reference_identity,
     reference_logps,
 )
+from fastdpo.ref_cache import shards as shards_module
 from fastdpo.ref_cache.run_notes import load_requests
 from fastdpo.ref_cache.spot_check import spot_check
 from fastdpo.ref_cache.store import group_keys
@@ -182,6 +183,42 @@ def test_a_spot_check_refuses_another_models_log_probs(policy, tmp_path, kept):
     )
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("change", ["zero", "halved"])
+def test_sums_that_are_not_the_tokens_are_never_trained_on(
+    policy, tmp_path, monkeypatch, said, kept, change
+):
+    """A shard with a right checksum: its sums are set aside with tokens, refused without."""
+    options = StoreOptions(keep_token_logps=kept, spot_check_pairs=2)
+    right = fill(policy, GROUPS, tmp_path / "right")
+
+    def spoiled(rows, *others, **named):
+        factor = 0 if change == "zero" else 0.5
+        return encode(
+            [dataclasses.replace(row, logps=factor * row.logps) for row in rows], *others, **named
+        )
+
+    encode = shards_module.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "encode", spoiled)
+        patch.setattr(shards_module, "_sum_fault", lambda tensors: None)
+        store = ReferenceStore(tmp_path, IDENTITY, options=options)
+        reference_logps(reference_from_base(policy), GROUPS, store, layout=ExecutionLayout(128))
+        wrong = ReferenceStore(tmp_path, IDENTITY, options=options)
+        assert len(wrong) == 18, "the shard is as good as any other"
+        with pytest.raises(ValueError, match=r"not those of this model.* nats there and .* now"):
+            check(policy, wrong, 2)
+    said()
+    store = ReferenceStore(tmp_path, IDENTITY, options=options)
+    if not kept:
+        with pytest.raises(ValueError, match="not those of this model"):
+            reference_logps(reference_from_base(policy), GROUPS, store, layout=ExecutionLayout(128))
+        return
+    found = reference_logps(reference_from_base(policy), GROUPS, store, layout=ExecutionLayout(128))
+    assert np.array_equal(found, right)
+    assert any("its tokens add up to" in line for line in said())
+
+
 def test_the_choice_is_deterministic_and_foreign_rows_come_first(policy, tmp_path, monkeypatch):
     fill(policy, GROUPS[:8], tmp_path)
     fill(policy, GROUPS, tmp_path, versions=THEN)  # the ninth
@@ -229,7 +266,7 @@ def test_own_versions_win_whatever_the_shards_are_called(tmp_path):
     for name, versions, logps in (("a", THEN, -1.0), ("b", NOW, -2.0), ("c", NOW, -3.0)):
         store = ReferenceStore(tmp_path, IDENTITY, versions=versions)
         before = set(shards(tmp_path))
-        store.append([ScoredCompletion(row.key, logps, row.token_logps)])
+        store.append([ScoredCompletion(row.key, logps, np.float32([logps]))])
         (path,) = set(shards(tmp_path)) - before
         path.rename(path.with_name(f"shard-{name}.safetensors"))
     for versions, wanted in ((NOW, -2.0), (THEN, -1.0), (None, -1.0)):

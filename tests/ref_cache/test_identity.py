@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Trainer
 
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.data.chat_template import PLAIN_CHAT_TEMPLATE
 from fastdpo.modeling.adapters import add_adapter
 from fastdpo.ref_cache import reference_identity
 from fastdpo.ref_cache.identity import IGNORED_CONFIG_KEYS
@@ -28,6 +29,7 @@ MISS = {
     "max_completion_length": 3,
     "truncation_mode": "keep_start",  # with a max_length that cuts
     "special_tokens_in_content": "literal",  # with rows that spell one
+    "score_turns": "assistant",  # with completions of several turns
 }
 """What shapes the rows."""
 
@@ -140,7 +142,7 @@ def test_of_all_fields_of_dpo_config_only_those_that_shape_rows_miss(monkeypatch
               "gradient_accumulation_steps", "shared_prefix", "micro_batch_tokens"}  # fmt: skip
     assert wanted <= set(tried)
     assert len(tried) >= 60
-    assert len(refused) <= 12, refused
+    assert len(refused) <= 20, refused
 
 
 def test_what_shapes_the_rows_misses():
@@ -154,6 +156,20 @@ def test_what_shapes_the_rows_misses():
     spelled = [row | {"prompt": f"</s>{row['prompt']}"} for row in PAIRS]
     literal = {"special_tokens_in_content": MISS["special_tokens_in_content"]}
     assert key_of({}, spelled)[1].isdisjoint(key_of(literal, spelled)[1])
+
+
+def test_scored_turns_miss_and_single_answers_hit(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", PLAIN_CHAT_TEMPLATE)
+
+    def turns(*texts):
+        roles = ("assistant", "user") * len(texts)
+        return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+    prompt, assistant = [{"role": "user", "content": "a"}], {"score_turns": MISS["score_turns"]}
+    row = {"prompt": prompt, "chosen": turns("b", "c", "d"), "rejected": turns("e", "f", "g")}
+    assert key_of({}, [row])[1].isdisjoint(key_of(assistant, [row])[1])
+    row |= {"chosen": turns("b"), "rejected": turns("e")}
+    assert key_of({}, [row])[1] == key_of(assistant, [row])[1]
 
 
 def test_order_subset_superset_and_duplicates_hit():

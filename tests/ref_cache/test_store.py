@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import random
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from fastdpo.ref_cache import ReferenceStore, require_creatable
+from fastdpo.ref_cache import ReferenceStore
 from fastdpo.ref_cache import shards as shards_module
 from fastdpo.ref_cache.store import ScoredCompletion
 from fastdpo.system import files
@@ -89,6 +88,7 @@ RIGHT = {
     "token_logps": np.concatenate([row.token_logps for row in ROWS]),
 }
 SCORED = len(RIGHT["token_logps"])
+BARE = {name: tensor for name, tensor in RIGHT.items() if name != "token_logps"}
 HOSTILE = {
     "huge header": (2**63 - 1).to_bytes(8, "little") + b"{}",
     "longer header than file": (2**20).to_bytes(8, "little") + b"{}",
@@ -110,6 +110,13 @@ HOSTILE = {
     "words as keys": checked(RIGHT | {"keys": RIGHT["keys"].view(np.uint32)}),
     "NaN": checked(RIGHT | {"logps": np.array([np.nan, -1.0])}),
     "infinite token": checked(RIGHT | {"token_logps": np.full(SCORED, -np.inf, np.float32)}),
+    "sums of 0": checked(RIGHT | {"logps": np.zeros(2)}),
+    "halved sums": checked(RIGHT | {"logps": RIGHT["logps"] / 2}),
+    "one sum off by 0.001": checked(RIGHT | {"logps": RIGHT["logps"] - [0, 1e-3]}),
+    "exchanged sums": checked(RIGHT | {"logps": RIGHT["logps"][::-1]}),
+    "positive": checked({n: -t if "logps" in n else t for n, t in RIGHT.items()}),
+    "positive sums": checked(BARE | {"logps": -RIGHT["logps"]}),
+    "a positive sum": checked(BARE | {"logps": np.array([-1.0, 1e-9])}),
     "negative count": checked(RIGHT | {"tokens": np.array([-1, SCORED + 1])}),
     "count of 2^62": checked(RIGHT | {"tokens": np.array([2**62, 2**62])}),
     "wrapping counts": checked(RIGHT | {"tokens": np.array([2**63 - 1, -(2**63) + 1 + SCORED])}),
@@ -130,6 +137,8 @@ def test_a_hostile_shard_is_set_aside(tmp_path, caplog, kind):
     assert path.with_name("shard-0.safetensors.bad").exists()
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "is damaged" in warning
+    if kind == "other format":
+        assert "it has format '2', and this fastdpo reads 1" in warning
 
 
 def test_the_right_shard_beside_the_hostile_ones_is_read(tmp_path):
@@ -155,7 +164,7 @@ def test_equal_keys_have_the_value_of_the_lowest_shard_name(tmp_path):
     (row,) = some_rows(count=1)
     reader = ReferenceStore(tmp_path, IDENTITY)
     for name, logps, wanted in (("m", -1.0, -1.0), ("z", -2.0, -1.0), ("a", -3.0, -3.0)):
-        written(tmp_path, [ScoredCompletion(row.key, logps, row.token_logps)], name)
+        written(tmp_path, [ScoredCompletion(row.key, logps, np.float32([logps]))], name)
         assert reader.lookup([row.key]).tolist() == [wanted]
         assert lookup(tmp_path, [row]).tolist() == [wanted]
 
@@ -171,8 +180,7 @@ def test_what_a_killed_writer_left_is_ignored(tmp_path):
 def test_keys_that_end_in_zeros_stay_apart(tmp_path):
     stem = b"k" * 29
     ends = [b"\0\0\0", b"\0\0\1", b"\1\0\0", b"\1\1\0"]
-    tokens = np.array([-1.0], np.float32)
-    rows = [ScoredCompletion(stem + end, -float(i), tokens) for i, end in enumerate(ends)]
+    rows = [ScoredCompletion(stem + end, -float(i), np.float32([-i])) for i, end in enumerate(ends)]
     written(tmp_path, rows[1:])
     assert lookup(tmp_path, rows).tolist() == pytest.approx([np.nan, -1, -2, -3], nan_ok=True)
 
@@ -196,19 +204,3 @@ def test_a_log_prob_that_is_not_finite_is_refused(tmp_path, value):
     assert not temporaries(tmp_path)
     store.append([])
     assert not shards(tmp_path)
-
-
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(tmp_path):
-    file = tmp_path / "a-file"
-    file.write_text("x")
-    with pytest.raises(ValueError, match=r"a-file is no folder: .*--ref_cache.*FASTDPO_CACHE"):
-        require_creatable(file / ".cache" / "fastdpo" / "reference")
-    require_creatable(tmp_path)
-    require_creatable(tmp_path / "a" / "b")
-    assert not (tmp_path / "a").exists()
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    require_creatable(closed)  # a read-only store is a store
-    if not os.access(closed, os.W_OK):  # root may write anywhere
-        with pytest.raises(ValueError, match="closed is not writable"):
-            require_creatable(closed / "a")

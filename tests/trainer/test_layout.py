@@ -110,7 +110,7 @@ def test_the_layout_follows_the_plan_and_the_options_come_first(build):
     )  # fmt: skip
     plain = layout_of(trainer, made)
     assert plain == ExecutionLayout(
-        512, ("offload", "keep"), 2048, 1024, True, None, plain.attention
+        512, ("offload", "keep"), 2048, 1024, True, None, plain.attention, "eager"
     )
     assert layout_of(trainer, made, micro_batch_tokens=300).micro_batch_tokens == 300
     assert layout_of(trainer, made, activations="recompute").activation_plan == ("recompute",) * 2

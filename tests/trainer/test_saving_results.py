@@ -51,7 +51,7 @@ def ends(monkeypatch, main, argv):
 
 DIVERGING = {
     "rate": {"learning_rate": 1e38, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"},
-    "epsilon": {"adam_epsilon": 0.0, "weight_decay": 0.0},
+    "epsilon": {"adam_epsilon": 1e-60},  # 0 in fp32, and 0/0 where a gradient is 0
     "decay": {"weight_decay": 1e38, "learning_rate": 1e8, "lr_scheduler_type": "constant"},
 }
 
@@ -268,7 +268,9 @@ def test_training_into_the_base_is_refused(workplace, monkeypatch, capsys, tunin
     before = {path.name: path.read_bytes() for path in (workplace / "base").iterdir()}
     argv = [*RUN, f"--{tuning}", "--output_dir", "base"]
     assert ends(monkeypatch, train.main, argv) == 2
-    assert "--output_dir base would overwrite what --model base names" in capsys.readouterr().err
+    assert (
+        "--output_dir base would overwrite or join base, which --model" in capsys.readouterr().err
+    )
     args = DPOConfig("x", use_cpu=True, ref_cache="store")
     trainer = DPOTrainer("base", args=args, train_dataset=preference_rows(6))
     trainer.args.output_dir = str(workplace / "base" / ".")
@@ -276,3 +278,36 @@ def test_training_into_the_base_is_refused(workplace, monkeypatch, capsys, tunin
         with pytest.raises(CheckpointError, match="the folder of the model that training starts"):
             write()
     assert {path.name: path.read_bytes() for path in (workplace / "base").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "output", "reader"),
+    [
+        ({"--reference": "other"}, "other", "other, which --reference reads"),
+        ({"--dataset": "data"}, "data", "data, which --dataset reads"),
+        ({"--dataset": "out/metrics.jsonl"}, "out", "out/metrics.jsonl, which --dataset reads"),
+        ({"--ref_cache": "store"}, "./store/", "store, which --ref_cache reads"),
+        ({"--model": "adapter"}, "adapter", "adapter, which --model reads"),
+        ({"--model": "adapter"}, "base", "base, which the adapter of --model reads"),
+        (
+            {"--model": "out/checkpoint-4", "--save_total_limit": "1"},
+            "out",
+            "--save_total_limit would delete it",
+        ),
+    ],
+)
+def test_training_into_another_input_is_refused(
+    workplace, monkeypatch, capsys, options, output, reader
+):
+    for folder in ("other", "data", "store", "adapter", "out/checkpoint-4"):
+        Path(folder).mkdir(parents=True)
+    Path("out/metrics.jsonl").write_text("{}")
+    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    before = sorted(Path().rglob("*"))
+    given = {"--model": "base", "--dataset": "train.jsonl", "--output_dir": output} | options
+    argv = [part for pair in given.items() for part in pair]
+    assert ends(monkeypatch, train.main, argv) == 2
+    said = capsys.readouterr().err
+    assert reader in said
+    assert "give another folder" in said
+    assert sorted(Path().rglob("*")) == before

@@ -1,5 +1,6 @@
 """Checkpoint folders: completed by a manifest, published, verified, found again, and rotated."""
 
+import hashlib
 import json
 import logging
 import os
@@ -19,8 +20,14 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
+"""Raised by a change after which what an earlier fastdpo wrote would be read wrongly. A setting or
+a file more is none: who does not know it does not read it."""
+
 READABLE_FORMATS = (1, 2)
 """In format 1 what JSON does not have was lost from the state of optimizers and schedulers."""
+
+CHECKSUM = "sha256"
+"""The manifest's key of its own checksum; the first manifests have none."""
 
 MAX_MANIFEST_BYTES = 2**24  # ours have about 3 KiB
 
@@ -62,7 +69,7 @@ def write_manifest(
                 "sha256": files.sha256_of(path),
             }
     manifest = {"format": FORMAT, "run": {**run}, "plan": {**(plan or {})}, "files": contents}
-    files.write_json(folder / MANIFEST, manifest)
+    files.write_json(folder / MANIFEST, {**manifest, CHECKSUM: _checksum(manifest)})
 
 
 def verify(folder: Path) -> Manifest:
@@ -212,6 +219,12 @@ def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
             raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
         read = json.loads(content)
         written_in = read["format"]
+        if (
+            written_in in READABLE_FORMATS
+            and CHECKSUM in read
+            and read.pop(CHECKSUM) != _checksum(read)
+        ):
+            raise ValueError("its checksum is wrong")
         manifest = Manifest(dict(read["run"]), dict(read.get("plan", {})))
         contents = {name: (r["bytes"], r["sha256"]) for name, r in read["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -227,6 +240,11 @@ def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
         if not _stays_inside(name):
             raise CheckpointError(f"{path} names {name!r}, which is no file inside the checkpoint")
     return manifest, contents
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(manifest))  # keys that are numbers become strings
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def _stays_inside(name: str) -> bool:

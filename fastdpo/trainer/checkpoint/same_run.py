@@ -1,17 +1,18 @@
 """A check that a checkpoint belongs to the run that resumes from it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fastdpo.trainer.checkpoint.errors import CheckpointError
-
-_ABSENT = object()
 
 
 def require_same_run(
     saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Collection[str] = ()
 ) -> list[str]:
     """Refuse to resume under settings that would make the run another one.
+
+    A setting that one side does not know, since another version of fastdpo or of transformers
+    wrote it, is no difference: what would be read otherwise has another format.
 
     Args:
         saved: the settings in the checkpoint, nested to any depth.
@@ -26,8 +27,7 @@ def require_same_run(
         CheckpointError: lists every other setting that differs, with both values; or a name in
             `allowed` is none.
     """
-    before, now = _flat(saved), _flat(current)
-    names = list(before | now)
+    names = list(_flat(saved) | _flat(current))
     for name in allowed:
         if not any(_covers(name, each) for each in names):
             raise CheckpointError(
@@ -35,9 +35,8 @@ def require_same_run(
                 f"{', '.join(names)}: name one of these."
             )
     lines = {
-        name: f"{name}: the checkpoint has {_shown(before, name)}, this run {_shown(now, name)}"
-        for name in names
-        if before.get(name, _ABSENT) != now.get(name, _ABSENT)
+        name: f"{name}: the checkpoint has {_shown(before)}, this run {_shown(now)}"
+        for name, before, now in _differences(saved, current)
     }
     refused = [n for n in lines if not any(_covers(each, n) for each in allowed)]
     if refused:
@@ -54,17 +53,36 @@ def _covers(allowed: str, name: str) -> bool:
     return name == allowed or name.startswith(f"{allowed}.")
 
 
+def _differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name, saved and present value of each setting that both sides know and that differs."""
+    for key, before in saved.items():
+        if key not in current:
+            continue
+        now = current[key]
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{prefix}{key}.")
+        elif _as_json(before) != _as_json(now):
+            yield f"{prefix}{key}", before, now
+
+
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings by their nested names joined by dots, tuples as lists, which JSON reads back."""
+    """The settings by their nested names joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in description.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    text = repr(values[name]) if name in values else "nothing"
+def _as_json(value: Any) -> Any:
+    """A value as JSON reads it back: tuples are lists."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(_as_json(value))
     return text if len(text) <= 80 else f"{text[:77]}..."

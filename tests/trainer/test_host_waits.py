@@ -1,0 +1,68 @@
+"""How often the host waits for the device in an update: operations whose result it must see."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdpo.trainer.dpo_trainer import METRIC_OUTPUTS
+from fastdpo.trainer.nonfinite import nonfinite_reason
+from tests.tiny_trainer import tiny_base, tiny_trainer
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what makes the host wait on a GPU: single values, and results of unknown size."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = [t for t in indices if t is not None and t.dtype in (torch.bool, torch.uint8)]
+        if name in self.NAMES or masks:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+@pytest.mark.parametrize("outputs", [(), METRIC_OUTPUTS])
+def test_an_update_is_read_once_at_its_end(tmp_path, monkeypatch, outputs, kernels):
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
+    trainer = tiny_trainer(
+        copy.deepcopy(tiny_base()), tmp_path / "out", micro_batch_tokens=512, kernels=kernels
+    )
+    trainer.on_before_train()
+    # On the CPU alone the ids are looked at.
+    module = sys.modules["fastdpo_kernels.linear_logprobs"]
+    monkeypatch.setattr(module, "_validate_range", lambda *_: None)
+    trainer.record.first_update_margin = 0.0  # of the first update alone its margin is read
+    groups = [trainer.train_groups[i] for i in range(8)]
+    trainer.policy.train()
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or tolist(t))
+    with HostWaits() as waits:
+        result = trainer.update.run(groups, outputs)
+        assert not reads
+        assert not nonfinite_reason(trainer.policy, result, groups)
+        trainer.record.add(groups, result, 0.1)
+    assert len(reads) == 1
+    assert waits.seen == []
+    trainer.record.flush()
+    assert len(reads) == 2  # all metrics of a log line together
+
+
+def test_the_count_sees_what_it_is_for():
+    tensor = torch.arange(4.0)
+    with HostWaits() as waits:
+        tensor.sum().item()
+        tensor[tensor > 1]
+        bool(tensor.any())
+        tensor.nonzero()
+    assert len(waits.seen) >= 4
