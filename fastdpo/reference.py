@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import DataOptions, ModelOptions, reference_folder
+from fastdpo.options.checks import Options, number, option
 from fastdpo.ref_cache.archive import export_store, import_store
 from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarize
 from fastdpo.ref_cache.store import quarantine
@@ -24,7 +25,7 @@ ACTIONS = {
 
 
 @dataclass
-class StoreOptions:
+class StoreOptions(Options):
     """Which stores, and what is done to them."""
 
     _argument_group_name = "Reference stores"
@@ -39,9 +40,10 @@ class StoreOptions:
     file: str | None = field(
         default=None, metadata={"help": "The file to export to or to import from."}
     )
-    unused_days: float | None = field(
-        default=None,
-        metadata={"help": "Prune stores that no run has used for so many days; unset: none."},
+    unused_days: float | None = option(
+        None,
+        "Prune stores that no run has used for so many days; unset: none.",
+        check=number("30 is usual; 0 takes every store.", at_least=0),
     )
     dry_run: bool = field(default=False, metadata={"help": "Say what prune would remove."})
 

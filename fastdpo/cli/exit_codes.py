@@ -95,11 +95,13 @@ def _memory_line(error: BaseException) -> str | None:
 
 
 def _is_ours(name: str | None) -> bool:
-    return name is None or name.partition(".")[0] in ("fastdpo", "fastdpo_kernels")
+    return (name or "").partition(".")[0] in ("fastdpo", "fastdpo_kernels")
 
 
 def _missing_package(error: ImportError) -> str:
     package = (error.name or "").partition(".")[0]
+    if not package:  # the library says which one, as transformers does
+        return f"a package is missing: {_first_line(error)}"
     if isinstance(error, ModuleNotFoundError):
         return (
             f"the package {package} is needed and not installed: pip install {package}, or leave "

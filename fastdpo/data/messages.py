@@ -23,7 +23,9 @@ def question_of(row: Mapping[str, Any], question: str, more: str | None) -> str:
 
 def history_turns(history: Any) -> Messages:
     """Make the turns before the question of a list of [question, answer], or of messages."""
-    history = messages_of(history) or []
+    history = messages_of(history)
+    if history is None or history == "":
+        return []
     if not isinstance(history, list | tuple):
         raise DataError(f"the history is {history!r:.40}, a list of [question, answer] is needed")
     turns = []

@@ -176,9 +176,6 @@ def could_be_far_larger(path: Path) -> bool:
 
 def _text_bytes(array: Any) -> tuple[int, int]:
     """Bytes of the longest text in an Arrow array of any type, and of all texts together."""
-    import pyarrow.compute
-
-    pc: Any = pyarrow.compute  # its functions are made when it is imported
     from pyarrow import types
 
     kind = array.type
@@ -195,21 +192,25 @@ def _text_bytes(array: Any) -> tuple[int, int]:
         lengths = _lengths(array)
     if lengths is None or len(lengths) == 0:
         return 0, array.nbytes
-    return pc.max(lengths).as_py() or 0, pc.sum(lengths).as_py() or 0
+    return _computed("max", lengths).as_py() or 0, _computed("sum", lengths).as_py() or 0
 
 
 def _lengths(array: Any) -> Any:
     """The length of each text in 64 bits; None where the array holds none."""
     import pyarrow
-    import pyarrow.compute
-
-    pc: Any = pyarrow.compute  # its functions are made when it is imported
     from pyarrow import types
 
     texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if not any(is_text(array.type) for is_text in texts):
         return None
-    return pc.binary_length(array).cast(pyarrow.int64())
+    return _computed("binary_length", array).cast(pyarrow.int64())
+
+
+def _computed(function: str, array: Any) -> Any:
+    """The result of one of Arrow's compute functions on an array."""
+    from pyarrow import compute
+
+    return compute.call_function(function, [array])
 
 
 def _both(arrays: Iterable[Any]) -> tuple[int, int]:

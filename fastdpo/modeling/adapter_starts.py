@@ -28,8 +28,12 @@ CONVERT = (
 )
 
 
+class AdapterStartError(ValueError):
+    """An adapter whose base is not the model that training started from."""
+
+
 def start_fault(config: Mapping[str, Any]) -> str | None:
-    """The reason why an adapter of this config does not lie on the base as it is stored, or None.
+    """Say why an adapter of this config does not lie on the base as it is stored, if so.
 
     Args:
         config: the content of `adapter_config.json`, or the fields of a PeftConfig.
@@ -60,10 +64,10 @@ def require_base_kept(config: Mapping[str, Any], where: str, remedy: str = CONVE
         remedy: a sentence on what to do, without its full stop.
 
     Raises:
-        ValueError: names the key of the config and its value.
+        AdapterStartError: names the key of the config and its value.
     """
     if fault := start_fault(config):
-        raise ValueError(f"{where}: {fault}. {remedy}.")
+        raise AdapterStartError(f"{where}: {fault}. {remedy}.")
 
 
 def drawn_config(model: nn.Module, config: PeftConfig) -> PeftConfig:
@@ -73,11 +77,11 @@ def drawn_config(model: nn.Module, config: PeftConfig) -> PeftConfig:
     config that is returned, and saved with the adapter, says so.
 
     Raises:
-        ValueError: the initialization would write to the base, or nothing here would compute it.
+        AdapterStartError: the initialization would write to the base, or nothing would compute it.
     """
     start = getattr(config, "init_lora_weights", True)
     if start == "eva":
-        raise ValueError(
+        raise AdapterStartError(
             "peft_config: init_lora_weights is 'eva', which PEFT computes from data in a step of "
             "its own, and it would stay undone here. Make the PeftModel with get_peft_model and "
             "initialize_lora_eva_weights and pass it as the model, or leave init_lora_weights out."
@@ -94,7 +98,7 @@ def check_policy_start(policy: nn.Module) -> None:
     """Refuse a PeftModel whose base is not the model that it was made of.
 
     Raises:
-        ValueError: names the adapter, the key of its config and the value.
+        AdapterStartError: names the adapter, the key of its config and the value.
     """
     if not isinstance(policy, PeftModel):
         return
@@ -107,10 +111,10 @@ def check_policy_start(policy: nn.Module) -> None:
 
 
 def is_identity_adapter(policy: PeftModel) -> bool:
-    """Tell whether the adapter is new.
+    """Tell whether the adapter is new: its output is 0, and its copies are those of the base.
 
     Then every one of its up-projections is 0, and its copies of whole modules and of token
-    embeddings are as they are in the base.
+    embeddings are equal to the base's.
     """
     if len(policy.active_adapters) != 1:
         return False
@@ -123,7 +127,7 @@ def is_identity_adapter(policy: PeftModel) -> bool:
 
 
 def _is_changed(module: nn.Module, adapter: str) -> bool:
-    """Whether an adapter's own copy of a module, or of some embeddings, differs from the base's."""
+    """Return True if an adapter's copy of a module or of embeddings differs from the base's."""
     if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
         copies = module.modules_to_save[adapter].state_dict()
         originals = module.original_module.state_dict()
@@ -133,7 +137,7 @@ def _is_changed(module: nn.Module, adapter: str) -> bool:
         )
     if isinstance(module, TrainableTokensLayer) and adapter in module.trainable_tokens_delta:
         delta = module.trainable_tokens_delta[adapter]
-        return not torch.equal(delta, module.trainable_tokens_original[adapter].to(delta))
+        return not torch.equal(delta, module.trainable_tokens_original[adapter].to(delta))  # pyrefly: ignore
     return False
 
 
@@ -155,13 +159,13 @@ def base_kept(model: nn.Module, adapter: str) -> Iterator[None]:
         adapter: the adapter in words, at the beginning of the message.
 
     Raises:
-        ValueError: names a tensor of the base that has changed.
+        AdapterStartError: names a tensor of the base that has changed.
     """
     before = _samples(model)
     yield
     now = _samples(model)
     if changed := [name for name in before if now.get(name, before[name]) != before[name]]:
-        raise ValueError(
+        raise AdapterStartError(
             f"{adapter} has changed {changed[0]} ({len(changed)} tensors of the base in all) on "
             "being made: the base without the adapter would be another model than before, and no "
             "reference. Train another kind of adapter, or save the changed base as a model."

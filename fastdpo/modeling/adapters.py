@@ -23,7 +23,12 @@ from transformers import (
 )
 
 from fastdpo.modeling.adapter_config import check_patterns
-from fastdpo.modeling.adapter_starts import base_kept, drawn_config, require_base_kept
+from fastdpo.modeling.adapter_starts import (
+    AdapterStartError,
+    base_kept,
+    drawn_config,
+    require_base_kept,
+)
 from fastdpo.modeling.families import family_of
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.modeling.head import unwrap_model
@@ -146,8 +151,8 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     """Put a new adapter on the model, its weights in fp32 whatever the base's dtype.
 
     Raises:
-        ValueError: the model has an adapter already, the new one would write to the base, or this
-            kind of adapter is not trained here.
+        ValueError: the model has an adapter already, this kind of adapter is not trained here, or
+            the new one would write to the base.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -227,10 +232,9 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         trainable: whether the adapter will be trained further.
 
     Raises:
-        ValueError: there is no adapter there, its weights do not fit this base, they or their
-            scale are not finite, or it would write to the base.
+        ValueError: there is no adapter there, its weights do not fit this base, it would write to
+            the base, or its weights or their scale are not finite.
     """
-    read_adapter_config(folder)
     replace_lora_forward(model)
     with _strict_load(model, folder) as load, base_kept(model, f"the adapter in {folder}"):
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
@@ -243,8 +247,8 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """Load the adapter of a folder under another name, beside the one that the model has.
 
     Raises:
-        ValueError: its weights do not fit this base, they or their scale are not finite, or it
-            would write to the base.
+        ValueError: its weights do not fit this base, it would write to the base, or its weights or
+            their scale are not finite.
     """
     with _strict_load(model, folder) as load, base_kept(model, f"the adapter in {folder}"):
         load(model, name)
@@ -255,7 +259,7 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
     """Yield a function (model, name) that loads the folder's weights, all of them.
 
     It raises a ValueError where weights are missing, surplus or of another shape; PEFT alone leaves
-    a matrix whose name it does not find as it was drawn, with a warning, and runs the
+    a matrix whose name it does not find as it was drawn, with a warning. PEFT runs the
     initialization of the adapter's config before it loads.
     """
     peft_config = read_adapter_config(folder)
@@ -285,7 +289,7 @@ def _strict_load(base: PreTrainedModel | PeftModel, folder: str) -> Iterator[Cal
 
     try:
         yield load
-    except (AdapterError, ImportError, MemoryError):
+    except (AdapterError, AdapterStartError, ImportError, MemoryError):
         raise
     except Exception as error:  # torch: the shapes differ; safetensors: damaged; PEFT: anything
         if isinstance(error, RuntimeError) and oom_message(error):
@@ -313,39 +317,6 @@ def is_adapter(name: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def read_adapter_config(folder: str) -> PeftConfig:
-    """The config of the adapter in a folder, once it is known to leave the base as it is.
-
-    Raises:
-        AdapterError: the folder holds no adapter, or a damaged one.
-        ValueError: the adapter would write to the base.
-    """
-    file = Path(folder) / ADAPTER_CONFIG
-    try:
-        if file.is_file():  # before PEFT looks for what an initialization needs
-            content = json.loads(file.read_text("utf-8"))
-            if not isinstance(content, dict):
-                raise TypeError(f"{file} holds a {type(content).__name__} in place of an object")
-        else:
-            content = {}
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-    require_base_kept(content, str(file))
-    try:
-        return PeftConfig.from_pretrained(folder)
-    except Exception as error:  # PEFT raises what its parsing of the file happens to meet
-        raise _unreadable(folder, error) from error
-
-
-def _unreadable(folder: str, error: Exception) -> AdapterError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return AdapterError(
-        f"{folder} holds no adapter ({type(error).__name__}: {reason}): need a folder with "
-        "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
-        "with --lora or --qlora."
-    )
-
-
 def base_model_name(folder: str) -> str:
     """The name of the model that an adapter was trained on.
 
@@ -357,6 +328,28 @@ def base_model_name(folder: str) -> str:
     if not base:
         raise ValueError(f"the adapter in {folder} does not name its base: pass it as --model.")
     return base
+
+
+def read_adapter_config(folder: str) -> PeftConfig:
+    """The adapter_config.json of a folder, once it is known to leave the base as it is.
+
+    Raises:
+        ValueError: the folder holds no adapter, a damaged one, or one that would write to the base.
+    """
+    file = Path(folder) / ADAPTER_CONFIG
+    try:
+        if file.is_file():  # before PEFT looks for what an initialization needs
+            require_base_kept(json.loads(file.read_text("utf-8")), str(file))
+        return PeftConfig.from_pretrained(folder)
+    except AdapterStartError:
+        raise
+    except Exception as error:  # PEFT raises what its parsing of the file happens to meet
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise AdapterError(
+            f"{folder} holds no adapter ({type(error).__name__}: {reason}): need a folder with "
+            "adapter_config.json and adapter_model.safetensors, such as the --output_dir of a run "
+            "with --lora or --qlora."
+        ) from error
 
 
 @contextmanager

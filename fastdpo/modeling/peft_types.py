@@ -69,7 +69,7 @@ def check_peft_type(config: PeftConfig, *, four_bit: bool = False) -> None:
     Raises:
         ValueError: names the type or the field, and says why.
     """
-    kind = getattr(config.peft_type, "value", config.peft_type)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in TRAINED:
         reason = REFUSED.get(kind, "this version of fastdpo has not tried it")
         raise ValueError(

@@ -67,7 +67,7 @@ class ReferenceModel:
     def adapter_scale(self) -> dict[str, Any]:
         """The adapter's config fields that decide what its tensors add to the weights."""
         assert self.adapter is not None, "there is one"
-        config = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
+        config: Any = self.model.peft_config[self.adapter]  # pyrefly: ignore[bad-index]
         if config.peft_type != PeftType.LORA:
             return {n: v for n, v in config.to_dict().items() if n not in _NOT_OF_THE_NUMBERS}
         names = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")

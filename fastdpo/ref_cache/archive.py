@@ -5,8 +5,10 @@ more than a store: kinds, names and sizes of all members are checked before one 
 their hashes, then every shard as any reader would.
 """
 
+import errno
 import io
 import json
+import os
 import re
 import tarfile
 import time
@@ -86,6 +88,7 @@ def import_store(archive: Path, root: Path) -> tuple[Path, int]:
         try:
             with tarfile.open(archive, "r:") as tar:
                 members = _checked_members(tar)
+                _check_room(sum(member.size for member in members), unpacked)
                 files.call_writer(unpacked, lambda path: tar.extractall(path, members, **_SAFE))
             key = _verify(unpacked)
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
@@ -116,6 +119,17 @@ def _checked_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
         member.mtime, member.mode = time.time(), 0o644
         member.uid, member.gid, member.uname, member.gname = 0, 0, "", ""
     return members
+
+
+def _check_room(size: int, folder: Path) -> None:
+    """Refuse to unpack what the disk has no room for.
+
+    Raises:
+        OSError: with the folder.
+    """
+    if size > (free := files.free_bytes(folder)):
+        reason = f"{size:,} bytes are needed and {free:,} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({reason})", str(folder.parent))
 
 
 def _verify(unpacked: Path) -> str:

@@ -1,5 +1,6 @@
 """Maintenance of stores: list them, check them, and remove what no run needs."""
 
+import math
 import os
 import time
 from contextlib import suppress
@@ -79,7 +80,12 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
     `unused_days`, so do stores that no run has used for so long. A store goes under another name
     first, so that a reader sees all of it or nothing, and keeps what it has read already; a writer
     makes its folder again.
+
+    Raises:
+        ValueError: `unused_days` is negative or not finite, which would take every store or none.
     """
+    if unused_days is not None and not 0 <= unused_days < math.inf:
+        raise ValueError(f"unused_days is {unused_days!r}; it must be a finite number from 0 on")
     stores, stale_files, freed, now = [], [], 0, time.time()
     for folder in store_folders(root):
         stats = _stats(folder)

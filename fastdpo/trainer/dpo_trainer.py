@@ -306,8 +306,8 @@ class DPOTrainer(ResumableTrainer):
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights are as before.
-            ValueError: the gradient of the first update is 0: nothing would ever be trained.
-            ValueError: policy and reference differ where they are one; the weights are as before.
+            ValueError: policy and reference differ where they are one, or the gradient of the first
+                update is 0 and nothing would ever be trained; the weights are as before.
         """
         self.record.start()
         self._follow_policy()
@@ -319,9 +319,9 @@ class DPOTrainer(ResumableTrainer):
         if wrong := nonfinite_reason(self.policy, result, inputs, check_gradient=unscaled):
             self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
             return result.loss.new_zeros(())
+        self._check_first_margin(inputs, result)
         if self.state.global_step == 0:
             require_gradient(self.policy)
-        self._check_first_margin(inputs, result)
         self.record.add(inputs, result, self.user_args.beta)
         if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)

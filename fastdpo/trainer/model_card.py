@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 
 from fastdpo.config import DPOConfig
 from fastdpo.options import PreferenceOptions
+from fastdpo.system.console import printable
 from fastdpo.version import __version__
 
 TAGS = ("fastdpo", "dpo", "preference-optimization")
@@ -92,7 +93,7 @@ def model_card(model: TrainedModel) -> str:
     """
     parts = [
         f"---\n{_front_matter(model).to_yaml()}\n---",
-        f"# {model.name}",
+        f"# {_plain(model.name).replace('<', '&lt;')}",
         _introduction(model),
         "## Training\n\n" + _table(("Option", "Value"), _options(model.args).items()),
     ]
@@ -102,7 +103,8 @@ def model_card(model: TrainedModel) -> str:
             + _table(("Metric", "Value"), _metrics(model.evaluation))
         )
     if model.command:
-        parts.append(f"## Command\n\n```\n{shlex.join(_without_secrets(model.command))}\n```")
+        words = [_plain(word) for word in _without_secrets(model.command)]
+        parts.append(f"## Command\n\n```\n{shlex.join(words)}\n```")
     if model.versions:
         parts.append("## Versions\n\n" + _table(("Library", "Version"), model.versions.items()))
     parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
@@ -127,7 +129,7 @@ def _introduction(model: TrainedModel) -> str:
         f"{what} {_shown(model.base_model)}, aligned with {model.pairs:,} preference pairs{data} "
         f"in {model.updates:,} updates by Direct Preference Optimization "
         f"([arXiv:2305.18290](https://arxiv.org/abs/2305.18290)), with fastdpo {__version__}.\n\n"
-        f"{model.reference}"
+        f"{' '.join(printable(model.reference).split())}"
     )
 
 
@@ -173,7 +175,7 @@ def _table(head: tuple[str, str], rows: Any) -> str:
 def _cell(value: Any) -> str:
     values = value if isinstance(value, list | tuple) else [value]
     text = " ".join(str(each.value if isinstance(each, Enum) else each) for each in values)
-    return " ".join(text.split()).replace("|", "\\|")
+    return _plain(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _default(entry: Field) -> Any:
@@ -188,4 +190,9 @@ def _shown(name: str) -> str:
     """A model's or data set's name for the text: of a local folder the last part alone."""
     if not name:
         return "a model that has no name"
-    return f"`{Path(name).name if _is_local(name) else name}`"
+    return f"`{_plain(Path(name).name if _is_local(name) else name)}`"
+
+
+def _plain(text: str) -> str:
+    """A name on one line, without what would end its place in Markdown or move a cursor."""
+    return " ".join(printable(text).replace("`", "'").split())

@@ -34,6 +34,10 @@ def no_package():
     import a_package_that_is_not_there  # noqa: F401
 
 
+def no_package_of_a_library():
+    raise ImportError("\nLlamaConverter requires the protobuf library but it was not found.\nMore")
+
+
 def no_set():
     raise DatasetGenerationError("An error occurred while generating the dataset")
 
@@ -46,6 +50,7 @@ ENDS = {
     "a damaged file": (damaged_weights, 2, "copy or download it again"),
     "a tokenizer's panic": (endless_pattern, 2, "retry-limit"),
     "a missing package": (no_package, 2, "pip install a_package_that_is_not_there"),
+    "a library's package": (no_package_of_a_library, 2, "requires the protobuf library"),
     "a data set": (no_set, 2, "pass its rows as a .jsonl file"),
     "a fault": (lambda: [][0], 70, "Please report it"),
     "another fault": (lambda: None + 1, 70, "This is a fault of fastdpo"),

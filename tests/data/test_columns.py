@@ -421,3 +421,21 @@ def test_raw_sharegpt_is_the_normalised_file_and_raw_alpaca_its_texts(shared_dat
             [turn("assistant", text.rejected)],
         ]
         assert all(line in text.prompt for line in turns.prompt[0]["content"].split("\n"))
+
+
+@pytest.mark.parametrize(
+    "history", [1.5, 0, True, "yes", {"a": 1}, [1.5], ["ab"], [["a"]], [[1, 2]]]
+)
+def test_a_history_that_is_none_is_one_sentence(history):
+    row = {"instruction": "a", "history": history, "output": ["x", "y"]}
+    with pytest.raises(
+        DataError, match=r"rows row 0: the history .* \[question, answer\] is needed"
+    ):
+        list(rows_from([row], "rows").preferences())
+
+
+@pytest.mark.parametrize("history", [None, "", [], [["q", "a"]]])
+def test_a_history_may_be_empty(history):
+    row = {"instruction": "a", "history": history, "output": ["x", "y"]}
+    ((_, [preference]),) = rows_from([row], "rows").preferences()
+    assert len(preference.prompt) == (3 if history else 1)

@@ -142,7 +142,14 @@ ALL = [*FAMILIES, *UNPACKED]
 
 @pytest.mark.parametrize("family", ALL)
 def test_the_future_and_the_rejected_change_nothing(family):
-    """Bit by bit: other tokens after a place, or in the other completion, leave it as it is."""
+    """Other tokens after a place, or in the other completion, leave it as it is.
+
+    To rounding: with experts they change how many rows a product has, and a BLAS may round so.
+    """
+
+    def alike(one, other):
+        return np.allclose(one, other, rtol=0, atol=2e-5)
+
     model = (model_of if family in FAMILIES else unpacked_model)(family)
     draw = np.random.default_rng(4)
     prompt, chosen, rejected = (draw.integers(5, 131, n).astype(np.int32) for n in (13, 11, 14))
@@ -153,12 +160,12 @@ def test_the_future_and_the_rejected_change_nothing(family):
     other[0] = rejected[0]
     plain = probed(model, [PromptGroup(prompt, (chosen, rejected))])
     changed = probed(model, [PromptGroup(prompt, (chosen, other))])
-    assert np.array_equal(plain[0], changed[0]), "chosen depends on rejected"
-    assert not np.array_equal(plain[1], changed[1])
+    assert alike(plain[0], changed[0]), "chosen depends on rejected"
+    assert not alike(plain[1], changed[1])
     future = probed(model, [PromptGroup(prompt, (late, rejected))])
-    assert np.array_equal(plain[0][:6], future[0][:6]), "the past depends on the future"
-    assert not np.array_equal(plain[0][6:], future[0][6:])
-    assert np.array_equal(plain[1], future[1]), "rejected depends on chosen"
+    assert alike(plain[0][:6], future[0][:6]), "the past depends on the future"
+    assert not alike(plain[0][6:], future[0][6:])
+    assert alike(plain[1], future[1]), "rejected depends on chosen"
 
 
 def test_packable_families_say_nothing_and_options_are_followed():

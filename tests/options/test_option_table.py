@@ -120,6 +120,9 @@ TABLE: dict[str, Changes | str] = {
     "truncation_mode": Changes("pairs", "keep_start", {"max_length": 44}),
     "special_tokens_in_content": Changes("pairs", "literal", {"dataset_name": "@spelled.jsonl"}),
     "score_turns": Changes("pairs", "assistant", {"dataset_name": "@turns.jsonl"}),
+    "template_date": covered(
+        "data/test_template_date.py::test_pairs_have_the_day_of_the_option_and_say_so"
+    ),
     "strict_data": Changes("pairs", True, {"dataset_name": "@useless.jsonl"}, refused="identical"),
     # BatchingOptions
     "micro_batch_tokens": Changes("work", 128),
@@ -144,6 +147,7 @@ TABLE: dict[str, Changes | str] = {
     "ref_spot_check": covered(
         "trainer/test_dpo_trainer.py::test_a_second_run_computes_no_reference_and_trains_alike"
     ),
+    "first_margin": covered("trainer/test_first_margin.py::test_warn_says_it_and_goes_on"),
     "sync_ref_model": Changes("store", True),
     "ref_model_mixup_alpha": Changes("curve", 0.3, MOVING),
     "ref_model_sync_steps": Changes("curve", 1, {"sync_ref_model": True}),

@@ -55,7 +55,7 @@ def test_every_flipped_byte_of_an_archive_is_noticed_or_harmless(tmp_path, expor
     content = exported.read_bytes()
     draw, refused = random.Random(5), 0
     wanted = logps_of(ROWS + MORE)
-    for at in range(0, len(content), 1 if soak else 23):
+    for at in range(0, len(content), 1 if soak else 97):
         damaged = bytearray(content)
         damaged[at] ^= 1 << draw.randrange(8)
         exported.write_bytes(damaged)
@@ -361,3 +361,27 @@ def test_many_rows(tmp_path, soak):
         f"{peak / 1024:.0f} MiB more at the peak, {size / 2**20:.0f} MiB on disk"
     )
     assert size < 2 * pairs * (32 + 8 + 8 + 4 * each) * 1.02
+
+
+def test_an_archive_larger_than_the_disk_is_refused_before_it_is_unpacked(
+    tmp_path, exported, monkeypatch
+):
+    monkeypatch.setattr(files, "free_bytes", lambda _: 1000)
+    with pytest.raises(OSError, match=r"bytes are needed and 1,000 are free") as refused:
+        import_store(exported, tmp_path / "there")
+    assert refused.value.filename == str(tmp_path / "there")
+    assert not list((tmp_path / "there").rglob("*"))
+
+
+@pytest.mark.parametrize("days", [-1, -1e-9, float("nan"), float("inf"), -float("inf")])
+def test_prune_takes_no_store_for_days_that_are_none(tmp_path, capsys, days, monkeypatch):
+    written(tmp_path, ROWS)
+    argv = ["prune", "--ref_cache", str(tmp_path), f"--unused_days={days}"]
+    monkeypatch.setattr("sys.argv", ["reference", *argv])
+    with pytest.raises(SystemExit) as ended:
+        command(main)
+    assert ended.value.code == 2
+    assert "unused_days" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unused_days"):
+        prune(tmp_path, unused_days=days)
+    assert len(store_folders(tmp_path)) == 1

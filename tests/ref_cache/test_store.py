@@ -113,7 +113,7 @@ HOSTILE = {
     "sums of 0": checked(RIGHT | {"logps": np.zeros(2)}),
     "halved sums": checked(RIGHT | {"logps": RIGHT["logps"] / 2}),
     "one sum off by 0.001": checked(RIGHT | {"logps": RIGHT["logps"] - [0, 1e-3]}),
-    "exchanged sums": checked(RIGHT | {"logps": RIGHT["logps"][::-1]}),
+    "exchanged sums": checked(RIGHT | {"logps": RIGHT["logps"][::-1].copy()}),
     "positive": checked({n: -t if "logps" in n else t for n, t in RIGHT.items()}),
     "positive sums": checked(BARE | {"logps": -RIGHT["logps"]}),
     "a positive sum": checked(BARE | {"logps": np.array([-1.0, 1e-9])}),

@@ -125,6 +125,8 @@ TABLE = (
     Fault("a model that is frozen as a whole", "constructor", "requires_grad_", model=frozen),
     Fault("an adapter of model.add_adapter", "constructor", "get_peft_model", model=adapter_inside),
     Fault("two active adapters", "constructor", "set_adapter", model=two_active),
+    Fault("an adapter that takes a part of the base", "constructor", "init_lora_weights is 'pissa'",
+          arguments={"peft_config": LoraConfig(r=2, init_lora_weights="pissa")}),
     Fault("weights quantized otherwise than in 4 bits", "constructor", "8 bits by bitsandbytes",
           model=in_8_bits, arguments=PEFT),
     Fault("sequences beyond the model's learned positions", "constructor", "--max_length 32",

@@ -193,7 +193,7 @@ def test_the_three_options_of_the_reference_store_act(train_with, tmp_path, monk
 
 
 def test_poisoned_reference_changes_the_loss(train_with):
-    trainer = train_with(max_steps=1)
+    trainer = train_with(max_steps=1, first_margin="warn")
     trainer._add_reference(trainer.train_dataset, "train")
     trainer.train_dataset.ref_logps[:, 0] -= 5.0
     trainer.train()

@@ -111,3 +111,23 @@ def test_options_that_are_as_they_come_are_not_listed(model):
     card = model_card(dataclasses.replace(plain, args=other))
     assert "| label_smoothing | 0.1 |" in card
     assert "| micro_batch_tokens | 256 |" in card
+
+
+@pytest.mark.parametrize("where", ["name", "base_model", "dataset", "reference", "command", "run"])
+def test_a_name_stays_on_its_line_and_in_its_place(model, tmp_path, where):
+    """A folder's name may hold anything; what follows its newline is no Markdown of the card."""
+    name = "x\n\n# Free\n```\n---\nlicense: mit\n---\n<img src=x>\x1b[2J`"
+    value = {"command": ["train", name], "reference": f"The reference is {name}."}.get(where, name)
+    if where == "run":
+        changed = dataclasses.replace(model, args=DPOConfig(use_cpu=True, loss_type=["sigmoid"]))
+        changed.args.optim = name
+    else:
+        changed = dataclasses.replace(model, **{where: value})
+    card = model_card(changed)
+    plain = model_card(model)
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert "# Free" not in headings
+    assert len(headings) == sum(line.startswith("#") for line in plain.splitlines())
+    assert card.count("\n```") == plain.count("\n```")
+    assert front_matter(card).get("license") is None
+    assert "\x1b" not in card

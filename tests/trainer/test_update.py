@@ -99,7 +99,8 @@ def test_the_reference_of_the_moment_is_the_stored_one(trainer_with):
     for options in ({}, {"ld_alpha": 0.5}):
         stored = updated(trainer_with(**options))
         now = updated(trainer_with(ref_cache="off", **options))
-        assert torch.equal(stored[0].ref_logps, now[0].ref_logps)
+        # Packed otherwise in the pass than in the update: to rounding, whatever the BLAS.
+        assert torch.allclose(stored[0].ref_logps, now[0].ref_logps, rtol=1e-6)
         assert_close(stored, now)
 
 

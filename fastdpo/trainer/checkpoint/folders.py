@@ -243,6 +243,7 @@ def _read_manifest(folder: Path) -> tuple[Manifest, dict[str, tuple[int, str]]]:
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
+    """The sha256, in hex, of a manifest without its checksum."""
     as_read = json.loads(json.dumps(manifest))  # keys that are numbers become strings
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 

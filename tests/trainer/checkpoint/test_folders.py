@@ -213,11 +213,11 @@ def test_what_one_side_does_not_know_is_no_difference():
         checkpoint.require_same_run(saved, {"loss": {"beta": 0.2}})
 
 
-@pytest.mark.parametrize("written", [0, 2, "1", None])
+@pytest.mark.parametrize("written", [0, 3, "1", None])
 def test_another_format_is_refused_with_a_sentence(tmp_path, written):
     folder = sealed(tmp_path, 1)
     write_fields(folder, format=written)
-    sentence = rf"has format {written!r}, and this fastdpo reads 1: resume with the fastdpo that"
+    sentence = rf"has format {written!r}, and this fastdpo reads up to 2: resume with the"
     with pytest.raises(CheckpointError, match=sentence):
         checkpoint.verify(folder)
     with pytest.raises(CheckpointError, match=sentence):

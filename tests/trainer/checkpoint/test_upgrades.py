@@ -85,8 +85,8 @@ def test_what_really_differs_is_refused_still(workplace):
 
 def test_a_checkpoint_in_another_format_is_refused_with_a_sentence(workplace):
     manifest = workplace / "out" / "checkpoint-3" / checkpoint.MANIFEST
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2', 1))
-    with pytest.raises(CheckpointError, match="has format 2, and this fastdpo reads 1: resume wit"):
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 3', 1))
+    with pytest.raises(CheckpointError, match="has format 3, and this fastdpo reads up to 2: resu"):
         train.main([*OPTIONS, "--resume_from_checkpoint", "out/checkpoint-3"])
 
 
