@@ -110,7 +110,7 @@ TABLE = (
           model=lambda: torch.nn.Linear(2, 2)),
     Fault("a method that is overridden and never called", "constructor", "pass loss_function",
           TypeError, cls=overriding("compute_loss")),
-    Fault("an optimizer whose package is missing", "constructor", "--optim is lomo",
+    Fault("an optimizer whose package is missing", "constructor", "--optim lomo cannot work here",
           options={"optim": "lomo"}),
     Fault("optimizer arguments that cannot be read", "constructor", "name=value",
           options={"optim_args": "rank"}),
