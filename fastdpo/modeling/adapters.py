@@ -29,6 +29,7 @@ from fastdpo.modeling.adapter_starts import (
     drawn_config,
     require_base_kept,
 )
+from fastdpo.modeling.families import family_of
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.peft_types import check_peft_type
@@ -159,6 +160,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
             "or the other. Merge the first adapter, or train it on by leaving peft_config out."
         )
     check_peft_type(peft_config, four_bit=getattr(model, "is_loaded_in_4bit", False))
+    _exclude_unadapted(model, peft_config)
     drawn = drawn_config(model, peft_config)
     if drawn is not peft_config:
         logger.warning(
@@ -170,6 +172,15 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
         adapted = get_peft_model(model, drawn, autocast_adapter_dtype=True)
     replace_lora_forward(adapted)
     return adapted
+
+
+def _exclude_unadapted(model: PreTrainedModel, peft_config: Any) -> None:
+    """Let "all-linear" mean all linear layers that this family can have an adapter on."""
+    names = family_of(model.config.get_text_config()).unadapted_linears
+    everywhere = getattr(peft_config, "target_modules", None) == "all-linear"
+    if names and everywhere and not peft_config.exclude_modules:
+        peft_config.exclude_modules = list(names)
+        logger.info("No adapter lies on %s, whose weights kernels read.", " and ".join(names))
 
 
 def lora_config(

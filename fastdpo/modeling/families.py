@@ -59,6 +59,8 @@ class Family:
             layer back to H last; several where the two layers up may be one matrix.
         attention_linears: names of the linear layers of an attention module.
         norm_suffix: how the class names of norms end.
+        unadapted_linears: names of linear layers whose weight a kernel reads without calling them,
+            so that no adapter on them would be trained; PEFT refuses to adapt them.
         fused: how the fused ops compute its layers; None leaves them to transformers.
     """
 
@@ -88,10 +90,13 @@ class Family:
     )
     attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norm_suffix: str = "Norm"
+    unadapted_linears: tuple[str, ...] = ()
     fused: FusedForms | None = None
 
 
 USUAL = Family()
+
+_MAMBA = Family(unadapted_linears=("out_proj", "conv1d"))
 
 _SANDWICH: dict[str, Any] = {
     "norm": "gemma",
@@ -101,6 +106,7 @@ _SANDWICH: dict[str, Any] = {
 }
 
 FAMILIES = {
+    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), _MAMBA),
     "cohere": Family(
         fused=FusedForms(
             "Cohere", "LayerNorm", "olmo2", centered=True, interleaved=True, norm_after_sum=""
@@ -234,16 +240,29 @@ def _first_set(config: "PreTrainedConfig", names: tuple[str, ...]) -> Any:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
+def config_value(config: "PreTrainedConfig", name: str) -> Any:
+    """A field of a text config, None where it has none, the largest where its layers differ."""
+    if getattr(config, "is_heterogeneous", False):
+        values = [getattr(layer, name, None) for layer in config.per_layer_config]
+        return max((value for value in values if value is not None), default=None)
+    return getattr(config, name, None)
+
+
 def head_dims(config: "PreTrainedConfig") -> tuple[int, int]:
-    """Entries of one head's queries and keys, and of its values; the largest of all layers."""
+    """Entries of one head's queries and keys, and of its values; the largest of all layers.
+
+    Both are 0 in a model without attention.
+    """
     if getattr(config, "is_heterogeneous", False):  # as Gemma 4: full layers have larger heads
         return max(head_dims(layer) for layer in config.per_layer_config)
     value_dim = getattr(config, "v_head_dim", None)
     rotary_dim = getattr(config, "qk_rope_head_dim", None)
     if value_dim and rotary_dim:  # latent attention: a rotary part beside one without positions
         return config.qk_nope_head_dim + rotary_dim, value_dim
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size, value_dim or size
+    size = getattr(config, "head_dim", None)
+    if not size and (heads := getattr(config, "num_attention_heads", None)):
+        size = config.hidden_size // heads
+    return size or 0, value_dim or size or 0
 
 
 def masked_window(config: "PreTrainedConfig | None") -> int | None:

@@ -121,15 +121,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set the model's own dropout to 0, also that of its attention; adapters keep theirs."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (a plain float, not a module)
-
-
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode, and each back into its own mode afterwards."""

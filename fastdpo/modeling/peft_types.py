@@ -20,7 +20,7 @@ TRAINED = {
     "LN_TUNING": True, "VERA": True, "FOURIERFT": True, "VBLORA": True, "MISS": True,
     "RANDLORA": True, "ROAD": True, "TRAINABLE_TOKENS": True, "HIRA": True, "SHIRA": True,
     "WAVEFT": True, "LOHA": False, "LOKR": False, "FROD": False, "GLORA": False, "HRA": False,
-    "UNILORA": False, "C3A": False, "OSF": False, "DELORA": False, "GRALORA": False,
+    "UNILORA": False, "C3A": True, "OSF": False, "DELORA": False, "GRALORA": True,
     "TINYLORA": False, "PSOFT": False, "PEANUT": False, "SUPERTUNING": False, "DEFT": False,
 }  # fmt: skip
 """The types that are trained, and whether on 4-bit weights too; the others fail there or err."""
@@ -70,10 +70,8 @@ def check_peft_type(config: PeftConfig, *, four_bit: bool = False) -> None:
         ValueError: names the type or the field, and says why.
     """
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    reason = REFUSED.get(
-        kind, "" if kind in TRAINED else "this version of fastdpo has not tried it"
-    )
-    if reason:
+    if kind not in TRAINED:
+        reason = REFUSED.get(kind, "this version of fastdpo has not tried it")
         raise ValueError(
             f"{type(config).__name__} ({kind}) cannot be used here: {reason}. Use LoRA: "
             "LoraConfig(target_modules='all-linear')."

@@ -24,7 +24,6 @@ from fastdpo.modeling.adapters import (
 )
 from fastdpo.modeling.base_names import is_same_base
 from fastdpo.modeling.head import get_lm_head, unwrap_model
-from fastdpo.modeling.loading import disable_dropout
 
 FROZEN_ADAPTER = "reference"
 """The name of the frozen copy inside the PeftModel, with a number behind it where that is taken.
@@ -131,7 +130,6 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
     config = uninitialized(policy.peft_config[active])
     name = _free_name(policy)
     policy.add_adapter(name, config)
-    disable_dropout(policy)
     replace_lora_forward(policy)
     reference = ReferenceModel(
         policy,
@@ -160,7 +158,6 @@ def reference_from_adapter(policy: PeftModel, folder: str) -> ReferenceModel:
         )
     name = _free_name(policy)
     load_second_adapter(policy, folder, name)
-    disable_dropout(policy)
     replace_lora_forward(policy)
     _restore(policy, active, trainable)
     return ReferenceModel(
@@ -175,7 +172,6 @@ def reference_from_held(policy: PeftModel, name: str) -> ReferenceModel:
     """An adapter that the PeftModel holds already beside the active one; it is frozen."""
     trainable = {each for each in _trainable(policy) if f".{name}." not in each}
     (active,) = policy.active_adapters
-    disable_dropout(policy)
     replace_lora_forward(policy)
     _restore(policy, active, trainable)
     return ReferenceModel(
@@ -213,7 +209,6 @@ def reference_from_model(model: nn.Module, policy: nn.Module) -> ReferenceModel:
         )
     model.requires_grad_(False)
     replace_lora_forward(model)
-    disable_dropout(model)
     name = unwrap_model(model).name_or_path or type(unwrap_model(model)).__name__
     adapter = model.active_adapter if isinstance(model, PeftModel) else None
     return ReferenceModel(model, nullcontext, f"The reference is {name}.", adapter=adapter)

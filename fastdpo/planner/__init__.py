@@ -4,7 +4,12 @@
 `search` makes a `Plan` of them, `gpus` and `speed` tell what a GPU has and how fast it is.
 """
 
-from fastdpo.planner.architecture import Architecture, architecture_named, architecture_of
+from fastdpo.planner.architecture import (
+    Architecture,
+    UnplannableError,
+    architecture_named,
+    architecture_of,
+)
 from fastdpo.planner.from_model import pinnable_host_bytes, plan_for_run, training_of
 from fastdpo.planner.gpus import GPUSpec, current_gpu, gpu_spec
 from fastdpo.planner.plan import Plan, compare
@@ -16,6 +21,7 @@ __all__ = [
     "GPUSpec",
     "Plan",
     "Training",
+    "UnplannableError",
     "Workload",
     "architecture_named",
     "architecture_of",

@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
+from fastdpo.modeling.activations import decoder_layers, supports_checkpointing
 from fastdpo.modeling.attention_backends import AttentionNeeds, attention_needs
-from fastdpo.modeling.families import Family, experts_per_token, family_of, head_dims, is_norm
-from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.families import (
+    Family,
+    config_value,
+    experts_per_token,
+    family_of,
+    head_dims,
+    is_norm,
+)
+from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.options import MODEL_ALIASES, resolve_model
 
 CONFIGS = "model_configs"
@@ -186,43 +195,60 @@ def architecture_of_config(
     return architecture_of(model, name)
 
 
+class UnplannableError(ValueError):
+    """A model that cannot be counted, so that its memory cannot be planned."""
+
+
 def architecture_of(model: nn.Module, name: str) -> Architecture:
     """Count a causal LM, on the meta device or loaded, dense or 4-bit, without adapters or with.
 
+    What a config does not say is taken from the modules: of families that are not attention and
+    one gated MLP a layer's inside is a guess, and `is_standard` says so.
+
     Raises:
-        ValueError: it has no stack of decoder layers.
+        UnplannableError: it has no stack of decoder layers, or no field or module of the usual
+            names.
     """
-    causal_lm: Any = unwrap_model(model)
-    decoder, config = causal_lm.get_decoder(), causal_lm.config.get_text_config()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise ValueError(
-            f"{type(causal_lm).__name__} does not show its decoder layers (get_decoder().layers): "
-            "its memory cannot be planned. Pass --micro_batch_tokens yourself."
-        )
+    try:
+        return _counted(unwrap_model(model), name)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UnplannableError(
+            f"the memory of {name} cannot be planned ({type(error).__name__}: {error}). Pass "
+            "--micro_batch_tokens yourself."
+        ) from error
+
+
+def _counted(causal_lm: Any, name: str) -> Architecture:
+    decoder, config = get_backbone(causal_lm), causal_lm.config.get_text_config()
+    layers = _layers(causal_lm)
     embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    tied = head is None or head.weight is embeddings.weight or bool(config.tie_word_embeddings)
+    tied = head is None or head.weight is embeddings.weight
+    tied = tied or bool(getattr(config, "tie_word_embeddings", False))
     linears = _linears(decoder)
     counted = {id(embeddings.weight)} | ({id(head.weight)} if head is not None else set())
+    adapted = adapted_modules(causal_lm)
     other = sum(
         parameter.numel()
         for path, parameter in causal_lm.named_parameters()
-        if id(parameter) not in counted and "lora_" not in path and not _is_linear(causal_lm, path)
+        if id(parameter) not in counted
+        and not is_of_adapter(path, adapted)
+        and not _is_linear(causal_lm, path)
     )
     layer = max(layers, key=lambda each: sum(linear.weights for linear in _linears(each)))
     shapes = {linear.name: linear for linear in _linears(layer)}
     family = family_of(config)
     head_size, _ = head_dims(config)
+    hidden = getattr(config, "hidden_size", None) or embeddings.weight.shape[1]
     norms = [_width(module) for module in layer.modules() if is_norm(module, family)]
     weights = sum(linear.weights for linear in shapes.values())
     standard = {*family.attention_linears, *family.gated_mlps[0]}
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = config_value(config, "num_attention_heads") or 0
+    key_heads = config_value(config, "num_key_value_heads") or heads
     return Architecture(
         name=name,
         model_type=config.model_type,
         layers=len(layers),
-        hidden=config.hidden_size,
+        hidden=hidden,
         intermediate=_intermediate(config, family, shapes),
         query_width=heads * head_size,
         key_width=key_heads * head_size,
@@ -233,8 +259,8 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
         linears=linears,
         embedding_parameters=embeddings.weight.numel(),
         other_parameters=other,
-        norms=sum(width == config.hidden_size for width in norms),
-        query_key_norms=any(width != config.hidden_size for width in norms),
+        norms=max(2, sum(width == hidden for width in norms)),
+        query_key_norms=any(width != hidden for width in norms),
         attention=attention_needs(config),
         plain_embeddings=type(embeddings).__name__ in ("Embedding", "HostEmbedding"),
         is_standard=set(shapes) == standard and other < weights,
@@ -243,19 +269,58 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     )
 
 
+def _layers(causal_lm: Any) -> list[nn.Module]:
+    """The repeated layers: those that an activation plan is for, else the longest list of modules.
+
+    Raises:
+        LookupError: there are none.
+    """
+    if supports_checkpointing(causal_lm):
+        return decoder_layers(causal_lm)
+    stacks = [m for m in get_backbone(causal_lm).modules() if isinstance(m, nn.ModuleList)]
+    if not any(len(stack) for stack in stacks):
+        raise LookupError("it has no stack of layers")
+    return list(max(stacks, key=len))
+
+
+def adapted_modules(module: nn.Module) -> set[str]:
+    """The paths of modules that PEFT has wrapped; the base's own module lies in `base_layer`."""
+    return {path for path, part in module.named_modules() if hasattr(part, "base_layer")}
+
+
+def is_of_adapter(path: str, adapted: set[str]) -> bool:
+    """Tell whether a module or parameter inside a wrapped module is the adapter's."""
+    parts = path.split(".")
+    return any(
+        ".".join(parts[:depth]) in adapted and parts[depth] != "base_layer"
+        for depth in range(1, len(parts))
+    )
+
+
 def _linears(module: nn.Module) -> tuple[LinearShape, ...]:
     counts: Counter[tuple[str, int, int, bool]] = Counter()
+    adapted = adapted_modules(module)
     for path, part in module.named_modules():
-        if isinstance(part, nn.Linear) and "lora_" not in path:  # a 4-bit one is a Linear too
+        if isinstance(part, _LINEAR) and not is_of_adapter(path, adapted):
             name = path.removesuffix(".base_layer").rpartition(".")[2]
-            counts[name, part.in_features, part.out_features, part.bias is not None] += 1
+            counts[name, *_shape(part), part.bias is not None] += 1
     return tuple(LinearShape(*kind, count) for kind, count in counts.items())
+
+
+_LINEAR = (nn.Linear, Conv1D)  # a 4-bit one is a Linear too; Conv1D is GPT-2's
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return linear.nx, linear.nf
 
 
 def _is_linear(model: nn.Module, path: str) -> bool:
     """Tell whether a parameter is the weight matrix of a linear layer (its bias is not)."""
     owner, _, name = path.rpartition(".")
-    return name == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
+    return name == "weight" and isinstance(model.get_submodule(owner), _LINEAR)
 
 
 def _width(norm: Any) -> int:
@@ -268,5 +333,9 @@ def _intermediate(config: Any, family: Family, shapes: dict[str, LinearShape]) -
     down = next((names[-1] for names in family.gated_mlps if names[-1] in shapes), None)
     if down is not None and not experts:
         return shapes[down].inputs
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    width = config_value(config, "moe_intermediate_size") or config_value(
+        config, "intermediate_size"
+    )
+    if not isinstance(width, int):
+        width = max((max(each.inputs, each.outputs) for each in shapes.values()), default=0)
     return width * (experts or 1)

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from fastdpo.modeling.attention_backends import attention_needs
 from fastdpo.modeling.head import unwrap_model
-from fastdpo.planner.architecture import architecture_of
+from fastdpo.planner.architecture import adapted_modules, architecture_of, is_of_adapter
 from fastdpo.planner.gpus import GPUSpec, current_gpu
 from fastdpo.planner.plan import Plan
 from fastdpo.planner.search import Workload, make_plan
@@ -56,8 +56,8 @@ def plan_for_run(
         The plan, which may not fit, or None on a CPU: there is no GPU to fill.
 
     Raises:
-        ValueError: the model has no stack of decoder layers, or `--attention` names a backend that
-            cannot attend in it on this GPU.
+        UnplannableError: the model cannot be counted.
+        ValueError: `--attention` names a backend that cannot attend in it on this GPU.
     """
     if gpu is None:
         if next(model.parameters()).device.type != "cuda":
@@ -114,22 +114,24 @@ def training_of(
         attention: `--attention`.
         kernels: `--kernels`.
     """
-    adapted: dict[str, Any] = {
-        path.rpartition(".")[2]: part
-        for path, part in model.named_modules()
-        if getattr(part, "lora_A", None)
-    }
+    ranks = [
+        a.weight.shape[0]
+        for part in model.modules()
+        for a in (getattr(part, "lora_A", None) or {}).values()
+        if hasattr(a, "weight")
+    ]
     four_bit = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
     half = unwrap_model(model).dtype in (torch.bfloat16, torch.float16)
-    ranks = [a.weight.shape[0] for part in adapted.values() for a in part.lora_A.values()]
-    tuning = ("qlora" if four_bit else "lora") if adapted else "full"
+    has_adapter = hasattr(model, "peft_config")
+    tuning = ("qlora" if four_bit else "lora") if has_adapter else "full"
+    entries = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Training(
         tuning=tuning,
         entry_bytes=2 if half or tuning == "full" else 4,
         lora_r=max(ranks, default=0),
-        target_modules=tuple(sorted(adapted)) or None,
         optimizer=str(getattr(optimizer, "value", optimizer)),
         attention=attention,
+        adapter_entries=entries if has_adapter else None,
         kernels=kernels,
     )
 
@@ -140,8 +142,12 @@ def other_allocations(model: nn.Module) -> int:
     A frozen adapter, the reference's, is among them.
     """
     counted, device = {}, unwrap_model(model).device
-    frozen = [p for n, p in model.named_parameters() if "lora_" in n and not p.requires_grad]
-    outside = {id(parameter) for parameter in frozen}
+    adapted = adapted_modules(model)
+    outside = {
+        id(parameter)
+        for path, parameter in model.named_parameters()
+        if not parameter.requires_grad and is_of_adapter(path, adapted)
+    }
     for tensor in (*model.parameters(), *model.buffers()):
         state = getattr(tensor, "quant_state", None)
         parts = [] if id(tensor) in outside else [tensor]

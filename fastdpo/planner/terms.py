@@ -47,6 +47,7 @@ class Training:
             place, which the formulas of bytes need.
         kernels: as `--kernels` takes it; `make_plan` puts fused or eager in the place of auto.
         head_buffer_bytes: bound of the buffers of `linear_logprobs`.
+        adapter_entries: entries of all adapters where they are known, of a loaded model.
     """
 
     tuning: str = "qlora"
@@ -57,6 +58,8 @@ class Training:
     attention: str = "auto"
     kernels: str = "auto"
     head_buffer_bytes: int = 276 * MIB
+
+    adapter_entries: int | None = None
 
     @property
     def trains_adapter(self) -> bool:
@@ -121,6 +124,8 @@ def adapter_parameters(architecture: Architecture, training: Training) -> int:
     """Entries of all adapter matrices, A (r, in) and B (out, r)."""
     if not training.trains_adapter:
         return 0
+    if training.adapter_entries is not None:
+        return training.adapter_entries
     return sum(
         training.lora_r * (linear.inputs + linear.outputs) * linear.count
         for linear in architecture.targets(training.target_modules)

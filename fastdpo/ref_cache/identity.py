@@ -9,6 +9,7 @@ from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
 from torch import nn
 
 from fastdpo.modeling.attention import attention_kind
+from fastdpo.modeling.dropout import configured_dropout
 from fastdpo.modeling.fused import kernels_of
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.reference_model import ReferenceModel
@@ -63,9 +64,11 @@ def reference_identity(
         Content hash of the base weights, resolved config, dtype and numerics, ready for JSON.
     """
     causal_lm = unwrap_model(model)
+    with configured_dropout(causal_lm):
+        config = _to_json(causal_lm.config.to_dict())
     identity = {
         "weights": weights_hash(causal_lm, base_tensors(causal_lm), hash_cache),
-        "config": _to_json(causal_lm.config.to_dict()),
+        "config": config,
         "dtype": str(compute_dtype),
         "attention": attention_kind(causal_lm.config, causal_lm.device, attention),
         "head_numerics": NUMERICS_VERSION,

@@ -49,6 +49,9 @@ from fastdpo.trainer.metrics import TrainingMetrics, UpdateResult, num_input_tok
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
 from fastdpo.trainer.nonfinite import nonfinite_reason, require_gradient
 from fastdpo.trainer.optimizers import (
+    check_evaluates,
+    check_own_optimizer,
+    follows_metric,
     refuse_optimizer,
     show_averaged_weights,
     show_training_weights,
@@ -138,6 +141,7 @@ class DPOTrainer(ResumableTrainer):
         args = DPOConfig() if args is None else args
         own_optimizer, own_schedule = (each is not None for each in optimizers)
         refuse_optimizer(optimizers[0] if own_optimizer else args.optim)
+        check_evaluates(optimizers[1], args)
         require_all(args, own_optimizer=own_optimizer, own_schedule=own_schedule)
         name = model if isinstance(model, str | os.PathLike) else unwrap_model(model).name_or_path
         tokenizer = processing_class
@@ -146,6 +150,8 @@ class DPOTrainer(ResumableTrainer):
         policy = prepare_policy(model, args, peft_config, quantization_config)
         if train_dataset is not None:
             check_trainable(policy)
+        if optimizers[0] is not None:
+            check_own_optimizer(optimizers[0], policy)
         self.user_args, self.policy, self.tokenizer = args, policy, tokenizer
         self.loss_function = loss_function
         self.trains_adapter = isinstance(policy, PeftModel)
@@ -164,6 +170,8 @@ class DPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
+        if follows_metric(optimizers[1]) and self.args.metric_for_best_model is None:
+            self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         if self.pop_callback(ProgressCallback) is not None:  # notebooks keep their own
             self.add_callback(ProgressLines())
         self.add_callback(CurveNotes())

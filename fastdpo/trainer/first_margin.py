@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastdpo.batching import PromptGroup
+from fastdpo.modeling.dropout import has_dropout
 from fastdpo.trainer.metrics import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def drops_out(policy: nn.Module, *, adapter_is_zero: bool) -> bool:
         policy: the model that is trained.
         adapter_is_zero: whether its LoRA adapter adds nothing yet, dropped out or not.
     """
-    return any(
+    return has_dropout(policy) or any(
         isinstance(module, nn.Dropout) and module.p > 0
         for name, module in policy.named_modules()
         if not (adapter_is_zero and "lora_dropout" in name)

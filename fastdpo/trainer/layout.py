@@ -19,7 +19,7 @@ from fastdpo.modeling.fused import choose_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, group_length
 from fastdpo.modeling.packing import PackingMode
-from fastdpo.planner import Plan, plan_for_run
+from fastdpo.planner import Plan, UnplannableError, plan_for_run
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +31,29 @@ def plan_memory(
     mode: PackingMode,
     pairs_per_update: int,
 ) -> Plan | None:
-    """Predict the peak memory and choose how to fill the GPU; None without a GPU or pairs."""
+    """Predict the peak memory and choose how to fill the GPU.
+
+    Returns:
+        None without a GPU or pairs, and for models that cannot be counted: those train without a
+        plan, and the log says so.
+    """
     device = unwrap_model(policy).device
     if device.type != "cuda" or not groups:
         return None
     completions = [(group, ids) for group in groups for ids in group.completions]
-    plan = plan_for_run(
-        policy,
-        args,
-        group_lengths(groups, mode),
-        pairs_per_update=pairs_per_update,
-        scored_tokens=sum(sum(group.scored_tokens) for group in groups),
-        max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
-        repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
-    )
+    try:
+        plan = plan_for_run(
+            policy,
+            args,
+            group_lengths(groups, mode),
+            pairs_per_update=pairs_per_update,
+            scored_tokens=sum(sum(group.scored_tokens) for group in groups),
+            max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
+            repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
+        )
+    except UnplannableError as error:
+        logger.warning("Training goes on without a memory plan: %s", error)
+        return None
     if plan is not None:
         logger.info("%s", plan.describe())
     if plan is not None and not plan.fits:
@@ -70,9 +79,10 @@ def choose_layout(
     """The layout of the options; where they leave it open, of the plan, else the device's usual."""
     causal_lm = unwrap_model(policy)
     planned = plan.micro_batch_tokens if plan else default_micro_batch_tokens(causal_lm.device)
-    tile = args.mlp_tile_tokens
-    if tile is None and plan is not None:
-        tile = plan.mlp_tile_tokens
+    tile, norm_tile = args.mlp_tile_tokens, None
+    if plan is not None and supports_checkpointing(policy):
+        norm_tile = None if tile == 0 else plan.norm_tile_tokens
+        tile = plan.mlp_tile_tokens if tile is None else tile
     on_host = args.embeddings == "host"
     if args.embeddings == "auto" and plan is not None:
         on_host = plan.embeddings_on_host
@@ -82,7 +92,7 @@ def choose_layout(
         micro_batch_tokens=args.micro_batch_tokens or planned,
         activation_plan=_activation_plan(policy, args, plan),
         mlp_tile_tokens=tile or None,
-        norm_tile_tokens=None if plan is None or tile == 0 else plan.norm_tile_tokens,
+        norm_tile_tokens=norm_tile,
         embeddings_on_host=on_host,
         most_group_tokens=planned if splits else None,
         attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
@@ -112,9 +122,10 @@ def _activation_plan(
     choice = args.activations
     if choice == "auto" and args.activation_checkpointing is False:
         choice = KEEP
+    if choice in ("auto", KEEP) and not supports_checkpointing(policy):
+        return ()  # layers that cannot be recomputed are kept anyway
     if choice == KEEP:
-        # Layers that cannot be recomputed are kept anyway.
-        return (KEEP,) * len(decoder_layers(policy)) if supports_checkpointing(policy) else ()
+        return (KEEP,) * len(decoder_layers(policy))
     if choice == "auto" and plan is not None:
         return plan.activation_plan
     return (RECOMPUTE if choice == "auto" else choice,) * len(decoder_layers(policy))

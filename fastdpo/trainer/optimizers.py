@@ -3,8 +3,12 @@
 import inspect
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
+
+from fastdpo.config import DPOConfig
 
 WITHIN_BACKWARD = ("lomo", "adalomo", "layerwise")
 """How the names end of those that update weights inside the backward of every micro-batch."""
@@ -26,6 +30,53 @@ def refuse_optimizer(optimizer: Optimizer | OptimizerNames | str | None) -> None
         shown, reason = type(optimizer).__name__, _reason(optimizer)
     if reason:
         raise ValueError(f"{shown} cannot work here: {reason}; choose another optimizer.")
+
+
+def check_own_optimizer(optimizer: Optimizer, policy: nn.Module) -> None:
+    """Refuse an optimizer of the user's own over other tensors than those that are trained.
+
+    Raises:
+        ValueError: it holds a tensor that is no parameter of the model, or none that is trained:
+            it was made before the adapter was.
+    """
+    parameters = {id(each): each for each in policy.parameters()}
+    held = [each for group in optimizer.param_groups for each in group["params"]]
+    strange = [each for each in held if id(each) not in parameters]
+    if strange or not any(each.requires_grad for each in held):
+        what = "tensors that are no parameters of the model" if strange else "frozen tensors alone"
+        raise ValueError(
+            f"the optimizer holds {what} ({len(strange or held)} of {len(held)}), so they could "
+            "not be trained and saved: make it after get_peft_model, from the parameters of the "
+            "model that is passed, or leave it out and use --optim."
+        )
+
+
+def check_evaluates(scheduler: Any, args: DPOConfig) -> None:
+    """Refuse a schedule that follows a metric in a run without evaluations: it would stand still.
+
+    Args:
+        scheduler: one that the user made, or None for that of the options.
+        args: the options of the run.
+
+    Raises:
+        ValueError: the run does not evaluate.
+    """
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    by_name = scheduler is None and name in ("reduce_lr_on_plateau", "greedy")
+    if (by_name or follows_metric(scheduler)) and args.eval_strategy == IntervalStrategy.NO:
+        shown = name if by_name else type(scheduler).__name__
+        raise ValueError(
+            f"the schedule {shown} follows a metric of evaluations, and --eval_strategy is no: "
+            "pass --eval_strategy steps and an evaluation set, or use another schedule."
+        )
+
+
+def follows_metric(scheduler: Any) -> bool:
+    """Tell whether a scheduler's step wants a metric (ReduceLROnPlateau, GreedyLR)."""
+    if scheduler is None:
+        return False
+    metrics = inspect.signature(type(scheduler).step).parameters.get("metrics")
+    return metrics is not None and metrics.default is inspect.Parameter.empty
 
 
 def _reason_by_name(name: str) -> str:

@@ -23,9 +23,10 @@ from fastdpo.modeling.adapters import (
     replace_lora_forward,
 )
 from fastdpo.modeling.base_names import require_base
+from fastdpo.modeling.dropout import disable_dropout
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
-from fastdpo.modeling.loading import ModelError, disable_dropout, load_model, resolve_dtype
+from fastdpo.modeling.loading import ModelError, load_model, resolve_dtype
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import (
     FROZEN_ADAPTER,

@@ -29,6 +29,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.adapters import BASE_IN_4BIT, TRAINING_ARGUMENTS
+from fastdpo.modeling.dropout import configured_dropout
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import reference_folder
 from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
@@ -344,7 +345,10 @@ class ResumableTrainer(Trainer):
         options: dict[str, Any] = {"state_dict": state_dict}
         if isinstance(self.policy, PeftModel):  # not the frozen copy that is the reference
             options["selected_adapters"] = list(self.policy.active_adapters)
-        files.call_writer(folder, lambda path: self.policy.save_pretrained(str(path), **options))
+        with configured_dropout(self.policy):
+            files.call_writer(
+                folder, lambda path: self.policy.save_pretrained(str(path), **options)
+            )
         for name in options.get("selected_adapters", ()):
             if (folder / name).is_dir():  # PEFT's place for one that is not called default
                 for path in sorted((folder / name).iterdir()):

@@ -84,7 +84,7 @@ class FrozenPart:
         """(..., out) from (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
         down = None if lora_A is None else self.drop(flat) @ lora_A.to(x.dtype).T
-        return self.accumulated(flat, down, lora_B).view(*x.shape[:-1], self.out_features)
+        return like_rows_of(x, self.accumulated(flat, down, lora_B))
 
     def accumulated(self, rows: Tensor, down: Tensor | None, lora_B: Tensor | None) -> Tensor:
         """(N, out): the large product is added to the branch and the bias while it is formed.
@@ -169,6 +169,15 @@ def input_gradient(
     if grad_down is None or lora_A is None:
         return flat_grad @ weight
     return layer.drop(grad_down @ lora_A.to(flat_grad.dtype)).addmm_(flat_grad, weight)
+
+
+def like_rows_of(x: Tensor, flat: Tensor) -> Tensor:
+    """(N, out) as (..., out), the axes of `x` but its last.
+
+    It is no view to autograd, which lets nobody write into a view that a Function gives out; and
+    layers do (`mlp_output += attention_output` in Falcon).
+    """
+    return torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
 
 
 def scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:

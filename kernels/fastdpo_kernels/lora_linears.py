@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .lora_linear import FrozenPart, dense_weight, lora_linear, scaled_product, validate
+from .lora_linear import (
+    FrozenPart,
+    dense_weight,
+    like_rows_of,
+    lora_linear,
+    scaled_product,
+    validate,
+)
 
 
 class LoraModule(NamedTuple):
@@ -81,7 +88,7 @@ class _Group:
         rows = x.reshape(-1, x.shape[-1])
         cast = Adapters.cast(adapters, x.dtype)
         return tuple(
-            part.accumulated(rows, down, lora_B).view(*x.shape[:-1], part.out_features)
+            like_rows_of(x, part.accumulated(rows, down, lora_B))
             for part, down, lora_B in zip(self.parts, cast.downs(rows), cast.ups, strict=True)
         )
 

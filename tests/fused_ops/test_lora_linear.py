@@ -34,6 +34,18 @@ def test_equals_autograd_in_fp64(rows):
         assert torch.allclose(got, want, atol=1e-12)
 
 
+def test_the_output_may_be_written_into():
+    """Falcon adds its attention to it in place."""
+    x, weight, a, b, bias = parts()
+    out = lora_linear(x, weight, a, b, bias=bias)
+    out += x.sum(-1, keepdim=True)
+    found = torch.autograd.grad(out.square().sum(), (x, a, b))
+    truth = x @ weight.T + bias + (x @ a.T) @ b.T + x.sum(-1, keepdim=True)
+    wanted = torch.autograd.grad(truth.square().sum(), (x, a, b))
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.allclose(got, want, atol=1e-10)
+
+
 def test_gradcheck():
     x, weight, a, b, bias = parts()
     assert torch.autograd.gradcheck(

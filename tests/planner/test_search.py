@@ -197,7 +197,10 @@ def test_the_plan_of_a_run_comes_from_its_model_and_pairs(tmp_path):
     base = random_model(LlamaConfig(**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True)
     model = add_adapter(base, lora_config(4, 8, 0.0, ["q_proj", "v_proj"]))
     assert training_of(model, "adamw_torch") == Training(
-        "qlora", 2, 4, ("q_proj", "v_proj"), "adamw_torch", "auto"
+        "qlora",
+        lora_r=4,
+        optimizer="adamw_torch",
+        adapter_entries=sum(p.numel() for n, p in model.named_parameters() if "lora_" in n),
     )
     lengths = [group_tokens(group) for group in groups(6)]
     config = DPOConfig(str(tmp_path), use_cpu=True, optim="adamw_torch")

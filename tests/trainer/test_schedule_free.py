@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, get_constant_schedule
 
 from fastdpo import DPOConfig, DPOTrainer
+from fastdpo.modeling.adapters import lora_config
 from fastdpo.trainer.checkpoint import CheckpointError
 from tests.tiny_trainer import HELD_OUT, ROWS, TOKENIZER, tiny_base, tiny_trainer
 from tests.trainer.small_runs import ADAPTER, adapter_of, build
@@ -158,3 +159,47 @@ def test_a_state_that_no_checkpoint_can_hold_stops_the_run_at_its_first_update(t
 def test_optimizers_that_step_within_the_backward_are_refused(tmp_path, optim):
     with pytest.raises(ValueError, match=rf"--optim {optim} cannot work here: .*micro-batch"):
         build(tmp_path, optim=optim)
+
+
+def own(tmp_path, make_optimizer, make_scheduler=get_constant_schedule, **options):
+    """A trainer with an optimizer and a scheduler of the user's own."""
+    adapted = tiny_trainer(tiny_base(), tmp_path / "first", ref_cache="off").policy
+    optimizer = make_optimizer([p for p in adapted.parameters() if p.requires_grad])
+    arguments = {"use_cpu": True, "ref_cache": "off", "disable_tqdm": True, "max_steps": 2}
+    return DPOTrainer(
+        adapted,
+        args=DPOConfig(str(tmp_path / "out"), **arguments | options),
+        train_dataset=ROWS,
+        eval_dataset=HELD_OUT,
+        processing_class=TOKENIZER,
+        optimizers=(optimizer, make_scheduler(optimizer)),
+    )
+
+
+def test_a_scheduler_of_ones_own_that_follows_a_metric(tmp_path):
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau follows a metric.*--eval_strategy"):
+        own(tmp_path, torch.optim.AdamW, plateau)
+    trainer = own(tmp_path, torch.optim.AdamW, plateau, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert trainer.lr_scheduler.last_epoch == 2
+    args = DPOConfig("unused", use_cpu=True, lr_scheduler_type="greedy", eval_strategy="steps")
+    args.eval_strategy = "no"  # as the command does where there are no rows to evaluate on
+    with pytest.raises(ValueError, match="greedy follows a metric"):
+        DPOTrainer(tiny_base(), args=args, train_dataset=ROWS, processing_class=TOKENIZER)
+
+
+def test_an_optimizer_over_other_tensors_is_refused(tmp_path):
+    further = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"no parameters of the model \(1 of \d+\)"):
+        own(tmp_path, lambda ps: torch.optim.SGD([*ps, further]))
+    base = tiny_base()
+    too_early = torch.optim.SGD(base.parameters())
+    with pytest.raises(ValueError, match=r"frozen tensors alone.*after get_peft_model"):
+        DPOTrainer(
+            base, args=DPOConfig(str(tmp_path / "out"), use_cpu=True), train_dataset=ROWS,
+            processing_class=TOKENIZER, peft_config=lora_config(4, 8, 0.0, None),
+            optimizers=(too_early, None),
+        )  # fmt: skip
+    half = own(tmp_path, lambda ps: torch.optim.SGD(ps[::2], lr=0.1), save_strategy="no")
+    half.train()
