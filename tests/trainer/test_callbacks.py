@@ -65,8 +65,8 @@ def test_no_loss_at_once_and_chance_are_named():
     assert below_chance(worse, 0.01) is None
 
 
-def test_a_note_is_said_once(base, tmp_path, caplog):
-    trainer = tiny_trainer(base, tmp_path, ref_cache="off")
+def test_a_note_is_said_once(tmp_path, caplog):
+    trainer = tiny_trainer(tiny_base(), tmp_path, ref_cache="off")
     (notes,) = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "CurveNotes"]
     trainer.state.max_steps, trainer.state.global_step = 10, 5
     with caplog.at_level("INFO"):
