@@ -164,6 +164,7 @@ def _print(
     gpu: "GPUSpec",
     options: PlanningOptions,
 ) -> None:
+    from fastdpo.planner.gpus import efficiency_of
     from fastdpo.planner.terms import binary_size
 
     _, sentence = resolve_model(architecture.name)
@@ -184,8 +185,8 @@ def _print(
     if planned.tokens_per_second is not None:
         rate = float(f"{planned.tokens_per_second:.2g}")
         print_line(
-            f"Speed: about {rate:,.0f} tokens/s, an estimate: the products "
-            f"that must be done at 60 percent of {gpu.tflops:g} TFLOP/s (data sheet), and "
+            f"Speed: about {rate:,.0f} tokens/s, an estimate: the products that must be done at "
+            f"{100 * efficiency_of(gpu):.0f} percent of {gpu.tflops:g} TFLOP/s (data sheet), and "
             "dequantization at the GPU's memory bandwidth. A token of a prompt counts once."
         )
 

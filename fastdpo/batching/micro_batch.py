@@ -47,6 +47,7 @@ class MicroBatch:
         completion_tokens: (C,) int64, scored tokens of each completion.
         group_indices: which of the packed groups lie here, in order.
         seq_lens: R numbers, the tokens before the filler in each sequence.
+        host_input_ids: `input_ids` as they were on the host before `to`; None if they are there.
     """
 
     input_ids: Tensor
@@ -58,6 +59,7 @@ class MicroBatch:
     completion_tokens: Tensor
     group_indices: tuple[int, ...]
     seq_lens: tuple[int, ...]
+    host_input_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,6 +86,7 @@ class MicroBatch:
         tensors = {
             name: to_device(value, device)
             for name, value in values.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and name != "host_input_ids"
         }
-        return replace(self, **tensors)
+        on_host = self.input_ids if self.input_ids.device.type == "cpu" else self.host_input_ids
+        return replace(self, **tensors, host_input_ids=on_host)

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.weight_hash import base_tensors, sample_hash
@@ -174,8 +175,10 @@ def base_kept(model: nn.Module, adapter: str) -> Iterator[None]:
 
 def _samples(model: nn.Module) -> dict[str, str]:
     tensors = base_tensors(unwrap_model(model))
-    return {
-        name: sample_hash({name: tensor})
-        for name, tensor in tensors.items()
-        if not tensor.is_meta  # of a model that is counted and never run
-    }
+    real = {name: tensor for name, tensor in tensors.items() if not _has_no_data(tensor)}
+    return {name: sample_hash({name: tensor}) for name, tensor in real.items()}
+
+
+def _has_no_data(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor of shapes alone, as memory is counted with."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)

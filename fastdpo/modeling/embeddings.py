@@ -1,6 +1,8 @@
 """Embeddings served from host memory: a frozen table of which the GPU needs few vectors."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +23,13 @@ class HostEmbedding(nn.Embedding):
     """
 
     weight: Tensor  # (V, H), on the CPU  # pyrefly: ignore
+    host_ids: Tensor | None = None  # within `ids_on_host`, the ids of the call on the CPU
 
     def forward(self, input: Tensor) -> Tensor:
         """The embeddings (..., H) of ids (...), on the ids' device."""
-        ids = input.cpu()
+        known = self.host_ids is not None and self.host_ids.shape == input.shape
+        ids = self.host_ids if known else input.cpu()  # which waits for the device
+        assert ids is not None, "one of them is there"
         vectors = torch.empty(
             ids.numel(), self.embedding_dim, dtype=self.weight.dtype, pin_memory=input.is_cuda
         )
@@ -35,6 +40,26 @@ class HostEmbedding(nn.Embedding):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.weight
+
+
+@contextmanager
+def ids_on_host(model: nn.Module, input_ids: Tensor | None) -> Iterator[None]:
+    """Let a `HostEmbedding` take the ids of a pass from the host, where they were already.
+
+    Args:
+        model: a causal LM or a PeftModel on it.
+        input_ids: (R, L) int64 on the CPU, equal to those that the model is given; None if they
+            are not known there.
+    """
+    table: Any = unwrap_model(model).get_input_embeddings()
+    if type(table) is not HostEmbedding:
+        yield
+        return
+    table.host_ids = input_ids
+    try:
+        yield
+    finally:
+        table.host_ids = None
 
 
 def embeddings_to_host(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fastdpo.modeling.activations import KEEP, OFFLOAD
 from fastdpo.planner.activations import MicroBatchShape
 from fastdpo.planner.architecture import Architecture
-from fastdpo.planner.gpus import EFFICIENCY, HOST_GB_PER_S, GPUSpec
+from fastdpo.planner.gpus import HOST_GB_PER_S, GPUSpec, efficiency_of
 from fastdpo.planner.terms import Training
 
 NF4_BYTES_READ = 0.516
@@ -52,7 +52,7 @@ def update_seconds(
 ) -> float:
     """Seconds of forward and backward of one micro-batch.
 
-    Products at `EFFICIENCY` of the GPU's dense rate, dequantization at its memory's (tile by tile
+    Products at `efficiency_of` the GPU's dense rate, dequantization at its memory's (tile by tile
     where MLPs are tiled), and offloading where the host's link is slower than all that.
     """
     kept = list(activation_plan).count(KEEP)
@@ -60,7 +60,7 @@ def update_seconds(
     flops = update_flops(
         architecture, training, shape, kept_layers=kept, tiled=tiled, group_tokens=group_tokens
     )
-    seconds = flops / (gpu.tflops * 1e12 * EFFICIENCY)
+    seconds = flops / (gpu.tflops * 1e12 * efficiency_of(gpu))
     if training.tuning == "qlora":
         mlp = architecture.mlp_parameters
         others = architecture.linear_parameters - mlp

@@ -1,12 +1,13 @@
 """Embedding rows served from host memory: the same numbers, names and files."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastdpo.modeling.embeddings import HostEmbedding, embeddings_to_host
+from fastdpo.modeling.embeddings import HostEmbedding, embeddings_to_host, ids_on_host
 from fastdpo.modeling.weight_hash import base_tensors
 from fastdpo.ref_cache.identity import reference_identity
 from tests.modeling.test_activations import (
@@ -64,3 +65,21 @@ def test_tables_that_must_stay_are_left_and_named(base_folder, caplog):
     assert embeddings_to_host(model) == 0
     assert "the head shares the table" in caplog.text
     assert model.get_input_embeddings().weight is before
+
+
+def test_ids_of_the_host_are_used_and_forgotten(monkeypatch):
+    """The device is not asked for ids that the micro-batch had on the host."""
+    table = HostEmbedding(7, 3)
+    weight = table.weight.detach()
+    del table.weight
+    table.weight = weight
+    model = SimpleNamespace(get_input_embeddings=lambda: table)
+    monkeypatch.setattr("fastdpo.modeling.embeddings.unwrap_model", lambda model: model)
+    ids = torch.tensor([[1, 2, 2]])
+    elsewhere = torch.tensor([[0, 0, 0]])  # stands for ids on a device, which are not looked at
+    with ids_on_host(model, ids):
+        assert torch.equal(table(elsewhere), weight[ids])
+        assert torch.equal(table(elsewhere[:, :2]), weight[elsewhere[:, :2]]), "another shape"
+    assert torch.equal(table(elsewhere), weight[elsewhere])
+    with ids_on_host(model, None):
+        assert torch.equal(table(elsewhere), weight[elsewhere])

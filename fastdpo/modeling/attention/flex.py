@@ -61,36 +61,62 @@ def block_mask_of(
 ) -> BlockMask:
     """Find which blocks of keys each block of queries sees fully, in part or not at all.
 
-    It is built a block of queries at a time, so that takes BLOCK_TOKENS * T booleans, not T * T.
+    It is counted on the host from the segments: a query sees an interval of its own prefix or
+    suffix and one of its group's prefix, so no (T, T) mask is formed and the device is not asked.
     """
-    allowed = allowed_by(segments, window, device)
     tokens = sum(segment.tokens for segment in segments)
     blocks = -(-tokens // BLOCK_TOKENS)
-    keys = torch.arange(blocks * BLOCK_TOKENS, device=device)
-    partial, full = [], []
-    for start in range(0, tokens, BLOCK_TOKENS):
-        queries = torch.arange(start, min(start + BLOCK_TOKENS, tokens), device=device)[:, None]
-        inside = allowed(0, 0, queries, keys.clamp(max=tokens - 1)[None]) & (keys < tokens)
-        seen = inside.view(len(queries), blocks, BLOCK_TOKENS)
-        every = seen.all(dim=2).all(dim=0) & (len(queries) == BLOCK_TOKENS)
-        partial.append(seen.any(dim=2).any(dim=0) & ~every)
-        full.append(every)
-    num_partial, partial_indices = _ordered(torch.stack(partial))
-    num_full, full_indices = _ordered(torch.stack(full))
+    starts = np.arange(blocks) * BLOCK_TOKENS
+    intervals = _intervals(segments, window)
+    some = np.zeros((blocks, blocks), dtype=bool)
+    every = np.zeros_like(some)
+    for block in range(blocks):
+        first, end = intervals[:, :, block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS, None]
+        inside = np.minimum(end, starts + BLOCK_TOKENS) - np.maximum(first, starts)
+        seen = inside.clip(0).sum(axis=0)  # (queries, blocks): keys that a query sees of each block
+        every[block] = (seen == BLOCK_TOKENS).all(axis=0) & (len(seen) == BLOCK_TOKENS)
+        some[block] = (seen > 0).any(axis=0) & ~every[block]
+    num_partial, partial_indices = _ordered(some, device)
+    num_full, full_indices = _ordered(every, device)
     return BlockMask.from_kv_blocks(
         num_partial, partial_indices, num_full, full_indices, BLOCK_SIZE=BLOCK_TOKENS,
-        mask_mod=allowed,
+        mask_mod=allowed_by(segments, window, device),
         seq_lengths=(tokens, tokens),
     )  # fmt: skip
 
 
-def _ordered(seen: Tensor) -> tuple[Tensor, Tensor]:
+def _intervals(segments: tuple[Segment, ...], window: int | None) -> np.ndarray:
+    """The keys that every token sees, (2, 2, T) int64: first and end of two disjoint intervals.
+
+    The first lies in the token's own prefix or suffix; the second, in its group's prefix, is empty
+    for a token of a prefix.
+    """
+    reach = np.iinfo(np.int32).max if window is None else window
+    columns = []
+    for segment in segments:
+        at = segment.start
+        for suffix, count in enumerate((segment.prefix_tokens, *segment.suffix_tokens)):
+            query = np.arange(at, at + count)
+            own = np.maximum(at, query - reach + 1), query + 1
+            end = np.full(count, segment.start + (segment.prefix_tokens if suffix else 0))
+            position = query - at + (segment.prefix_tokens if suffix else 0)
+            seen_from = segment.start + np.maximum(0, position - reach + 1)
+            columns.append(np.array([[own[0], np.minimum(seen_from, end)], [own[1], end]]))
+            at += count
+    return np.concatenate(columns, axis=2)
+
+
+def _ordered(seen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """From (blocks, blocks) bool, how many key blocks each query block sees, and their indices.
 
     The indices of those that it does not see follow.
     """
-    indices = torch.argsort(seen.int(), dim=1, descending=True, stable=True).to(torch.int32)
-    return seen.sum(dim=1, dtype=torch.int32)[None, None], indices[None, None]
+    indices = np.argsort(~seen, axis=1, kind="stable").astype(np.int32)
+    counts = seen.sum(axis=1, dtype=np.int32)
+    return tuple(  # pyrefly: ignore[bad-return]
+        torch.from_numpy(each)[None, None].to(device, non_blocking=True)
+        for each in (counts, indices)
+    )
 
 
 @cache

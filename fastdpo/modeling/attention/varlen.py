@@ -154,7 +154,7 @@ def attend_varlen(
         (1, Hq, T, D).
     """
     layout = packed.cached("varlen", lambda: layout_of(packed.segments, query.device))
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # views, both ways
     if layout.gathered is not None:
         k, v = GatherKeys.apply(k, layout), GatherKeys.apply(v, layout)
     return kernel(q, k, v, layout, params).transpose(0, 1)[None]
