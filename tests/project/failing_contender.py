@@ -1,4 +1,4 @@
-"""A contender of bench.contest that ends badly; apart from the tests, since it needs few imports."""
+"""A contender of bench.contest that ends badly; apart from the tests, as it needs few imports."""
 
 from bench.contest import MissingPeer
 
