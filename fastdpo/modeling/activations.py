@@ -1,7 +1,7 @@
 """Activation plans: each decoder layer keeps everything for its backward, or recomputes.
 
-A layer is kept whole (fastest), recomputed from its input on the GPU, or recomputed from its input
-in pinned host memory. The gradients are the same bit for bit. This uses the per-layer hook of
+A layer is kept whole (fastest), recomputed from its input on the GPU, with or without its attention,
+or recomputed from its input in pinned host memory. The gradients are the same bit for bit. This uses the per-layer hook of
 transformers' `GradientCheckpointingLayer`, so no forward is replaced; as there, a layer outside
 train mode is kept whole.
 
@@ -27,15 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastdpo.modeling.attention.kept import keep_attention
 from fastdpo.modeling.head import get_backbone
 
-KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
-"""A layer leaves for its backward: everything, its input, or its input in host memory."""
+KEEP, KEEP_ATTENTION = "keep", "keep_attention"
+RECOMPUTE, OFFLOAD = "recompute", "offload"
+"""A layer leaves for its backward: everything; its input and what its attention kernel returned;
+its input; or its input in host memory."""
 
-ACTIVATIONS = (KEEP, RECOMPUTE, OFFLOAD)
+ACTIVATIONS = (KEEP, KEEP_ATTENTION, RECOMPUTE, OFFLOAD)
 PAGE_BYTES = 2**24
 """Size of the pieces in which pinned memory is taken: torch rounds each up to a power of two."""
 
@@ -67,7 +70,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> None:
-    """Let every decoder layer keep, recompute or offload, until another plan is applied.
+    """Let every decoder layer leave what the plan says, until another plan is applied.
 
     It takes the place of any checkpointing that the model has; whatever enables checkpointing
     afterwards (`activation_checkpointing_enable`, which Trainer calls where its arguments say so)
@@ -95,19 +98,27 @@ def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> N
     offloader = ActivationOffloader()
     for index, (layer, choice) in enumerate(zip(layers, activation_plan, strict=True)):
         layer.gradient_checkpointing = choice != KEEP
-        layer._gradient_checkpointing_func = (
-            functools.partial(offloader.recompute, index) if choice == OFFLOAD else recompute
-        )
+        layer._gradient_checkpointing_func = {
+            OFFLOAD: functools.partial(offloader.recompute, index),
+            KEEP_ATTENTION: functools.partial(recompute, context_fn=keep_attention),
+        }.get(choice, recompute)
 
 
-def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+def recompute(
+    function: Callable[..., Any], *inputs: Any, context_fn: Callable[[], Any] = noop_context_fn
+) -> Any:
     """Call `function(*inputs)` and save the inputs only; its backward calls it again.
 
     The second call draws the random numbers of the first.
+
+    Args:
+        function: what is called.
+        inputs: its arguments.
+        context_fn: makes the context of the first call and that of the second.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
 
 
 class ActivationOffloader:

@@ -50,6 +50,8 @@ class LayerBytes:
     Attributes:
         input: its input, which is all that a recomputed one saves.
         attention: saved from its input to the residual sum in the middle.
+        attention_results: what the attention kernel returns, within `attention`: all that a layer
+            that keeps its attention saves besides its input.
         middle_norm: saved by the norm before the MLP, less its output.
         mlp: saved by the MLP, the output of that norm included.
         backward: what its backward adds to all that in the phase in which it needs most.
@@ -60,6 +62,7 @@ class LayerBytes:
 
     input: int
     attention: int
+    attention_results: int
     middle_norm: int
     mlp: int
     backward: int
@@ -130,6 +133,7 @@ def layer_bytes(
     return LayerBytes(
         input=stream * hidden,
         attention=attention,
+        attention_results=_attention_results(architecture, training, shape),
         middle_norm=norm,
         mlp=mlp,
         backward=max(phases.values()) - saved,
@@ -193,8 +197,7 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
     """Bytes saved between the first norm and the residual sum, inputs of linear layers left out."""
     d = training.entry_bytes
     queries, keys = architecture.query_width, architecture.key_width
-    saved = 2 * d * queries * shape.tokens  # queries, and the output, which o_proj reads
-    saved += 4 * architecture.query_heads * shape.tokens  # the softmax's sums
+    saved = d * queries * shape.tokens + _attention_results(architecture, training, shape)
     backend = BACKENDS[training.attention]
     gathered = shape.repeated_tokens if backend.gathers_keys else 0
     saved += 2 * d * keys * (shape.tokens + gathered)
@@ -205,6 +208,14 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
             2 * d * keys * (shape.repeated_tokens + shape.further_tokens) + d * shape.mask_entries
         )
     return saved
+
+
+def _attention_results(
+    architecture: Architecture, training: Training, shape: MicroBatchShape
+) -> int:
+    """Bytes of the attention's output, which o_proj reads, and of the softmax's sums in fp32."""
+    entries = training.entry_bytes * architecture.query_width + 4 * architecture.query_heads
+    return entries * shape.tokens
 
 
 def _attention_backward(

@@ -142,7 +142,7 @@ def _joined_lists(groups: Sequence[PromptGroup]) -> list[tuple[list[int], Prompt
 def _activation_plan(
     policy: PreTrainedModel | PeftModel, args: DPOConfig, plan: Plan | None
 ) -> tuple[str, ...]:
-    """Return what each decoder layer does with its activations: keep, recompute or offload."""
+    """Return what each decoder layer leaves for its backward, one of `ACTIVATIONS` each."""
     choice = args.activations
     if choice == "auto" and args.activation_checkpointing is False:
         choice = KEEP
