@@ -1,9 +1,9 @@
 """Activation plans: each decoder layer keeps everything for its backward, or recomputes.
 
-A layer is kept whole (fastest), recomputed from its input on the GPU, with or without its attention,
-or recomputed from its input in pinned host memory. The gradients are the same bit for bit. This uses the per-layer hook of
-transformers' `GradientCheckpointingLayer`, so no forward is replaced; as there, a layer outside
-train mode is kept whole.
+A layer is kept whole (fastest), recomputed from its input on the GPU, with or without its
+attention, or recomputed from its input in pinned host memory. The gradients are the same bit for
+bit. This uses the per-layer hook of transformers' `GradientCheckpointingLayer`, so no forward is
+replaced; as there, a layer outside train mode is kept whole.
 
 Offloaded inputs travel on a stream of their own beside the computation. With three offloaded
 layers, F and B being forward and backward of a layer, o a copy of its input out to the host and i

@@ -2,8 +2,8 @@
 
 Recomputing less is the cheapest speed there is, so as many of the last layers are kept whole as
 fit: their backward comes first, and each is gone when the one below it begins. The first kept
-layer costs nothing, for a recomputed one is whole in its own backward too. Where pairs are long, layers
-that keep their attention's results beside their input are faster for their bytes.
+layer costs nothing, for a recomputed one is whole in its own backward too. Where pairs are long,
+layers that keep their attention's results beside their input are faster for their bytes.
 
 An update goes through phases, and the plan's peak is the highest of them. What lies on the GPU
 besides weights, with two recomputed layers (R1, R2) below two kept ones (K3, K4):

@@ -250,9 +250,7 @@ def test_a_policy_takes_the_place_of_checkpointing_and_says_what_is_wrong(lora_m
     assert flags == [False, True, False]
     with pytest.raises(ValueError, match="2 entries and the model 3"):
         apply_activation_plan(lora_model, ("keep",) * 2)
-    with pytest.raises(
-        ValueError, match=r"\['drop'\]: need keep, keep_attention, recompute, offload"
-    ):
+    with pytest.raises(ValueError, match=r"\['drop'\]: need keep, keep_att.*, offload"):
         apply_activation_plan(lora_model, ("keep", "drop", "keep"))
     assert flags == [layer.gradient_checkpointing for layer in decoder_layers(lora_model)]
 
