@@ -22,6 +22,7 @@ for a copy before it reads the result or reuses the memory.
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ RECOMPUTE, OFFLOAD = "recompute", "offload"
 its input; or its input in host memory."""
 
 ACTIVATIONS = (KEEP, KEEP_ATTENTION, RECOMPUTE, OFFLOAD)
+Context = AbstractContextManager[Any]
 PAGE_BYTES = 2**24
 """Size of the pieces in which pinned memory is taken: torch rounds each up to a power of two."""
 
@@ -69,7 +71,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> None:
+def apply_activation_plan(
+    model: nn.Module, activation_plan: Sequence[str], *, dequantize_once: bool = False
+) -> None:
     """Let every decoder layer leave what the plan says, until another plan is applied.
 
     It takes the place of any checkpointing that the model has; whatever enables checkpointing
@@ -79,6 +83,8 @@ def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> N
     Args:
         model: a causal LM or a PeftModel on it.
         activation_plan: one of `ACTIVATIONS` for each decoder layer, first layer first.
+        dequantize_once: whether the dense copies of a layer's 4-bit weights serve its
+            recomputation and its backward; else each is made for both.
 
     Raises:
         ValueError: a wrong number of layers, or a word that is none of `ACTIVATIONS`.
@@ -98,10 +104,38 @@ def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> N
     offloader = ActivationOffloader()
     for index, (layer, choice) in enumerate(zip(layers, activation_plan, strict=True)):
         layer.gradient_checkpointing = choice != KEEP
-        layer._gradient_checkpointing_func = {
-            OFFLOAD: functools.partial(offloader.recompute, index),
-            KEEP_ATTENTION: functools.partial(recompute, context_fn=keep_attention),
-        }.get(choice, recompute)
+        attention = keep_attention if choice == KEEP_ATTENTION else noop_context_fn
+        run = functools.partial(offloader.recompute, index) if choice == OFFLOAD else recompute
+        layer._gradient_checkpointing_func = functools.partial(
+            run, context_fn=functools.partial(_contexts, attention, dequantize_once)
+        )
+
+
+def _contexts(
+    attention: Callable[[], tuple[Context, Context]], dequantize_once: bool
+) -> tuple[Context, Context]:
+    """The contexts of a layer's first run and of its recomputation."""
+    first, second = attention()
+    if not dequantize_once:
+        return first, second
+    from fastdpo_kernels import KeptDenseWeights  # not for the planner, which names activations too
+
+    return first, _Both(second, KeptDenseWeights())
+
+
+class _Both:
+    """Two contexts as one, which can be entered more than once."""
+
+    def __init__(self, outer: Context, inner: Context) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
 
 
 def recompute(
@@ -127,7 +161,13 @@ class ActivationOffloader:
     def __init__(self) -> None:
         self._newest: weakref.ref[OffloadedActivation] | None = None
 
-    def recompute(self, layer: int, function: Callable[..., Any], *inputs: Any) -> Any:
+    def recompute(
+        self,
+        layer: int,
+        function: Callable[..., Any],
+        *inputs: Any,
+        context_fn: Callable[[], Any] = noop_context_fn,
+    ) -> Any:
         """Do as the function `recompute` does, the first input (hidden states) on the host."""
         if not torch.is_grad_enabled():
             return function(*inputs)
@@ -140,7 +180,7 @@ class ActivationOffloader:
             return saved.load() if isinstance(saved, OffloadedActivation) else saved
 
         with saved_tensors_hooks(pack, unpack):
-            return checkpoint(function, *inputs, use_reentrant=False)
+            return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
 
     def _offload(self, layer: int, tensor: Tensor) -> "OffloadedActivation":
         newest = None if self._newest is None else self._newest()

@@ -36,6 +36,12 @@ class BatchingOptions(Options):
         "their inside; 0 never does. Unset: chosen for the device.",
         check=whole(128, "0 is never, 4096 is usual", or_zero=True),
     )
+    dequantize: str = option(
+        "auto",
+        "How often a recomputed layer's 4-bit weights are dequantized for its backward: once holds "
+        "the dense copies of one layer, twice of one matrix. auto: once where the GPU has room.",
+        choices=["auto", "once", "twice"],
+    )
     embeddings: str = option(
         "auto",
         "Where the embedding rows lie: GPU, or host, which frees as much as the table is large "

@@ -56,6 +56,8 @@ class LayerBytes:
         mlp: saved by the MLP, the output of that norm included.
         backward: what its backward adds to all that in the phase in which it needs most.
         dequantized: the dense copy of a weight within `backward`.
+        dense_weights: dense copies of all its 4-bit weights but that of its last linear layer,
+            which is not recomputed: what waits for the backward where they are made once.
         first_spared: what the very first layer saves less, where its input needs no gradient.
         holds_input: whether `attention` counts the input itself.
     """
@@ -67,6 +69,7 @@ class LayerBytes:
     mlp: int
     backward: int
     dequantized: int
+    dense_weights: int
     first_spared: int
     holds_input: bool
 
@@ -138,9 +141,19 @@ def layer_bytes(
         mlp=mlp,
         backward=max(phases.values()) - saved,
         dequantized=scratch,
+        dense_weights=_dense_weights(architecture, training),
         first_spared=norm if training.trains_adapter else 0,
         holds_input=norms.keep_input,
     )
+
+
+def _dense_weights(architecture: Architecture, training: Training) -> int:
+    """Bytes of one layer's weights in the compute dtype, less those of the MLP's last."""
+    if training.tuning != "qlora":
+        return 0
+    last = architecture.intermediate * architecture.hidden
+    each = architecture.linear_parameters // architecture.layers
+    return training.entry_bytes * (each - last)
 
 
 @dataclass(frozen=True)

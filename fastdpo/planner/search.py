@@ -151,6 +151,7 @@ class MemoryStrategy:
     embeddings_on_host: bool = False
     norm_tile_tokens: int | None = None
     mlp_tile_tokens: int | None = None
+    dequantize_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,8 @@ class MemoryLayout:
     def phases(self, activation_plan: Sequence[str]) -> dict[str, dict[str, int]]:
         """Bytes by term of every phase that may be the highest of an update, by its name."""
         counts = {what: activation_plan.count(what) for what in ACTIVATIONS}
+        spared = self.layer.first_spared if activation_plan[0] == KEEP else 0
+        kept = self.layer.kept * counts[KEEP] - spared
         layer, inputs = self.layer, self.layer.input
         with_input = counts[RECOMPUTE] + counts[KEEP_ATTENTION]
         on_gpu = inputs * max(with_input, min(OFFLOADED_ON_GPU, counts[OFFLOAD]))
@@ -204,16 +207,17 @@ class MemoryLayout:
         results = layer.attention_results * counts[KEEP_ATTENTION]
         if counts[KEEP_ATTENTION] and not counts[KEEP]:
             shared += layer.attention_results
+        others, waiting = max(0, kept - layer.kept), 0
+        if self.strategy.dequantize_once and counts[KEEP] < len(activation_plan):
+            waiting = max(0, layer.dense_weights - others)  # where the kept layers are gone
         before = {
             "tables and indices": self.tables, "layer inputs": on_gpu, "kept attention": results,
         }  # fmt: skip
-        spared = layer.first_spared if activation_plan[0] == KEEP else 0
-        kept = layer.kept * counts[KEEP] - spared
-        others = max(0, kept - layer.kept)
         backward = {
             "kept layers": others,
             "one layer, saved": layer.kept - shared,
             "dequantized weight": layer.dequantized,
+            "dequantized, recomputed layer": waiting,
             "one layer, backward": layer.backward - layer.dequantized,
         }
         resident = self.resident
@@ -321,7 +325,10 @@ def allocatable_bytes(gpu_bytes: int) -> int:
 def strategies(
     architecture: Architecture, training: Training, *, change_optimizer: bool
 ) -> list[MemoryStrategy]:
-    """Strategies from the fastest to the smallest: each saves in one way more than the last."""
+    """Strategies, each of which saves in one way more than the last.
+
+    The second takes more memory than the first, for speed; it is not built upon.
+    """
     found = [MemoryStrategy(training.optimizer)]
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
@@ -331,6 +338,8 @@ def strategies(
         found += [replace(found[-1], mlp_tile_tokens=tokens) for tokens in TILES_TOKENS]
     if change_optimizer and "8bit" not in training.optimizer:
         found.append(replace(found[-1], optimizer=EIGHT_BIT))
+    if training.tuning == "qlora":
+        found.insert(1, replace(found[0], dequantize_once=True))
     return found
 
 
@@ -380,8 +389,9 @@ def make_plan(
             if activation_plan is None:
                 continue
             per_token = seconds(activation_plan) / tokens
-            same = best is not None and best[1].strategy == strategy
-            if best is None or per_token * (1.0 if same else MIN_SPEEDUP) < best[0]:
+            saves = best is not None and best[1].strategy != strategy
+            saves = saves and not strategy.dequantize_once
+            if best is None or per_token * (MIN_SPEEDUP if saves else 1.0) < best[0]:
                 best = (per_token, layout, activation_plan)
     if best is None:
         assert layout is not None, "there is a length and a strategy"
@@ -402,6 +412,7 @@ def _seconds(
         input_bytes=layout.layer.input,
         group_tokens=workload.usual_group_tokens,
         mlp_tile_tokens=layout.strategy.mlp_tile_tokens,
+        dequantize_once=layout.strategy.dequantize_once,
     )
 
 
@@ -423,6 +434,8 @@ def _finished(
         embeddings_on_host=layout.strategy.embeddings_on_host,
         mlp_tile_tokens=layout.strategy.mlp_tile_tokens,
         norm_tile_tokens=layout.strategy.norm_tile_tokens,
+        dequantize_once=layout.strategy.dequantize_once
+        and any(what != KEEP for what in activation_plan),
         optimizer=layout.strategy.optimizer,
         terms=phases[highest] | {"allocator's gaps": gaps, "CUDA context": CONTEXT_BYTES},
         phases=sums,

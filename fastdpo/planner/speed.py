@@ -60,6 +60,7 @@ def update_seconds(
     input_bytes: int,
     group_tokens: float,
     mlp_tile_tokens: int | None,
+    dequantize_once: bool = False,
 ) -> float:
     """Seconds of forward and backward of one micro-batch.
 
@@ -83,7 +84,8 @@ def update_seconds(
     if training.tuning == "qlora":
         mlp = architecture.mlp_parameters
         others = architecture.linear_parameters - mlp
-        fewer = kept / architecture.layers  # a kept layer's weights are wanted twice, not thrice
+        # A kept layer's weights are wanted twice, not thrice; one dequantization may do for two.
+        fewer = 1.0 if dequantize_once else kept / architecture.layers
         tiles = -(-shape.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
         read = others * (3 - fewer) + mlp * tiles * (3 if tiled else 3 - fewer)
         seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (gpu.gb_per_s * 1e9)

@@ -291,13 +291,13 @@ class DPOTrainer(ResumableTrainer):
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
         self.reference.on_train_begin()
+        self.policy.train()  # a loaded base is in eval mode below its PeftModel
         if self.plan is not None and self.train_groups is not None:
             self._probe_memory(worst_case_batch(self.train_groups, self.mode, self.layout))
 
     def _probe_memory(self, groups: list[PromptGroup]) -> None:
         """Run the update that takes the most memory, so that a lack of it shows at once."""
         torch.cuda.reset_peak_memory_stats()
-        self.policy.train()
         self.update.probe_memory(groups)
         measured = torch.cuda.max_memory_allocated()
         assert self.plan is not None, "only planned runs are probed"
@@ -319,7 +319,7 @@ class DPOTrainer(ResumableTrainer):
         """
         self.record.start()
         self._follow_policy()
-        if not model.training:
+        if not model.training:  # of all modules since `on_before_train`, unless a callback did it
             model.train()
         show_training_weights(self.optimizer)
         result = self.update.run(inputs, METRIC_OUTPUTS if self._logs_this_update() else ())

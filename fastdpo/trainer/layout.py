@@ -96,6 +96,9 @@ def choose_layout(
     on_host = args.embeddings == "host"
     if args.embeddings == "auto" and plan is not None:
         on_host = plan.embeddings_on_host
+    once = args.dequantize == "once"
+    if args.dequantize == "auto" and plan is not None:
+        once = plan.dequantize_once
     # A plan whose micro-batches are shorter than the longest pair counts on split completions.
     splits = plan is not None and groups and planned < max(group_lengths(groups, mode))
     return ExecutionLayout(
@@ -107,6 +110,7 @@ def choose_layout(
         most_group_tokens=planned if splits else None,
         attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
         kernels=choose_kernels(policy, args.kernels),
+        dequantize_once=once,
     )
 
 

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import weakref
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,6 +20,7 @@ from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, dec
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.logprobs import packed_logprobs
 from tests.modeling.test_packed_pairs import random_groups
@@ -239,6 +241,37 @@ def test_a_layer_that_keeps_its_attention_does_not_run_it_again(tmp_path):
         with pytest.raises(RuntimeError, match="backward an extra time"):
             total.backward()
     assert_equal(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_one_dequantization_serves_recomputation_and_backward(base_folder, monkeypatch, kernels):
+    model = policy_model(base_folder, "qlora", dropout=0.0)
+    use_kernels(model, kernels, backend="torch")
+    calls, living = [], []
+    plain = bnb.functional.dequantize_4bit
+
+    def counted(*arguments):
+        dense = plain(*arguments)
+        calls.append(weakref.ref(dense))
+        living.append(sum(ref() is not None for ref in calls))
+        return dense
+
+    apply_activation_plan(model, KEEP_ALL)
+    wanted = gradients(model)
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", counted)
+    for choice in ("recompute", "keep_attention", "offload"):
+        for once in (False, True):
+            apply_activation_plan(model, (choice,) * LAYERS, dequantize_once=once)
+            calls.clear()
+            living.clear()
+            assert_equal(gradients(model), wanted)
+            # Forward and backward of each, less what the first layer's input needs no gradient of;
+            # a recomputation does not come to its last product.
+            least = 7 * LAYERS + 4 + 7 * (LAYERS - 1)
+            assert len(calls) == least + 6 * LAYERS - once * (3 + 6 * (LAYERS - 1))
+            assert max(living) <= (8 if once else 3), "of one layer alone"
+            gc.collect()
+            assert not [ref for ref in calls if ref() is not None], "none is left behind"
 
 
 def test_a_policy_takes_the_place_of_checkpointing_and_says_what_is_wrong(lora_model):

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import bitsandbytes as bnb
+import fastdpo_kernels
 import numpy as np
 import pytest
 import torch
@@ -167,6 +168,38 @@ def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit, kernels, monk
     assert saved[2] == layer.input
     assert saved[3] == layer.input, "what torch keeps of the attention is in no graph"
     assert kept_results == [layer.attention_results]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_weights_that_wait_for_the_backward_are_counted(family, monkeypatch):
+    waiting = []
+
+    class Watched(fastdpo_kernels.KeptDenseWeights):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            waiting.append(sum(dense.nbytes for dense in self._by_weight.values()))
+
+    base = random_model(
+        FAMILIES[family](**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True
+    )
+    model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
+    monkeypatch.setattr(fastdpo_kernels, "KeptDenseWeights", Watched)
+    apply_activation_plan(model, ("recompute",) * 3, dequantize_once=True)
+    micro_batch = pack_update(groups(), 4096)[0]
+    with packed_attention(base.config):
+        packed_logprobs(model, micro_batch).logps.sum().backward()
+    training = training_of(model, "adamw_torch", "sdpa", "eager")
+    layer = layer_bytes(architecture_of(model, family), training, shape_of(micro_batch))
+    assert waiting == [layer.dense_weights] * 3
+    plan = ("recompute",) * 3
+    peaks = [
+        MemoryLayout(
+            architecture_of(model, family), training, shape_of(micro_batch),
+            MemoryStrategy("adamw_torch", dequantize_once=once),
+        ).phases(plan)["backward of a layer"]
+        for once in (False, True)
+    ]  # fmt: skip
+    assert sum(peaks[1].values()) - sum(peaks[0].values()) == layer.dense_weights
 
 
 R, A, K = "recompute", "keep_attention", "keep"
