@@ -59,8 +59,9 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
         trainer = DPOTrainer(
             model,
             args=DPOConfig(
-                output_dir=folder, ref_cache=f"{folder}/reference", max_length=None, report_to="none",
-                use_cpu=device == "cpu", bf16=device == "cuda", disable_tqdm=True, save_strategy="no",
+                output_dir=folder, ref_cache=f"{folder}/reference", max_length=None,
+                use_cpu=device == "cpu", bf16=device == "cuda", save_strategy="no",
+                disable_tqdm=True, report_to="none",
                 micro_batch_tokens=case["micro_batch_tokens"],
                 per_device_train_batch_size=len(rows),
             ),
