@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma4Config,
+    Gemma4UnifiedConfig,
     Llama4Config,
     Mistral3Config,
     Qwen3_5Config,
@@ -55,6 +56,15 @@ def config_of(family):
         return Gemma4Config(
             text_config=TEXT | own, vision_config=eyes, audio_config=None, image_token_id=280
         )
+    if family == "gemma4_unified":
+        own = {
+            "sliding_window": 16, "global_head_dim": 32, "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+        }  # fmt: skip
+        eyes = {"patch_size": 8, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64}
+        return Gemma4UnifiedConfig(
+            text_config=TEXT | own, vision_config=eyes, audio_config=None, image_token_id=280
+        )
     if family == "qwen3_5":
         own = {
             "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
@@ -87,7 +97,7 @@ def config_of(family):
     return Mistral3Config(text_config=text, vision_config=eyes, image_token_index=280)
 
 
-FAMILIES = ("gemma3", "gemma4", "qwen3_5", "llama4", "mistral3")
+FAMILIES = ("gemma3", "gemma4", "gemma4_unified", "qwen3_5", "llama4", "mistral3")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
