@@ -15,6 +15,7 @@ QUESTIONS = {
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
+    "lists": "all pairs of k rated completions: each completion once, against once a pair",
     "quality": "the learning curve beside TRL's, update by update",
 }
 """In order of value."""

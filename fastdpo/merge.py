@@ -105,7 +105,7 @@ def run(
     print_line(f"\nThe merged model lies in {folder} ({binary_size(merged.bytes)}).")
     if plan.unties:
         print_line("Its embedding and head were one tensor in the base and are two now.")
-    print_line(f'transformers: AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")')
+    print_line(f'transformers: {base.auto_class}.from_pretrained("{folder}", dtype="auto")')
     print_line(f"vLLM:         vllm serve {folder}")
     print_line(f"llama.cpp:    python convert_hf_to_gguf.py {folder}")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -17,6 +17,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from fastdpo.merging.model_files import are_plain_names, model_file
 from fastdpo.merging.tensor_files import StoredTensor, tensors_of
 from fastdpo.modeling.loading import HUB_HINT, ModelError
+from fastdpo.modeling.multimodal import auto_class
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,6 +36,7 @@ class Base:
             module name.
         in_4bit: names of the modules that `--qlora` holds in 4 bits.
         tied: for each tied tensor the one it is tied to, by their names in the loaded model.
+        auto_class: the name of the class of transformers that loads it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Base:
     kinds: Mapping[str, str]
     in_4bit: frozenset[str]
     tied: Mapping[str, str]
+    auto_class: str
 
     @cached_property
     def file_of(self) -> dict[str, str]:
@@ -53,11 +56,17 @@ class Base:
     def stored_name(self, name: str) -> str | None:
         """The name that the files give to a tensor of the loaded model; None if they lack it.
 
-        Some files leave the first parts of the name out.
+        Some files leave the first parts of the name out, and those of models that see have them in
+        another order: language_model.model for model.language_model.
         """
         parts = name.split(".")
         ends = (".".join(parts[i:]) for i in range(len(parts)))
-        return next((end for end in ends if end in self.file_of), None)
+        same_parts = self._name_of_parts.get(tuple(sorted(parts)))
+        return next((end for end in ends if end in self.file_of), same_parts)
+
+    @cached_property
+    def _name_of_parts(self) -> dict[tuple[str, ...], str]:
+        return {tuple(sorted(name.split("."))): name for name in self.file_of}
 
 
 def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Base:
@@ -82,15 +91,15 @@ def find_base(name: str, *, revision: str = "main", trust_remote_code: bool = Fa
     shards = _shards(folder, name)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
-                trust_remote_code=trust_remote_code,
-            )
+            of_model = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            loads = auto_class(of_model)
+            model = loads.from_config(of_model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot tell what {name!r} is made of: {error}") from error
     kinds = {module_name: _kind(module) for module_name, module in model.named_modules()}
     tied = dict(model.all_tied_weights_keys)
-    return Base(name, folder, config, shards, kinds, _modules_in_4bit(model), tied)
+    in_4bit = _modules_in_4bit(model)
+    return Base(name, folder, config, shards, kinds, in_4bit, tied, loads.__name__)
 
 
 def _from_hub(name: str, revision: str) -> Path:

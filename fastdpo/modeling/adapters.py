@@ -32,6 +32,7 @@ from fastdpo.modeling.adapter_starts import (
 from fastdpo.modeling.families import family_of
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.multimodal import other_towers, tower_pattern
 from fastdpo.modeling.peft_types import check_peft_type
 from fastdpo.modeling.shared_input import SharedInput
 from fastdpo.system.oom import oom_message
@@ -175,12 +176,21 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
 
 
 def _exclude_unadapted(model: PreTrainedModel, peft_config: Any) -> None:
-    """Let "all-linear" mean all linear layers that this family can have an adapter on."""
-    names = family_of(model.config.get_text_config()).unadapted_linears
-    everywhere = getattr(peft_config, "target_modules", None) == "all-linear"
-    if names and everywhere and not peft_config.exclude_modules:
+    """Leave out layers that text does not train, and of "all-linear" those that take no adapter."""
+    target = getattr(peft_config, "target_modules", None)
+    everywhere = target == "all-linear"
+    if target is None or (isinstance(target, str) and not everywhere):
+        return  # a pattern says what it means
+    if getattr(peft_config, "exclude_modules", None):
+        return
+    names = family_of(model.config.get_text_config()).unadapted_linears if everywhere else ()
+    if names:
         peft_config.exclude_modules = list(names)
-        logger.info("No adapter lies on %s, whose weights kernels read.", " and ".join(names))
+        logger.info("No adapter lies on %s, which can have none.", " and ".join(names))
+    if towers := tower_pattern(model):
+        unread = rf"|(.+\.)?({'|'.join(names)})" if names else ""
+        peft_config.exclude_modules = towers + unread
+        logger.info("No adapter lies on %s: text trains none.", ", ".join(other_towers(model)))
 
 
 def lora_config(

@@ -61,8 +61,8 @@ class Family:
         norm_suffix: how the class names of norms end.
         state_layers: how the class names of layers end that carry a state along the sequence, which
             forks where a prefix ends; "" where there are none, or sequences have to be padded.
-        unadapted_linears: names of linear layers whose weight a kernel reads without calling them,
-            so that no adapter on them would be trained; PEFT refuses to adapt them.
+        unadapted_linears: names of linear layers that take no adapter: a kernel reads their weight
+            without calling them, so that none would be trained, or they return more than a product.
         fused: how the fused ops compute its layers; None leaves them to transformers.
     """
 
@@ -144,6 +144,10 @@ FAMILIES = {
     "hyperclovax": Family(
         logit_multipliers=(*USUAL.logit_multipliers, *USUAL.logit_divisors), logit_divisors=()
     ),
+    "llama4_text": Family(
+        packing_obstacle="scales its queries by their place in the whole sequence",
+        unadapted_linears=("router",),
+    ),
     "nemotron": Family(packing_obstacle="does not hand arguments on to its attention"),
     "phimoe": Family(packing_obstacle="has a window that it does not hand on to its attention"),
 }
@@ -183,6 +187,8 @@ UNRELATED_CONFIG_KEYS = {
     "routed_scaling_factor",  # of the experts' sum, inside the layer
     "router_scaling_factor",
     "attention_value_scale",
+    "attn_scale",  # of the queries, by their position
+    "floor_scale",
 }
 """Config fields that look as if they scaled the logits and do not, in any family."""
 

@@ -64,6 +64,8 @@ def get_backbone(model: nn.Module) -> nn.Module:
     """The decoder below the head: input ids to the last hidden states."""
     causal_lm = unwrap_model(model)
     backbone = causal_lm.get_decoder()
+    if hasattr(backbone, "lm_head"):  # Llama 4, alone or below its image model: a causal LM too
+        backbone = getattr(backbone, "model", None)
     if backbone is None or backbone is causal_lm or isinstance(backbone, nn.Linear):
         raise ValueError(
             f"{type(causal_lm).__name__} does not show its decoder (get_decoder()): packed pairs "

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.modeling.multimodal import auto_class
 from fastdpo.modeling.weight_hash import record_load, weight_files
 from fastdpo.system.device import cuda_has_bf16
 from fastdpo.system.oom import oom_message
@@ -28,6 +29,12 @@ DAMAGED_HINT = (
     "A file is damaged, was not downloaded to its end, or belongs to another model or version: "
     "copy or download the folder again."
 )
+_WHERE = (
+    "revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "subfolder",
+    "code_revision", "force_download", "proxies",
+)  # fmt: skip
+"""Arguments of `from_pretrained` that say where a config lies."""
+
 _LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
@@ -52,6 +59,8 @@ def load_model(
     options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM onto the GPU if there is one, and note the files that its tensors are from.
+
+    A model that sees or hears is loaded as a whole.
 
     Args:
         name: folder or hub id.
@@ -86,7 +95,9 @@ def load_model(
     arguments |= options or {}
     with _explaining(f"the model {name!r}"):
         files = weight_files(Path(name))
-        model, found = AutoModelForCausalLM.from_pretrained(
+        where = {option: arguments[option] for option in _WHERE if option in arguments}
+        config = arguments.get("config") or AutoConfig.from_pretrained(name, **where)
+        model, found = auto_class(config).from_pretrained(
             name, output_loading_info=True, **arguments
         )
     _check_complete(name, model, found)

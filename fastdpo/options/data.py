@@ -17,10 +17,12 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "chosen": (
         "chosen", "chosen_response", "preferred", "accepted", "response_j", "chosen_messages",
         "chosen_answer", "preferred_response", "better_response", "response_chosen",
+        "accepted_answer", "response_w", "y_w",
     ),
     "rejected": (
         "rejected", "rejected_response", "dispreferred", "response_k", "rejected_messages",
         "rejected_answer", "dispreferred_response", "worse_response", "response_rejected",
+        "non_preferred", "response_l", "y_l",
     ),
     "completions": ("completions", "responses", "answers", "generations", "outputs"),
     "ratings": ("ratings", "rating", "scores", "rewards"),

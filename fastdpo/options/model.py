@@ -26,6 +26,7 @@ MODEL_ALIASES = {
     "gemma-3-12b": "google/gemma-3-12b-it",
     "gemma-4-e2b": "google/gemma-4-E2B-it",
     "gemma-4-e4b": "google/gemma-4-E4B-it",
+    "gemma-4-12b": "google/gemma-4-12B-it",
     "gpt-oss-20b": "openai/gpt-oss-20b",
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "phi-4": "microsoft/phi-4",

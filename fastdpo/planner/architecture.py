@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from fastdpo.modeling.activations import decoder_layers, supports_checkpointing
@@ -27,6 +27,7 @@ from fastdpo.modeling.families import (
     is_norm,
 )
 from fastdpo.modeling.head import get_backbone, unwrap_model
+from fastdpo.modeling.multimodal import auto_class, other_towers
 from fastdpo.options import MODEL_ALIASES, resolve_model
 
 CONFIGS = "model_configs"
@@ -75,6 +76,7 @@ class Architecture:
         is_standard: whether a layer is attention and one gated MLP, for which the activation
             formulas are written.
         has_fused_layers: whether `fastdpo_kernels` can compute its norms and MLPs.
+        tower_bytes: bytes of what it sees or hears with, which lie on the GPU and are not trained.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Architecture:
     plain_embeddings: bool
     is_standard: bool
     has_fused_layers: bool
+    tower_bytes: int = 0
 
     @property
     def linear_parameters(self) -> int:
@@ -186,11 +189,11 @@ def architecture_of_config(
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(
             f"{name} is a {config.model_type!r} model, not a causal LM: choose one that "
-            "AutoModelForCausalLM loads."
+            "AutoModelForCausalLM or AutoModelForImageTextToText loads."
         ) from error
     return architecture_of(model, name)
 
@@ -227,10 +230,13 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
     linears = _linears(decoder)
     counted = {id(embeddings.weight)} | ({id(head.weight)} if head is not None else set())
     adapted = adapted_modules(causal_lm)
+    towers = [causal_lm.get_submodule(path) for path in other_towers(causal_lm)]
+    in_towers = {parameter for tower in towers for parameter in tower.parameters()}
     other = sum(
         parameter.numel()
         for path, parameter in causal_lm.named_parameters()
         if id(parameter) not in counted
+        and parameter not in in_towers
         and not is_of_adapter(path, adapted)
         and not _is_linear(causal_lm, path)
     )
@@ -259,6 +265,7 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
         linears=linears,
         embedding_parameters=embeddings.weight.numel(),
         other_parameters=other,
+        tower_bytes=sum(parameter.nbytes for parameter in in_towers),
         norms=max(2, sum(width == hidden for width in norms)),
         query_key_norms=any(width != hidden for width in norms),
         attention=attention_needs(config),

@@ -163,6 +163,7 @@ def resident_bytes(
         "embeddings": 0 if embeddings_on_host else entry * architecture.embedding_parameters,
         "head": entry * architecture.head_parameters,
         "norms and other weights": entry * architecture.other_parameters,
+        "other towers": architecture.tower_bytes,
         "adapters": 0 if full else 4 * trained,
         "gradients": 4 * trained,
         "optimizer state": optimizer_bytes(trained, training.optimizer),

@@ -27,6 +27,7 @@ from fastdpo.modeling.dropout import disable_dropout
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import ModelError, load_model, resolve_dtype
+from fastdpo.modeling.multimodal import freeze_other_towers
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import (
     FROZEN_ADAPTER,
@@ -111,6 +112,7 @@ def prepare_policy(
         disable_dropout(model)
     if peft_config is None:
         replace_lora_forward(model)
+        freeze_other_towers(model)
     else:
         set_seed(args.seed)  # the adapter's first weights belong to the run's seed
         model = add_adapter(model, peft_config)

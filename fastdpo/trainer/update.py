@@ -222,7 +222,7 @@ class _StepAttempt:
         self.loss += loss.detach()
 
     def _grad_cache(self, batches: Sequence[_Batch]) -> None:
-        """Both passes of GradCache, arXiv:2101.06983, over micro-batches that hold whole pairs."""
+        """Both passes of GradCache, arXiv:2101.06983; together the batches hold whole pairs."""
         state, aux_loss_before = RNGState.capture(), self.aux_loss.clone()
         terms: dict[str, Tensor] = {}
         with torch.no_grad():

@@ -220,6 +220,13 @@ FORMS = {
 }  # fmt: skip
 
 FURTHER = {
+    "response_w": ({"prompt": "Sky?", "response_w": "Blue.", "response_l": "Red."}, TEXTS),
+    "y_w": ({"prompt": "Sky?", "y_w": "Blue.", "y_l": "Red."}, TEXTS),
+    "non_preferred": ({"prompt": "Sky?", "preferred": "Blue.", "non_preferred": "Red."}, TEXTS),
+    "accepted_answer": (
+        {"question": "Sky?", "accepted_answer": "Blue.", "rejected_answer": "Red."},
+        CHAT,
+    ),
     "response_A and winner B": (
         {"prompt": "Sky?", "response_A": "Red.", "response_B": "Blue.", "winner": "B"},
         TEXTS,
