@@ -27,7 +27,7 @@ CACHE_ARGUMENTS = ("cache_params", "past_key_values")
 """Names under which transformers' layers take their cache."""
 
 CACHE_METHODS = ("get_conv_state", "update_conv_state")
-"""What a layer calls that takes up a state with a sequence of any length."""
+"""Methods of the cache that a layer calls which goes on from a state with any number of tokens."""
 
 
 class StateFork:
@@ -54,7 +54,7 @@ class StateFork:
         return self.convolved.get(state_idx)
 
     def get_recurrent_state(self, _layer: int, state_idx: int = 0) -> Tensor | None:
-        """What has been summed up of the past, or None at the start."""
+        """The state after the tokens so far, as the layer left it; None at the start."""
         return self.recurrent.get(state_idx)
 
     def is_recording_past(self, _layer: int) -> bool:
