@@ -10,6 +10,7 @@ QUESTIONS = {
     "roofline": "copy bandwidth and matrix rate of this machine, what all else is a ratio of",
     "step": "one update against TRL's trainer: seconds, pairs/s, tokens/s, peak memory",
     "layers": "a layer's operations, counted; a stack of layers, packed and shared against padding",
+    "hybrids": "a stack with states (linear attention, Mamba-2, convolutions) packed and padded",
     "kernel": "the head op against TRL, torch, Liger and cut-cross-entropy: time, memory, error",
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",

@@ -59,6 +59,8 @@ class Family:
             layer back to H last; several where the two layers up may be one matrix.
         attention_linears: names of the linear layers of an attention module.
         norm_suffix: how the class names of norms end.
+        state_layers: how the class names of layers end that carry a state along the sequence, which
+            forks where a prefix ends; "" where there are none, or sequences have to be padded.
         unadapted_linears: names of linear layers that take no adapter: a kernel reads their weight
             without calling them, so that none would be trained, or they return more than a product.
         fused: how the fused ops compute its layers; None leaves them to transformers.
@@ -90,13 +92,16 @@ class Family:
     )
     attention_linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     norm_suffix: str = "Norm"
+    state_layers: str = ""
     unadapted_linears: tuple[str, ...] = ()
     fused: FusedForms | None = None
 
 
 USUAL = Family()
 
-_MAMBA = Family(unadapted_linears=("out_proj", "conv1d"))
+_MAMBA: dict[str, Any] = {"unadapted_linears": ("out_proj", "conv1d")}
+_DELTA = Family(state_layers="GatedDeltaNet")
+_CONVOLVED = Family(state_layers="ShortConv")
 
 _SANDWICH: dict[str, Any] = {
     "norm": "gemma",
@@ -106,7 +111,13 @@ _SANDWICH: dict[str, Any] = {
 }
 
 FAMILIES = {
-    **dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), _MAMBA),
+    **dict.fromkeys(("falcon_mamba", "mamba"), Family(**_MAMBA)),
+    **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), Family(state_layers="Mixer", **_MAMBA)),
+    **dict.fromkeys(("bamba", "zamba2"), Family(state_layers="Mixer")),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), _DELTA),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLVED),
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), Family(state_layers="DeltaAttention")),
+    "granitemoehybrid": Family(state_layers="MambaLayer"),
     "cohere": Family(
         fused=FusedForms(
             "Cohere", "LayerNorm", "olmo2", centered=True, interleaved=True, norm_after_sum=""
@@ -154,6 +165,9 @@ LAYER_OBSTACLES = {
 }
 """Other layer types in words, for the log; an unknown one is named as transformers names it."""
 
+FORKED_LAYERS = ("linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "moe", "mlp")
+"""The further layer types of families whose layers with a state fork it."""
+
 UNRELATED_CONFIG_KEYS = {
     "attn_logit_softcapping",  # inside the attention, which applies it
     "rope_scaling",
@@ -187,7 +201,9 @@ def family_of(config: "PreTrainedConfig") -> Family:
 def packing_obstacle(config: "PreTrainedConfig") -> str:
     """Why sequences packed into one would change each other, by the text config; or nothing."""
     name = config.model_type
-    strange = [kind for kind in getattr(config, "layer_types", None) or () if not _packs(kind)]
+    forks = bool(family_of(config).state_layers)
+    kinds = getattr(config, "layer_types", None) or ()
+    strange = [kind for kind in kinds if not _packs(kind, forks=forks)]
     if strange:
         words = dict.fromkeys(LAYER_OBSTACLES.get(kind, kind) for kind in strange)
         return (
@@ -198,8 +214,14 @@ def packing_obstacle(config: "PreTrainedConfig") -> str:
     return f"{name} {obstacle}" if obstacle else ""
 
 
-def _packs(layer_type: str) -> bool:
-    return layer_type in PACKABLE_LAYERS
+def _packs(layer_type: str, *, forks: bool) -> bool:
+    return layer_type in PACKABLE_LAYERS or (forks and layer_type in FORKED_LAYERS)
+
+
+def mixing_layers(config: "PreTrainedConfig") -> int:
+    """How many of the layers let tokens meet: all but those of an MLP alone."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return config.num_hidden_layers - sum(kind in ("moe", "mlp") for kind in kinds)
 
 
 def logit_scale(config: "PreTrainedConfig") -> float:

@@ -11,9 +11,10 @@ from transformers import PreTrainedConfig
 from fastdpo.batching import MicroBatch
 from fastdpo.modeling.attention import PackedSegments, attends_packed
 from fastdpo.modeling.embeddings import ids_on_host
-from fastdpo.modeling.families import experts_per_token, rotary_limit
+from fastdpo.modeling.families import experts_per_token, mixing_layers, rotary_limit
 from fastdpo.modeling.head import get_backbone, get_lm_head, unwrap_model
 from fastdpo.modeling.moe import load_balancing_loss
+from fastdpo.modeling.state_forks import fork_states
 
 METRIC_OUTPUTS = ("entropy", "mean_logits", "is_top1")
 
@@ -95,9 +96,11 @@ def _last_states(
             f"{config.model_type}'s rotary frequencies do not depend on the other sequences: use "
             f"--max_length {limit}."
         )
+    if micro_batch.segments:
+        fork_states(get_backbone(model))
     with ids_on_host(model, micro_batch.host_input_ids):
         output = get_backbone(model)(input_ids=micro_batch.input_ids, use_cache=False, **options)
-    layers = config.get_text_config().num_hidden_layers
+    layers = mixing_layers(config.get_text_config())
     if micro_batch.segments and packed.layers_run < layers:
         raise ValueError(
             f"{type(causal_lm).__name__} attends through transformers' attention interface in "

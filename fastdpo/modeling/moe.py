@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
+
+from fastdpo.modeling.head import get_backbone
 
 
 def load_balancing_loss(
@@ -33,11 +35,27 @@ def load_balancing_loss(
     return experts * (shares * probabilities.float().mean(dim=0)).sum()
 
 
-def aux_loss_coef(config: PreTrainedConfig, requested: float | None) -> float:
+def has_routers(causal_lm: PreTrainedModel) -> bool:
+    """Tell whether a model has routers whose logits it gives; its config alone does not say so.
+
+    A config of a family with experts may ask for dense layers only.
+    """
+    if not hasattr(causal_lm.config.get_text_config(), "output_router_logits"):
+        return False
+    backbone = get_backbone(causal_lm)
+    recorded = (getattr(backbone, "_can_record_outputs", None) or {}).get("router_logits")
+    if recorded is None:  # it gives them some other way, if at all
+        return True
+    entries = recorded if isinstance(recorded, list | tuple) else [recorded]
+    classes = tuple(getattr(entry, "target_class", entry) for entry in entries)
+    return any(isinstance(module, classes) for module in backbone.modules())
+
+
+def aux_loss_coef(causal_lm: PreTrainedModel, requested: float | None) -> float:
     """The weight of the load-balancing loss: the requested one, else the model's own.
 
     Args:
-        config: config of the model.
+        causal_lm: the model.
         requested: `router_aux_loss_coef` of the options, or None.
 
     Returns:
@@ -46,9 +64,9 @@ def aux_loss_coef(config: PreTrainedConfig, requested: float | None) -> float:
     Raises:
         ValueError: a weight is requested and there are no routers.
     """
-    text_config = config.get_text_config()
-    if hasattr(text_config, "output_router_logits"):
-        default = getattr(text_config, "router_aux_loss_coef", 0.0)
+    config = causal_lm.config
+    if has_routers(causal_lm):
+        default = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
         return default if requested is None else requested
     if requested:
         raise ValueError(

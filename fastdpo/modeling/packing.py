@@ -2,7 +2,8 @@
 
 Packing several sequences into one is exact where tokens meet in attention alone. A layer that
 carries a state along the sequence (state space, linear attention, convolution) would carry it from
-one into the next, so such models run every completion in a padded sequence of its own.
+one into the next. Where its state can be forked (`state_forks`) such a layer runs segment by
+segment; other such models run every completion in a padded sequence of its own.
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastdpo.modeling.attention_backends import ATTENTIONS, MODEL_ATTENTION
-from fastdpo.modeling.families import attention_softcap, packing_obstacle
+from fastdpo.modeling.families import attention_softcap, family_of, packing_obstacle
 from fastdpo.modeling.head import get_backbone, unwrap_model
+from fastdpo.modeling.state_forks import takes_states
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,22 @@ def why_not_packable(causal_lm: PreTrainedModel) -> str:
     config = causal_lm.config.get_text_config()
     if obstacle := packing_obstacle(config):
         return obstacle
-    if causal_lm._is_stateful:
+    forking = family_of(config).state_layers
+    if forking and not all(map(takes_states, _layers_with_state(causal_lm, forking))):
+        return (
+            f"{config.model_type}'s layers with a state take one up from transformers' cache for "
+            "single tokens alone in this release of transformers"
+        )
+    if causal_lm._is_stateful and not forking:
         return f"{config.model_type} keeps a state that runs on from one sequence into the next"
-    if not causal_lm._supports_attention_backend:
+    if not causal_lm._supports_attention_backend and not forking:
         return f"{config.model_type} does not attend through transformers' attention interface"
     return ""
+
+
+def _layers_with_state(causal_lm: PreTrainedModel, suffix: str) -> set[type[nn.Module]]:
+    modules = get_backbone(causal_lm).modules()
+    return {type(module) for module in modules if type(module).__name__.endswith(suffix)}
 
 
 def _refuse_not_causal(causal_lm: PreTrainedModel) -> None:

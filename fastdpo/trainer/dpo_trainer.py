@@ -203,7 +203,7 @@ class DPOTrainer(ResumableTrainer):
             backward=self.accelerator.backward,
             autocast=self.autocast,
             loss_function=loss_function,
-            aux_loss_coef=aux_loss_coef(unwrap_model(policy).config, args.router_aux_loss_coef),
+            aux_loss_coef=aux_loss_coef(unwrap_model(policy), args.router_aux_loss_coef),
         )
 
     # Data

@@ -34,6 +34,7 @@ from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.packing import choose_packing
 from tests.modeling.test_families import UNPACKED
 from tests.modeling.test_packed_pairs import FAMILIES, SIZES, random_groups
+from tests.modeling.test_state_forks import FORKED
 from tests.tiny_trainer import tiny_base, tiny_trainer
 
 GPT = {"vocab_size": 131, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
@@ -59,7 +60,7 @@ OTHERS = {
     "stablelm": StableLmConfig(**SIZES),
     "starcoder2": Starcoder2Config(**SIZES),
 }  # fmt: skip
-ALL = FAMILIES | UNPACKED | OTHERS
+ALL = FAMILIES | FORKED | UNPACKED | OTHERS
 
 
 def set_rates(config, value=0.3):
