@@ -3,6 +3,7 @@
 import argparse
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from bench.harness import RESULTS, Recorder
 
@@ -18,6 +19,9 @@ QUESTIONS = {
 }
 """In order of value."""
 
+OF_A_MODEL = ("step", "quality")
+"""What can be asked of a real model, `--model FOLDER`."""
+
 
 def run(question: str, arguments: list[str] | None = None, *, parts: tuple[str, ...] = ()) -> None:
     """Parse, and ask one question; `parts` names those of it that can be asked alone."""
@@ -25,13 +29,17 @@ def run(question: str, arguments: list[str] | None = None, *, parts: tuple[str, 
     parser.description = QUESTIONS[question]
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of rows to append to")
+    if question in OF_A_MODEL:
+        parser.add_argument("--model", type=Path, help="folder of a real model to ask it of")
     if parts:
         parser.add_argument("--part", choices=parts, default="all", help="of the contenders")
     chosen = parser.parse_args(arguments)
     part = {"part": chosen.part} if parts else {}
+    if question in OF_A_MODEL and chosen.model:
+        part["model"] = chosen.model.resolve()
     ask(question, chosen.results, quick=chosen.quick, **part)
 
 
-def ask(question: str, results: Path, *, quick: bool, **part: str) -> None:
+def ask(question: str, results: Path, *, quick: bool, **part: Any) -> None:
     """Run one bench; its rows are appended to `results`."""
     import_module(f"bench.{question}").main(Recorder(question, results), quick=quick, **part)
