@@ -16,10 +16,11 @@ QUESTIONS = {
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
     "quality": "the learning curve beside TRL's, update by update",
+    "merged": "the margin that a merge keeps: bf16, fp16, fp32, to nearest and stochastic",
 }
 """In order of value."""
 
-OF_A_MODEL = ("step", "quality")
+OF_A_MODEL = ("step", "quality", "merged")
 """What can be asked of a real model, `--model FOLDER`."""
 
 
@@ -31,12 +32,16 @@ def run(question: str, arguments: list[str] | None = None, *, parts: tuple[str, 
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of rows to append to")
     if question in OF_A_MODEL:
         parser.add_argument("--model", type=Path, help="folder of a real model to ask it of")
+    if question == "merged":
+        parser.add_argument("--adapter", type=Path, help="folder of an adapter of that model")
     if parts:
         parser.add_argument("--part", choices=parts, default="all", help="of the contenders")
     chosen = parser.parse_args(arguments)
-    part = {"part": chosen.part} if parts else {}
+    part: dict[str, Any] = {"part": chosen.part} if parts else {}
     if question in OF_A_MODEL and chosen.model:
         part["model"] = chosen.model.resolve()
+    if question == "merged" and chosen.adapter:
+        part["adapter"] = chosen.adapter.resolve()
     ask(question, chosen.results, quick=chosen.quick, **part)
 
 

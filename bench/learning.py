@@ -94,7 +94,10 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
 
 
 def learn(recorder: Recorder, folder: Path, *, quick: bool) -> None:
-    """Both trainers with each seed; samples of held-out metrics are in the order of `held_out_at`."""
+    """Both trainers with each seed.
+
+    Samples of held-out metrics: before the first update, then after those of `held_out_at`.
+    """
     updates = 5 if quick else UPDATES
     points = (updates,) if quick else HELD_OUT_AT
     for seed in SEEDS[: 1 if quick else None]:

@@ -81,9 +81,9 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
 def build(case: Mapping[str, Any], folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
     """The trainer of a case.
 
-    Its keys: library, tuning (lora, qlora, full), pairs (B), accumulation, checkpointing, updates, rows,
-    model, dtype, device, and what `model_and_rows` reads; optional precomputed, logging_steps,
-    learning_rate, shared_prefix, micro_batch_tokens.
+    Its keys: library, tuning (lora, qlora, full), pairs (B), accumulation, checkpointing, updates,
+    rows, model, dtype, device, and what `model_and_rows` reads; optional precomputed,
+    logging_steps, learning_rate, seed, shared_prefix, micro_batch_tokens.
     """
     builders: dict[str, Callable[..., Trainer]] = {
         "fastdpo": _fastdpo, "trl": _trl, "unsloth": _unsloth,
