@@ -33,14 +33,19 @@ def main(
         **{name: told[name] for name in TOLD},
     }  # fmt: skip
     for dtype in DTYPES[: 1 if quick else None]:
-        report = _merge(model, adapter, dtype, qlora=qlora)
+        reports = [_merge(model, adapter, dtype, "bf16", qlora=qlora)]
+        if qlora and dtype == DTYPES[0]:
+            reports.append(_merge(model, adapter, dtype, "dequantized", qlora=qlora))
+        report = reports[0]
         if dtype == DTYPES[0]:
             _add(recorder, case, "adapter", report["learned"])
             if report["on_whole_base"] is not None:
                 _add(recorder, case, "adapter on the whole base", report["on_whole_base"])
-        for way, kept in report["kept"].items():
+        kept_by_way = {way: kept for each in reports for way, kept in each["kept"].items()}
+        roundings = {way: each for report in reports for way, each in report["roundings"].items()}
+        for way, kept in kept_by_way.items():
             onto, rounding = way.split()
-            counts = report["roundings"][way]
+            counts = roundings[way]
             rounding = rounding if counts["weights"] else "none"
             merged = {**case, "dtype": dtype, "onto": onto, "rounding": rounding}
             _add(recorder, merged, "fastdpo", kept)
@@ -54,7 +59,7 @@ def _add(recorder: Recorder, case: dict[str, Any], contender: str, kept: dict[st
     recorder.add(case, contender, "accuracy_relative", [kept["accuracy"]])
 
 
-def _merge(model: Path, adapter: Path, dtype: str, *, qlora: bool) -> dict[str, Any]:
+def _merge(model: Path, adapter: Path, dtype: str, onto: str, *, qlora: bool) -> dict[str, Any]:
     """The report of a merge into a folder that is thrown away."""
     from fastdpo.merge import main as merge
 
@@ -65,6 +70,7 @@ def _merge(model: Path, adapter: Path, dtype: str, *, qlora: bool) -> dict[str, 
         merge(
             ["--model", str(model), "--adapter", str(adapter), "--dataset", str(pairs)]
             + ["--output_dir", f"{folder}/merged", "--dtype", dtype, "--report_pairs", str(PAIRS)]
+            + ["--onto", onto]
             + (["--qlora"] if qlora else [])
         )
         return json.loads(Path(folder, "merged", "merge.json").read_text())["report"]

@@ -57,7 +57,7 @@ class MergingOptions(Options):
     report_pairs: int = option(
         24,
         "Pairs of --dataset on which margin, accuracy and log-probs before and after are compared; "
-        "a few show what moved, and each costs four to seven passes. 0 compares none.",
+        "a few show what moved, and each costs four to nine passes. 0 compares none.",
         check=whole(0, "24 is usual, 0 compares none"),
     )
 
@@ -202,18 +202,20 @@ def _measure(
     from fastdpo.modeling.adapters import adapters_disabled
     from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 
-    in_4bit, on_whole_base = _in_4bit(model, options), None
+    in_4bit, whole_base = _in_4bit(model, options), None
     compared = ComparisonOptions(adapter=options.adapter)
     trained = replace(model, model_name_or_path=plan.base.name, dtype="auto", qlora=in_4bit)
-    policy = load_policy(trained, compared)
-    before = score_pairs(policy, groups, description="Scoring with the adapter")
-    with adapters_disabled(policy):
-        reference = score_pairs(policy, groups, description="Scoring its reference")
-    del policy
-    if in_4bit and options.onto == "bf16":
-        whole_base = load_policy(replace(trained, qlora=False), compared)
-        on_whole_base = score_pairs(whole_base, groups, description="Scoring on the whole base")
-        del whole_base
+
+    def score_on(base: ModelOptions, name: str) -> tuple[ScoredPairs, ScoredPairs]:
+        """With the adapter, and without."""
+        policy = load_policy(base, compared)
+        with_it = score_pairs(policy, groups, description=f"Scoring with the adapter on {name}")
+        with adapters_disabled(policy):
+            return with_it, score_pairs(policy, groups, description=f"Scoring {name}")
+
+    before, reference = score_on(trained, "its base")
+    if in_4bit:
+        whole_base = score_on(replace(trained, qlora=False), "the whole base")
     written = str(plan.main_dtype).removeprefix("torch.")
     # A CPU computes in fp32; there is no GPU that would compute the model in fp64.
     exact = written == "float64" or not torch.cuda.is_available()
@@ -233,7 +235,7 @@ def _measure(
         before,
         reference,
         after,
-        on_whole_base=on_whole_base,
+        whole_base=whole_base,
         plans=plans,
         dtype=written,
         in_4bit=in_4bit,

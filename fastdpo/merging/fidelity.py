@@ -48,8 +48,8 @@ class Fidelity:
     """How a merge changes log-probs, and what it keeps of the preferences that were learned.
 
     A variant is a way to merge, "bf16 stochastic" for example: the base precision as `--onto` and
-    the rounding as `--rounding` say. Margins and accuracies are against one and the same reference,
-    that of training: the base that the adapter was measured on, without the adapter.
+    the rounding as `--rounding` say. Margins and accuracies are what the adapter adds: each is
+    against the base that it was added to, 4-bit or whole, without the adapter.
 
     Attributes:
         in_4bit: whether the adapter was measured on a 4-bit base.
@@ -60,9 +60,9 @@ class Fidelity:
         merged: the logps of each pair under the merged model, by variant.
         kept: margin and accuracy of those, by variant.
         shifts: how far the logps are from the adapter's, by variant.
-        on_whole_base: margin and accuracy of the adapter, unmerged, on the base's whole weights,
-            where the written variant adds to those an adapter of a 4-bit base: what the change of
-            the base alone does, before anything is rounded. None elsewhere.
+        on_whole_base: margin and accuracy of the adapter of a 4-bit base, unmerged, on the base's
+            whole weights: what the change of base alone does, before anything is rounded. None
+            where no variant adds to those.
         roundings: what became of the weights' updates, by variant.
     """
 
@@ -91,7 +91,7 @@ class Fidelity:
         base = "its 4-bit base" if self.in_4bit else "its base"
         variants = sorted(self.kept, key=lambda variant: variant != self.written)
         names = [v + (" (written)" if v == self.written else "") for v in variants]
-        lines = [f"Preferences on {len(self.adapter)} pairs, against the adapter's reference:"]
+        lines = [f"Preferences on {len(self.adapter)} pairs, against the base without the adapter:"]
         rows = [(f"adapter on {base}", *self.learned.cells, "")]
         if self.on_whole_base is not None:
             rows.append(("adapter on the whole base", *self.on_whole_base.cells, ""))
@@ -130,7 +130,7 @@ class Fidelity:
 
     def _parts(self) -> list[str]:
         """The loss of margin in its two parts, where there are two."""
-        if self.on_whole_base is None:
+        if self.on_whole_base is None or not self.written.startswith("bf16"):
             return []
         moved = self.on_whole_base.margin - self.learned.margin
         rounded = self.kept[self.written].margin - self.on_whole_base.margin
@@ -169,7 +169,7 @@ def compare(
     reference: ScoredPairs,
     merged: dict[str, ScoredPairs],
     *,
-    on_whole_base: ScoredPairs | None,
+    whole_base: tuple[ScoredPairs, ScoredPairs] | None,
     plans: dict[str, MergePlan],
     dtype: str,
     in_4bit: bool,
@@ -180,11 +180,18 @@ def compare(
         adapter: under the adapter on its base.
         reference: under that base without the adapter.
         merged: under the merged model, by variant, the written one first.
-        on_whole_base: under the adapter on the base's whole weights, as `Fidelity` says.
+        whole_base: under the adapter on the base's whole weights, and under those without it,
+            where the adapter's base is in 4 bits.
         plans: the plan of each variant, all of whose tensors were computed.
         dtype: in which the result was written.
         in_4bit: whether the adapter's base is in 4 bits.
     """
+    whole_reference = reference if whole_base is None else whole_base[1]
+
+    def preference(variant: str) -> Preference:
+        onto_whole = plans[variant].base_precision == "bf16"
+        return _preference(merged[variant], whole_reference if onto_whole else reference)
+
     return Fidelity(
         in_4bit=in_4bit,
         written=next(iter(merged)),
@@ -192,9 +199,9 @@ def compare(
         adapter=adapter.logps.tolist(),
         learned=_preference(adapter, reference),
         merged={variant: scored.logps.tolist() for variant, scored in merged.items()},
-        kept={variant: _preference(scored, reference) for variant, scored in merged.items()},
+        kept={variant: preference(variant) for variant in merged},
         shifts={variant: _shift(adapter, scored) for variant, scored in merged.items()},
-        on_whole_base=None if on_whole_base is None else _preference(on_whole_base, reference),
+        on_whole_base=None if whole_base is None else _preference(*whole_base),
         roundings={variant: plan.rounded for variant, plan in plans.items()},
     )
 

@@ -63,7 +63,8 @@ def round_update(
     weights, unchanged = nearest.numel(), int((nearest == start).sum())
     if not stochastic or unchanged <= SWALLOWED * weights:
         return nearest, Rounding(weights, unchanged, unchanged, 0)
-    drawn = round_stochastically(after, dtype, seed)
+    # What the base loses in this dtype it has lost: drawing that too would only add noise.
+    drawn = round_stochastically(after + (start.to(after.dtype) - before), dtype, seed)
     return drawn, Rounding(weights, unchanged, int((drawn == start).sum()), weights)
 
 
