@@ -20,6 +20,9 @@ from fastdpo.options.checks import Options, option, whole
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from fastdpo.batching import PromptGroup
     from fastdpo.merging import Adapter, Base, MergePlan
     from fastdpo.merging.fidelity import Fidelity
@@ -199,23 +202,26 @@ def _measure(
 
     from fastdpo.evaluation.load_both import load_policy, load_weights
     from fastdpo.merging.fidelity import compare, put_in_place
-    from fastdpo.modeling.adapters import adapters_disabled
+    from fastdpo.modeling.adapters import adapters_disabled, load_adapter
     from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 
     in_4bit, whole_base = _in_4bit(model, options), None
     compared = ComparisonOptions(adapter=options.adapter)
     trained = replace(model, model_name_or_path=plan.base.name, dtype="auto", qlora=in_4bit)
 
-    def score_on(base: ModelOptions, name: str) -> tuple[ScoredPairs, ScoredPairs]:
+    def score_on(
+        policy: "PreTrainedModel | PeftModel", name: str
+    ) -> tuple[ScoredPairs, ScoredPairs]:
         """With the adapter, and without."""
-        policy = load_policy(base, compared)
         with_it = score_pairs(policy, groups, description=f"Scoring with the adapter on {name}")
         with adapters_disabled(policy):
             return with_it, score_pairs(policy, groups, description=f"Scoring {name}")
 
-    before, reference = score_on(trained, "its base")
+    before, reference = score_on(load_policy(trained, compared), "its base")
     if in_4bit:
-        whole_base = score_on(replace(trained, qlora=False), "the whole base")
+        whole = load_weights(replace(trained, qlora=False), plan.base.name)
+        whole_base = score_on(load_adapter(whole, str(plan.adapter.folder)), "the whole base")
+        del whole
     written = str(plan.main_dtype).removeprefix("torch.")
     # A CPU computes in fp32; there is no GPU that would compute the model in fp64.
     exact = written == "float64" or not torch.cuda.is_available()

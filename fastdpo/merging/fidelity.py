@@ -115,7 +115,7 @@ class Fidelity:
         return "\n".join([*lines, *self._warning()])
 
     def _rounding(self, variant: str) -> str:
-        """What rounding did to the weights of a variant, in one sentence."""
+        """One sentence on what rounding did to the weights of a variant."""
         counts = self.roundings[variant]
         unchanged = counts.unchanged_written / counts.weights
         return (

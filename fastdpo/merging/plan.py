@@ -52,12 +52,12 @@ class MergePlan:
 
     @property
     def rounded(self) -> Rounding:
-        """What became of the updates of all tensors that were computed so far."""
+        """The counts of the updates of all tensors that were computed so far."""
         return sum(self.roundings.values(), Rounding())
 
     @property
     def may_swallow(self) -> bool:
-        """Whether rounding to nearest lost the update of a tensor that was computed so far."""
+        """True where rounding to nearest lost the update of a tensor that was computed so far."""
         return any(
             each.unchanged_nearest > SWALLOWED * each.weights for each in self.roundings.values()
         )

@@ -25,7 +25,7 @@ _AT_ONCE = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What became of a tensor's update, or of the updates of all tensors.
+    """Counts that say what became of a tensor's update, or of the updates of all tensors.
 
     Attributes:
         weights: how many weights were updated.
