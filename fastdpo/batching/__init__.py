@@ -4,6 +4,7 @@ from fastdpo.batching.groups import (
     PairGroups,
     PromptGroup,
     group_tokens,
+    lists_of,
     longest_sequence,
     shared_prefix_length,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "Segment",
     "default_micro_batch_tokens",
     "group_tokens",
+    "lists_of",
     "longest_sequence",
     "pack_in_order",
     "pack_update",

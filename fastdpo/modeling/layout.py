@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens
+from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens, lists_of
 from fastdpo.modeling.activations import apply_activation_plan, supports_checkpointing
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.fused import use_kernels
@@ -32,30 +32,44 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """A group, or one of its completions where the whole group would not fit into memory."""
+    """Completions of one prompt that are computed together."""
 
-    group: PromptGroup  # with the completions that are computed together
-    index: int  # which of the groups that the work began with
-    completions: tuple[int, ...]  # which of that group's completions
-
-    @classmethod
-    def whole(cls, index: int, group: PromptGroup) -> Self:
-        """The item of a group that is not split."""
-        return cls(group, index, tuple(range(len(group.completions))))
+    group: PromptGroup  # of these completions alone
+    list: int  # items of one list are laid out together where they fit
+    completions: tuple[int, ...]  # which of the distinct completions of the work they are
 
     def split(self) -> list["WorkItem"]:
         """One item for each completion."""
-        group = self.group
         return [
-            WorkItem(
-                PromptGroup(group.prompt_ids, (completion_ids,), scored=(mask,)),
-                self.index,
-                (completion,),
-            )
-            for completion, completion_ids, mask in zip(
-                self.completions, group.completions, group.masks, strict=True
-            )
+            WorkItem(self.group.only([place]), self.list, (completion,))
+            for place, completion in enumerate(self.completions)
         ]
+
+
+def distinct_items(
+    groups: Sequence[PromptGroup],
+) -> tuple[list[WorkItem], list[tuple[int, ...]]]:
+    """The work of computing every completion of the groups once, whichever groups hold it.
+
+    Returns:
+        One item for each group, with those of its completions that no group before it holds, and
+        no item where there are none; and for each group which of the distinct completions, counted
+        in the order of the items, it consists of. Items are of one list where `lists_of` says so.
+    """
+    known: dict[bytes, int] = {}
+    items: list[WorkItem] = []
+    held: list[tuple[int, ...]] = []
+    for group, name in zip(groups, lists_of(groups).tolist(), strict=True):
+        before = len(known)
+        its = tuple(known.setdefault(digest, len(known)) for digest in group.digests())
+        held.append(its)
+        fresh = tuple(range(before, len(known)))
+        if fresh == its:
+            items.append(WorkItem(group, name, its))
+        elif fresh:
+            part = group.only([its.index(each) for each in fresh])
+            items.append(WorkItem(part, name, fresh))
+    return items, held
 
 
 @dataclass
@@ -64,11 +78,13 @@ class ExecutionLayout:
 
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch; a longer group raises it.
-        activation_plan: keep, recompute or offload for each decoder layer; empty leaves the layers
-            as they are.
+        activation_plan: one of `ACTIVATIONS` for each decoder layer; empty leaves them as they
+            are.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole sequence.
         norm_tile_tokens: tokens of a tile of the norms; None runs them over the whole sequence.
         embeddings_on_host: whether the embeddings are looked up in host memory.
+        dequantize_once: whether a recomputed layer's 4-bit weights are dequantized once for its
+            recomputation and backward.
         most_group_tokens: longer groups run one completion at a time; None splits none.
         attention: kind of the attention computation, from `attention_kind`.
         kernels: fused or eager, from `choose_kernels`; empty leaves the layers as they are.
@@ -82,6 +98,7 @@ class ExecutionLayout:
     most_group_tokens: int | None = None
     attention: str = ""
     kernels: str = ""
+    dequantize_once: bool = False
 
     @classmethod
     def default(cls, model: nn.Module) -> Self:
@@ -95,8 +112,11 @@ class ExecutionLayout:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `as_json` wrote."""
-        # Releases before kept the plan under another name and had no fused layers.
-        renamed = {"activation_plan": values.get("layer_policy"), "kernels": "eager", **values}
+        # Releases before kept the plan under another name and knew less to choose.
+        renamed = {
+            "activation_plan": values.get("layer_policy"), "kernels": "eager",
+            "dequantize_once": False, **values,
+        }  # fmt: skip
         known: dict[str, Any] = {entry.name: renamed[entry.name] for entry in fields(cls)}
         known["activation_plan"] = tuple(known["activation_plan"])
         return cls(**known)
@@ -110,7 +130,9 @@ class ExecutionLayout:
         """Set the model up for this layout, whatever layout it had before."""
         self._choose_kernels(policy)
         if self.activation_plan:
-            apply_activation_plan(policy, self.activation_plan)
+            apply_activation_plan(
+                policy, self.activation_plan, dequantize_once=self.dequantize_once
+            )
         if self.activation_plan or self._tiles:
             self._tile(policy)
         if self.embeddings_on_host:

@@ -11,12 +11,15 @@ gives two ways to one gradient:
 GradCache (L. Gao et al., arXiv:2101.06983) costs one more forward, and needs neither the two
 completions of a pair nor the pairs that a loss couples in one micro-batch.
 
+A completion that several pairs hold is computed once: its derivative is the sum of theirs.
+
 Out of memory, the update starts again from no gradient and the same random state in smaller
 micro-batches (`run_within_memory`). It stays the same update.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +40,12 @@ from fastdpo.losses import (
 )
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
-from fastdpo.modeling.layout import ExecutionLayout, WorkItem, run_within_memory
+from fastdpo.modeling.layout import (
+    ExecutionLayout,
+    WorkItem,
+    distinct_items,
+    run_within_memory,
+)
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.packing import PackingMode
@@ -58,7 +66,6 @@ class Update:
         options: the loss and its parameters.
         layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model.
-        merge_prompts: compute a prompt that several pairs of an update share once for all.
         backward: adds the gradient of a () tensor to the parameters.
         autocast: makes the context around every forward.
         loss_function: takes the place of the built losses; `PairLogps` says what it is given.
@@ -74,14 +81,14 @@ class Update:
         *,
         layout: ExecutionLayout,
         mode: PackingMode,
-        merge_prompts: bool = False,
         backward: Callable[[Tensor], None],
         autocast: Callable[[], AbstractContextManager[Any]],
         loss_function: LossFunction | None = None,
         aux_loss_coef: float = 0.0,
     ) -> None:
         self.policy, self.reference, self.options = policy, reference, options
-        self.layout, self.mode, self.merge_prompts = layout, mode, merge_prompts
+        self.parameters = list(policy.parameters())  # once: a walk over all modules
+        self.layout, self.mode = layout, mode
         self.backward, self.autocast = backward, autocast
         self.loss_function, self.aux_loss_coef = loss_function, aux_loss_coef
 
@@ -96,17 +103,18 @@ class Update:
             DoesNotFitError: memory runs out with a single completion in a micro-batch.
         """
         state = RNGState.capture()
+        distinct, held = distinct_items(groups)
 
         def undo() -> None:
             self._zero_grad()
             state.restore()
 
         attempts = run_within_memory(
-            [WorkItem.whole(index, group) for index, group in enumerate(groups)],
+            distinct,
             self.layout,
             self.mode,
             lay_out=lambda items: [(items, items)],  # the whole update is one unit of work
-            work=lambda items: _StepAttempt(self, groups, items, outputs).run(),
+            work=lambda items: _StepAttempt(self, groups, items, held, outputs).run(),
             undo=undo,
         )
         return next(attempts)
@@ -120,21 +128,34 @@ class Update:
         state.restore()
 
     def _zero_grad(self) -> None:
-        for parameter in self.policy.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """A micro-batch, and which completions of the pairs come out of it."""
+
+    micro_batch: MicroBatch
+    indices: Tensor  # (C,) int64, rising
+    holds_whole_pairs: bool
+
+
 class _StepAttempt:
-    """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected)."""
+    """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected).
+
+    Completions of equal content have an index each, and are computed as one.
+    """
 
     def __init__(
         self,
         update: Update,
         groups: Sequence[PromptGroup],
         items: Sequence[WorkItem],
+        held: Sequence[tuple[int, ...]],
         outputs: tuple[str, ...],
     ) -> None:
-        self.update, self.options, self.items = update, update.options, items
+        self.update, self.options = update, update.options
         self.groups, self.outputs = groups, outputs
         self.device = unwrap_model(update.policy).device
         micro_batches = pack_update(
@@ -142,9 +163,10 @@ class _StepAttempt:
             update.layout.micro_batch_tokens,
             shared_prefix=update.mode.shared_prefix,
             packing=update.mode.packing,
-            merge_prompts=update.merge_prompts,
+            lists=[item.list for item in items],
         )
-        self.micro_batches = [micro_batch.to(self.device) for micro_batch in micro_batches]
+        distinct = [completion for pair in held for completion in pair]
+        self.batches = [self._batch(each, items, distinct) for each in micro_batches]
         lengths = [group.scored_tokens for group in groups]
         self.tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
         self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
@@ -152,21 +174,34 @@ class _StepAttempt:
         self.token_completions: list[Tensor] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.aux_loss = torch.zeros_like(self.loss)
-        self.computed_tokens = sum(micro_batch.num_tokens for micro_batch in self.micro_batches)
+        self.computed_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+
+    def _batch(
+        self, micro_batch: MicroBatch, items: Sequence[WorkItem], distinct: Sequence[int]
+    ) -> _Batch:
+        """The micro-batch on the device, its completions as the pairs hold them."""
+        here = [c for index in micro_batch.group_indices for c in items[index].completions]
+        places = {completion: place for place, completion in enumerate(here)}
+        indices = [index for index, each in enumerate(distinct) if each in places]
+        chosen = micro_batch.select([places[distinct[index]] for index in indices])
+        return _Batch(
+            chosen.to(self.device),
+            to_device(torch.tensor(indices), self.device),
+            {index ^ 1 for index in indices} == set(indices),
+        )
 
     def run(self) -> UpdateResult:
-        """Compute the gradient in one pass where that is enough, else by GradCache."""
+        """Compute the gradient, in one pass where that is enough, else by GradCache."""
         self.ref_logps = self._ref_logps()
-        whole_pairs = all(
-            len(item.completions) == len(self.groups[item.index].completions) for item in self.items
-        )
+        coupled = couples_pairs(self.options, self.update.loss_function)
         config = unwrap_model(self.update.policy).config
         with packed_attention(config, self.update.mode.attention):
-            if whole_pairs and not couples_pairs(self.options, self.update.loss_function):
-                for micro_batch in self.micro_batches:
-                    self._direct(micro_batch)
-            else:
-                self._grad_cache()
+            cached = [b for b in self.batches if coupled or not b.holds_whole_pairs]
+            for batch in self.batches:
+                if batch not in cached:
+                    self._direct(batch)
+            if cached:
+                self._grad_cache(cached)
         aux_coef = self.update.aux_loss_coef
         return UpdateResult(
             loss=self.loss + aux_coef * self.aux_loss,
@@ -179,28 +214,26 @@ class _StepAttempt:
             aux_loss=self.aux_loss if aux_coef else None,
         )
 
-    def _direct(self, micro_batch: MicroBatch) -> None:
+    def _direct(self, batch: _Batch) -> None:
         """Forward and backward of one micro-batch that holds whole pairs."""
-        indices = self._completions_in(micro_batch)
-        terms, aux_loss = self._forward(micro_batch, indices, self.outputs)
-        order = indices.argsort()
-        loss = self._loss({name: values[order] for name, values in terms.items()}, indices[order])
+        terms, aux_loss = self._forward(batch.micro_batch, batch.indices, self.outputs)
+        loss = self._loss(terms, batch.indices)
         self.update.backward(loss + aux_loss)
         self.loss += loss.detach()
 
-    def _grad_cache(self) -> None:
-        """Both passes of GradCache, arXiv:2101.06983, over all micro-batches."""
-        state = RNGState.capture()
-        everything = torch.arange(self.tokens.numel(), device=self.device)
+    def _grad_cache(self, batches: Sequence[_Batch]) -> None:
+        """Both passes of GradCache, arXiv:2101.06983, over micro-batches that hold whole pairs."""
+        state, aux_loss_before = RNGState.capture(), self.aux_loss.clone()
         terms: dict[str, Tensor] = {}
         with torch.no_grad():
-            for micro_batch in self.micro_batches:
-                indices = self._completions_in(micro_batch)
-                for name, values in self._forward(micro_batch, indices, self.outputs)[0].items():
-                    empty = torch.zeros(len(everything), dtype=values.dtype, device=self.device)
-                    terms.setdefault(name, empty)[indices] = values
+            for batch in batches:
+                found, _ = self._forward(batch.micro_batch, batch.indices, self.outputs)
+                for name, values in found.items():
+                    empty = torch.zeros_like(self.logps, dtype=values.dtype)
+                    terms.setdefault(name, empty)[batch.indices] = values
         leaves = {name: values.requires_grad_() for name, values in terms.items()}
-        loss = self._loss(leaves, everything)
+        everything = torch.cat([batch.indices for batch in batches]).sort().values
+        loss = self._loss({n: leaf[everything] for n, leaf in leaves.items()}, everything)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         derivatives = {
             name: gradient
@@ -208,19 +241,12 @@ class _StepAttempt:
             if gradient is not None
         }
         self.loss += loss.detach()
-        self.aux_loss.zero_()
+        self.aux_loss = aux_loss_before
         state.restore()  # the second pass must drop out what the first one did
-        for micro_batch in self.micro_batches:
-            indices = self._completions_in(micro_batch)
-            terms, aux_loss = self._forward(micro_batch, indices, ())
-            parts = [(terms[name] * each[indices]).sum() for name, each in derivatives.items()]
+        for batch in batches:
+            terms, aux_loss = self._forward(batch.micro_batch, batch.indices, ())
+            parts = [(terms[n] * each[batch.indices]).sum() for n, each in derivatives.items()]
             self.update.backward(torch.stack(parts).sum() + aux_loss)
-
-    def _completions_in(self, micro_batch: MicroBatch) -> Tensor:
-        """(C,) int64 indices of the completions in a micro-batch, in its order."""
-        items = [self.items[index] for index in micro_batch.group_indices]
-        indices = [2 * item.index + completion for item in items for completion in item.completions]
-        return to_device(torch.tensor(indices), self.device)
 
     def _forward(
         self, micro_batch: MicroBatch, indices: Tensor, outputs: tuple[str, ...]
@@ -241,8 +267,13 @@ class _StepAttempt:
         for name in outputs:
             self.token_metrics[name].append(scored.extras[name])
         if outputs:
-            lengths = micro_batch.completion_tokens
-            self.token_completions.append(torch.repeat_interleave(indices, lengths))
+            self.token_completions.append(
+                torch.repeat_interleave(
+                    indices,
+                    micro_batch.completion_tokens,
+                    output_size=len(scored.token_logps),  # else the host waits to learn it
+                )
+            )
         if scored.aux_loss is None:
             return terms, 0.0
         share = micro_batch.num_tokens / self.computed_tokens
@@ -291,9 +322,8 @@ class _StepAttempt:
             self.update.autocast(),
             packed_attention(unwrap_model(reference.model).config, self.update.mode.attention),
         ):
-            for micro_batch in self.micro_batches:
-                indices = self._completions_in(micro_batch)
-                scored = packed_logprobs(reference.model, micro_batch)
-                token_logps = self._token_logps(scored, micro_batch, indices)
-                logps[indices] = weighted_logps(token_logps, self.options)
+            for batch in self.batches:
+                scored = packed_logprobs(reference.model, batch.micro_batch)
+                token_logps = self._token_logps(scored, batch.micro_batch, batch.indices)
+                logps[batch.indices] = weighted_logps(token_logps, self.options)
         return logps.view(-1, 2)
