@@ -46,6 +46,7 @@ def test_an_adapter_is_laid_out_as_vllm_reads_it(result):
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert (config["bias"], config["use_dora"], config["modules_to_save"]) == ("none", False, None)
-    assert {module.rsplit(".", 1)[1] for module in modules} == set(config["target_modules"])
+    targets = {name.rpartition(".")[2] for name in config["target_modules"]}
+    assert {name.rpartition(".")[2] for name in modules} == targets
     ranks = {t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight")}
     assert ranks == {config["r"]}
