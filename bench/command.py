@@ -3,6 +3,7 @@
 import argparse
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from bench.harness import RESULTS, Recorder
 
@@ -17,8 +18,12 @@ QUESTIONS = {
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
     "lists": "all pairs of k rated completions: each completion once, against once a pair",
     "quality": "the learning curve beside TRL's, update by update",
+    "merged": "the margin that a merge keeps: bf16, fp16, fp32, to nearest and stochastic",
 }
 """In order of value."""
+
+OF_A_MODEL = ("step", "quality", "merged")
+"""What can be asked of a real model, `--model FOLDER`."""
 
 
 def run(question: str, arguments: list[str] | None = None, *, parts: tuple[str, ...] = ()) -> None:
@@ -27,13 +32,21 @@ def run(question: str, arguments: list[str] | None = None, *, parts: tuple[str, 
     parser.description = QUESTIONS[question]
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of rows to append to")
+    if question in OF_A_MODEL:
+        parser.add_argument("--model", type=Path, help="folder of a real model to ask it of")
+    if question == "merged":
+        parser.add_argument("--adapter", type=Path, help="folder of an adapter of that model")
     if parts:
         parser.add_argument("--part", choices=parts, default="all", help="of the contenders")
     chosen = parser.parse_args(arguments)
-    part = {"part": chosen.part} if parts else {}
+    part: dict[str, Any] = {"part": chosen.part} if parts else {}
+    if question in OF_A_MODEL and chosen.model:
+        part["model"] = chosen.model.resolve()
+    if question == "merged" and chosen.adapter:
+        part["adapter"] = chosen.adapter.resolve()
     ask(question, chosen.results, quick=chosen.quick, **part)
 
 
-def ask(question: str, results: Path, *, quick: bool, **part: str) -> None:
+def ask(question: str, results: Path, *, quick: bool, **part: Any) -> None:
     """Run one bench; its rows are appended to `results`."""
     import_module(f"bench.{question}").main(Recorder(question, results), quick=quick, **part)

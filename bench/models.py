@@ -18,6 +18,7 @@ from transformers import (
 
 from bench.harness import SEED
 from bench.inputs import STORY_MODEL, STORY_PAIRS, pair_lengths, word_rows
+from bench.real import load_real
 from bench.synthetic import aliased_config, random_model
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
@@ -60,10 +61,13 @@ def model_and_rows(
     """The model, tokenizer and `rows` preference rows of a case.
 
     Its `model` is "stories260K", which brings its real pairs, one of `MODEL_SIZES`, or where it
-    says `load_in_4bit` an alias, whose config is bundled. Synthetic
+    says `load_in_4bit` an alias, whose config is bundled; a case with a `folder` takes the real
+    model there, with real pairs. Synthetic
     pairs are all `pair_tokens` long, or as `ladder_tokens` says one by one (half prompt, a quarter
     each completion), or drawn from the histogram.
     """
+    if "folder" in case:
+        return load_real(case, case.get("seed", SEED))
     dtype, device = getattr(torch, case["dtype"]), case["device"]
     if case["model"] == "stories260K":
         tokenizer = AutoTokenizer.from_pretrained(STORY_MODEL)

@@ -14,6 +14,7 @@ import torch
 from bench.contest import Turns, contest
 from bench.harness import MEASURED, Recorder
 from bench.inputs import story_model_or
+from bench.learning import learn
 from bench.step import CONTENDERS
 
 FIGURES = {"loss_nat": "loss", "reward_margin_nat": "rewards/margins"}
@@ -32,8 +33,11 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
             turns.answer({metric: [line[name] for line in log] for metric, name in FIGURES.items()})
 
 
-def main(recorder: Recorder, *, quick: bool) -> None:
-    """LoRA and full, each beside TRL."""
+def main(recorder: Recorder, *, quick: bool, model: Path | None = None) -> None:
+    """LoRA and full, each beside TRL; with `model`, the real model in that folder on real pairs."""
+    if model is not None:
+        learn(recorder, model, quick=quick)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for tuning in ("lora", "full"):
         case = {

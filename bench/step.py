@@ -6,6 +6,7 @@ passes too.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bench import roofline
 from bench.contest import Result, contest
 from bench.harness import MEASURED, Recorder, spread
 from bench.inputs import story_model_or
+from bench.real import content_name
 
 WARM_UP = 2
 TRAINER = "bench.trainers:contend"
@@ -33,6 +35,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 QUICK = ("fastdpo", "trl", "trl accumulation 4")
 CUDA = ("fastdpo", "trl accumulation 4", "fastdpo unshared", "trl", "unsloth")
+REAL = ("fastdpo", "trl", "trl precomputed")
 FULL = tuple(name for name in CONTENDERS if name != "trl accumulation 2")
 
 
@@ -58,29 +61,49 @@ def cases(*, quick: bool) -> list[dict[str, Any]]:
     ]
 
 
+def real_cases(folder: Path) -> list[dict[str, Any]]:
+    """What is asked of a real model, the most telling first; 8 real pairs an update."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    common = {"model": content_name(folder), "device": device, "pairs": 8}
+    common |= {"dtype": "bfloat16" if device == "cuda" else "float32", "threads": 1}
+    settings = [("lora", False), ("qlora", False), ("lora", True), ("full", False), ("qlora", True)]
+    return [{"tuning": tuning, "checkpointing": on, **common} for tuning, on in settings]
+
+
 def measure(
-    recorder: Recorder, case: Mapping[str, Any], contenders: tuple[str, ...], *, rounds: int
+    recorder: Recorder,
+    case: Mapping[str, Any],
+    contenders: tuple[str, ...],
+    *,
+    rounds: int,
+    warm_up: int = WARM_UP,
+    folder: Path | None = None,
 ) -> None:
-    """All contenders of one case, in turns, and their rows."""
+    """All contenders of one case, in turns, and their rows; of the model in `folder`, if given."""
     contenders = tuple(name for name in contenders if not recorder.has(case, name, "update_s"))
     if not contenders:
         return
-    updates = WARM_UP + rounds + 1
-    run = {"updates": updates, "rows": updates * case["pairs"]}
+    updates = warm_up + rounds + 1
+    run: dict[str, Any] = {"updates": updates, "rows": updates * case["pairs"]}
+    if folder is not None:
+        run["folder"] = str(folder)
     # The roofline first, then ours: what they say is needed for everyone's rows.
-    functions = {roofline.CONTENDER: roofline.FUNCTION} | dict.fromkeys(contenders, TRAINER)
-    given: dict[str, Mapping[str, Any]] = {roofline.CONTENDER: case}
+    functions = dict.fromkeys(contenders, TRAINER)
+    given: dict[str, Mapping[str, Any]] = {}
+    if folder is None:
+        functions = {roofline.CONTENDER: roofline.FUNCTION} | functions
+        given[roofline.CONTENDER] = case
     given |= {name: {**case, **run, **CONTENDERS[name]} for name in contenders}
     alone = case["device"] == "cuda"
     rate: float | None = None
     facts: dict[str, Any] = {}
-    for name, result in contest(functions, given, warm_up=WARM_UP, rounds=rounds, alone=alone):
+    for name, result in contest(functions, given, warm_up=warm_up, rounds=rounds, alone=alone):
         if name == roofline.CONTENDER:
             roofline.record(recorder, case, result)
             rate = roofline.gemm_rate(result)
             continue
         facts = facts or result.facts
-        _record(recorder, case, name, result, facts, rate)
+        _record(recorder, case, name, result, facts, rate, warm_up)
 
 
 def _record(
@@ -90,12 +113,13 @@ def _record(
     result: Result,
     facts: Mapping[str, Any],
     gemm_flops_per_s: float | None,
+    warm_up: int,
 ) -> None:
     if result.outcome != MEASURED:
         recorder.add(case, contender, "update_s", outcome=result.outcome, note=result.note)
         return
     update_s = result.column("wall_s")
-    counted = slice(WARM_UP, WARM_UP + len(update_s))
+    counted = slice(warm_up, warm_up + len(update_s))
     useful = facts.get("useful_tokens", [])[counted]
     reached = None
     if gemm_flops_per_s and useful:
@@ -109,13 +133,23 @@ def _record(
         rates = [tokens / each for tokens, each in zip(useful, update_s, strict=True)]
         recorder.add(case, contender, "useful_tokens_per_s", rates)
         recorder.add(case, contender, "useful_tokens", useful)
+    if (reference := result.facts.get("reference_pass")) is not None:
+        updates = len(facts["useful_tokens"])
+        recorder.add(case, contender, "reference_pass_cpu_s", [reference["cpu_s"] / updates])
     for metric in ("peak_mib", "peak_reserved_mib"):
         if metric in result.turns[-1]:
             recorder.add(case, contender, metric, [result.turns[-1][metric]])
 
 
-def main(recorder: Recorder, *, quick: bool) -> None:
-    """Every case in turn."""
+def main(recorder: Recorder, *, quick: bool, model: Path | None = None) -> None:
+    """Every case in turn; with `model`, the cases of the real model in that folder instead.
+
+    `reference_pass_cpu_s` is what our reference pass, made once, costs for the pairs of an update.
+    """
+    if model is not None:
+        for case in real_cases(model)[: 2 if quick else None]:
+            measure(recorder, case, REAL, rounds=2 if quick else 3, warm_up=1, folder=model)
+        return
     for number, case in enumerate(cases(quick=quick)):
         contenders = FULL if number < 2 and not quick else QUICK
         if case["device"] == "cuda":

@@ -73,15 +73,17 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
         models = [trainer.model, getattr(trainer, "ref_model", None)]
         gate.count_tokens_of(*(model for model in models if model is not None))
         gate.facts = facts_of(trainer) if case["library"] == "fastdpo" else {}
+        if "folder" in case and case["library"] == "fastdpo":
+            gate.facts["reference_pass"] = gate.watch.measure(trainer.compute_references)
         trainer.train()
 
 
 def build(case: Mapping[str, Any], folder: Path, callbacks: list[TrainerCallback]) -> Trainer:
     """The trainer of a case.
 
-    Its keys: library, tuning (lora, full), pairs (B), accumulation, checkpointing, updates, rows,
-    model, dtype, device, and what `model_and_rows` reads; optional precomputed, logging_steps,
-    learning_rate, shared_prefix, micro_batch_tokens.
+    Its keys: library, tuning (lora, qlora, full), pairs (B), accumulation, checkpointing, updates,
+    rows, model, dtype, device, and what `model_and_rows` reads; optional precomputed,
+    logging_steps, learning_rate, seed, shared_prefix, micro_batch_tokens.
     """
     builders: dict[str, Callable[..., Trainer]] = {
         "fastdpo": _fastdpo, "trl": _trl, "unsloth": _unsloth,
@@ -103,7 +105,7 @@ def build(case: Mapping[str, Any], folder: Path, callbacks: list[TrainerCallback
         "disable_tqdm": True,
         "use_cpu": case["device"] == "cpu",
         "beta": 0.1,
-        "seed": SEED,
+        "seed": case.get("seed", SEED),
     }
     return builders[case["library"]](case, folder, arguments, callbacks)
 
@@ -111,7 +113,7 @@ def build(case: Mapping[str, Any], folder: Path, callbacks: list[TrainerCallback
 def _peft_config(case: Mapping[str, Any]) -> Any:
     from fastdpo.modeling.adapters import lora_config
 
-    return lora_config(LORA_RANK, LORA_ALPHA, 0.0, None) if case["tuning"] == "lora" else None
+    return None if case["tuning"] == "full" else lora_config(LORA_RANK, LORA_ALPHA, 0.0, None)
 
 
 def _fastdpo(
@@ -139,7 +141,9 @@ def _trl(
     import trl
 
     model, tokenizer, rows = model_and_rows(case)
-    torch.manual_seed(SEED)  # TRL leaves the adapter's first weights to the caller
+    torch.manual_seed(
+        case.get("seed", SEED)
+    )  # TRL leaves the adapter's first weights to the caller
     return trl.DPOTrainer(
         model,
         args=trl.DPOConfig(

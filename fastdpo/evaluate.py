@@ -58,6 +58,16 @@ def main(argv: Sequence[str]) -> None:
     print_line(evaluation.describe())
     files.write_json(Path(options.output_file), evaluation.as_json())
     print_line(f"\nwritten to {options.output_file}")
+    _draw_curves(Path(compared.adapter or parsed.model.model_name_or_path or ""), options)
+
+
+def _draw_curves(trained: Path, options: EvaluationOptions) -> None:
+    """Draw the curves of the run that wrote the model beside the metrics, if it left its log."""
+    from fastdpo.trainer.curves import draw_curves, read_history
+
+    image = Path(options.output_file).with_suffix(".png")
+    if draw_curves(read_history(trained), image):
+        print_line(f"the run's curves: {image}")
 
 
 def run(

@@ -20,11 +20,15 @@ from fastdpo.options.checks import Options, option, whole
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from fastdpo.batching import PromptGroup
     from fastdpo.merging import Adapter, Base, MergePlan
     from fastdpo.merging.fidelity import Fidelity
 
 ONTO_MODES = ("bf16", "dequantized")
+ROUNDINGS = ("stochastic", "nearest")
 
 
 @dataclass
@@ -42,14 +46,22 @@ class MergingOptions(Options):
         "that the adapter meets the weights it was trained on.",
         choices=list(ONTO_MODES),
     )
+    rounding: str = option(
+        "stochastic",
+        "How the sum is rounded to a 16-bit dtype: stochastic, with a seed, where rounding to "
+        "nearest would leave most weights of a tensor as they were, since the update is then lost; "
+        "or always nearest.",
+        choices=list(ROUNDINGS),
+    )
+    rounding_seed: int = option(0, "Seed of the stochastic rounding.", check=whole(0, "0 is usual"))
     overwrite: bool = option(
         False, "Replace an earlier result of this command in --output_dir; nothing else ever is."
     )
     report_pairs: int = option(
-        8,
-        "Pairs of --dataset on which log-probs before and after are compared; a few show what "
-        "moved, and each costs three passes. 0 compares none.",
-        check=whole(0, "8 is usual, 0 compares none"),
+        24,
+        "Pairs of --dataset on which margin, accuracy and log-probs before and after are compared; "
+        "a few show what moved, and each costs four to nine passes. 0 compares none.",
+        check=whole(0, "24 is usual, 0 compares none"),
     )
 
     def __post_init__(self) -> None:
@@ -61,14 +73,15 @@ class MergingOptions(Options):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, merge, compare log-probs and say what to do with the result."""
+    """Parse, merge, compare margins and log-probs, and say what to do with the result."""
     parsed = parse(
         "merge",
         [ModelOptions, MergingOptions, DataOptions, TokenizationOptions],
         argv,
         training=False,
         description="Merge an adapter into its base, file by file in bounded memory. With "
-        "--dataset, say how far that moves log-probs; with --qlora, against the 4-bit base.",
+        "--dataset, say what is kept of the preferences learned and how far log-probs move; with "
+        "--qlora, against the 4-bit base. --dtype is that of the result; auto keeps the base's.",
         refused=TRAINING_OPTIONS,
     )
     complete_inputs(parsed)
@@ -96,11 +109,12 @@ def run(
         merged = write_folder(plan, folder)
         if groups:
             fidelity = _measure(model, options, plan, others, groups)
-            print_line(fidelity.describe(options.onto))
+            print_line(fidelity.describe())
             finish_folder(merged, fidelity.as_json())
         else:
             print_line(
-                "Log-probs were not compared: pass --dataset to see how far the merge moves them."
+                "Nothing was compared: pass --dataset to see what the merge keeps of the "
+                "preferences that were learned."
             )
     print_line(f"\nThe merged model lies in {folder} ({binary_size(merged.bytes)}).")
     if plan.unties:
@@ -132,14 +146,29 @@ def _read(model: ModelOptions, options: MergingOptions) -> tuple["Adapter", "Bas
 def _plans(
     base: "Base", adapter: "Adapter", model: ModelOptions, options: MergingOptions
 ) -> list["MergePlan"]:
-    """Plan the requested merge and, for a 4-bit base, the other choice to compare it with."""
+    """Plan the merge that is asked for, and those to compare it with.
+
+    These are the other rounding and, where the adapter's base is in 4 bits, the other base.
+    """
     from fastdpo.merging import plan_merge
     from fastdpo.modeling.loading import resolve_dtype
 
-    kinds = sorted(ONTO_MODES, key=lambda kind: kind != options.onto)
-    kinds = kinds if _in_4bit(model, options) else kinds[:1]
-    dtype = resolve_dtype(model.dtype)
-    return [plan_merge(base, adapter, base_precision=kind, dtype=dtype) for kind in kinds]
+    onto, rounding = options.onto, options.rounding
+    ways = [(onto, rounding), *((onto, other) for other in ROUNDINGS if other != rounding)]
+    if _in_4bit(model, options):
+        ways += [(other, rounding) for other in ONTO_MODES if other != onto]
+    return [
+        plan_merge(
+            base,
+            adapter,
+            base_precision=base_precision,
+            quantized_from=resolve_dtype("auto"),
+            dtype=None if model.dtype == "auto" else resolve_dtype(model.dtype),
+            rounding=way,
+            seed=options.rounding_seed,
+        )
+        for base_precision, way in ways
+    ]
 
 
 def _groups(
@@ -169,23 +198,54 @@ def _measure(
     groups: Sequence["PromptGroup"],
 ) -> "Fidelity":
     """Score with the adapter on its base, then with each merged model; one in memory at a time."""
+    import torch
+
     from fastdpo.evaluation.load_both import load_policy, load_weights
     from fastdpo.merging.fidelity import compare, put_in_place
-    from fastdpo.modeling.scoring import score_pairs
+    from fastdpo.modeling.adapters import adapters_disabled, load_adapter
+    from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 
-    in_4bit = _in_4bit(model, options)
-    trained = replace(model, model_name_or_path=plan.base.name, qlora=in_4bit)
-    policy = load_policy(trained, ComparisonOptions(adapter=options.adapter))
-    before = score_pairs(policy, groups, description="Scoring with the adapter")
-    del policy
-    loaded = load_weights(replace(model, qlora=False), options.output_dir)
-    after = {}
+    in_4bit, whole_base = _in_4bit(model, options), None
+    compared = ComparisonOptions(adapter=options.adapter)
+    trained = replace(model, model_name_or_path=plan.base.name, dtype="auto", qlora=in_4bit)
+
+    def score_on(
+        policy: "PreTrainedModel | PeftModel", name: str
+    ) -> tuple[ScoredPairs, ScoredPairs]:
+        """With the adapter, and without."""
+        with_it = score_pairs(policy, groups, description=f"Scoring with the adapter on {name}")
+        with adapters_disabled(policy):
+            return with_it, score_pairs(policy, groups, description=f"Scoring {name}")
+
+    before, reference = score_on(load_policy(trained, compared), "its base")
+    if in_4bit:
+        whole = load_weights(replace(trained, qlora=False), plan.base.name)
+        whole_base = score_on(load_adapter(whole, str(plan.adapter.folder)), "the whole base")
+        del whole
+    written = str(plan.main_dtype).removeprefix("torch.")
+    # A CPU computes in fp32; there is no GPU that would compute the model in fp64.
+    exact = written == "float64" or not torch.cuda.is_available()
+    computed = "float32" if exact else written
+    loaded = load_weights(replace(trained, dtype=computed, qlora=False), options.output_dir)
+    plans: dict[str, MergePlan] = {}
+    after: dict[str, ScoredPairs] = {}
     for each in (plan, *others):
         if each is not plan:
+            if each.base_precision == plan.base_precision and not plan.may_swallow:
+                continue  # rounded alike
             put_in_place(loaded, each, plan)
-        description = f"Scoring merged onto {each.base_precision}"
-        after[each.base_precision] = score_pairs(loaded, groups, description=description)
-    return compare(before, after, in_4bit=in_4bit)
+        variant = f"{each.base_precision} {each.rounding}"
+        plans[variant] = each
+        after[variant] = score_pairs(loaded, groups, description=f"Scoring merged, {variant}")
+    return compare(
+        before,
+        reference,
+        after,
+        whole_base=whole_base,
+        plans=plans,
+        dtype=written,
+        in_4bit=in_4bit,
+    )
 
 
 def _in_4bit(model: ModelOptions, options: MergingOptions) -> bool:

@@ -142,6 +142,9 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
+    if not sys.stderr.isatty():  # bars are redrawn, and a file keeps each drawing
+        for library in ("HF_HUB", "HF_DATASETS"):  # the first is that of transformers too
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of one library to another

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastdpo.merging.adapter import Adapter
 from fastdpo.merging.base import INDEX, Base
@@ -131,6 +128,7 @@ def write_folder(plan: MergePlan, folder: Path) -> MergedModel:
         "base": plan.base.name,
         "adapter": str(plan.adapter.folder),
         "onto": plan.base_precision,
+        "rounding": plan.rounding,
         "files": names,
     }
     files.write_json(folder / MARKER, account)
@@ -197,11 +195,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 def _config(plan: MergePlan) -> dict[str, Any]:
     """The base's config.json with the dtype of the weights as they are written."""
-    bytes_of: Counter[torch.dtype] = Counter()
-    for tensors in plan.files.values():
-        for tensor in tensors.values():
-            bytes_of[tensor.dtype] += tensor.nbytes
-    ((most, _),) = bytes_of.most_common(1)
+    most = plan.main_dtype
     config = dict(plan.base.config)
     if most in MERGEABLE_DTYPES:
         dtype = str(most).removeprefix("torch.")

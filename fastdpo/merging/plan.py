@@ -1,7 +1,8 @@
 """How each tensor of the merged model comes about, worked out from names and shapes alone."""
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from fastdpo.merging.adapter import Adapter, LowRank
 from fastdpo.merging.base import Base
-from fastdpo.merging.tensor_files import NewTensor, StoredTensor, check_mergeable
+from fastdpo.merging.rounding import ROUNDED, SWALLOWED, Rounding, round_update
+from fastdpo.merging.tensor_files import (
+    MERGEABLE_DTYPES,
+    NewTensor,
+    StoredTensor,
+    check_mergeable,
+)
 
 Tensors = dict[str, StoredTensor | NewTensor]
 OTHER_BASE = "pass the model that the adapter was trained on as --model."
@@ -23,18 +30,46 @@ class MergePlan:
         base: the model that is merged into.
         adapter: the adapter that is added.
         base_precision: "bf16" or "dequantized", as `--onto` says.
+        rounding: "stochastic" or "nearest", as `--rounding` says.
+        dtype: of the result; None keeps that of each of the base's tensors.
         files: the tensors of each file, by file name and stored name; those that nothing changes
             are the base's own.
         names_in_memory: the name in a loaded model of every changed tensor, by its stored name.
         unties: whether embedding and head, tied in the base, differ in the result.
+        roundings: what became of each updated tensor in 16 bits, by its name in a loaded model;
+            filled in as tensors are computed.
     """
 
     base: Base
     adapter: Adapter
     base_precision: str
+    rounding: str
+    dtype: torch.dtype | None
     files: Mapping[str, Tensors]
     names_in_memory: Mapping[str, str]
     unties: bool
+    roundings: dict[str, Rounding] = field(default_factory=dict)
+
+    @property
+    def rounded(self) -> Rounding:
+        """The counts of the updates of all tensors that were computed so far."""
+        return sum(self.roundings.values(), Rounding())
+
+    @property
+    def may_swallow(self) -> bool:
+        """True where rounding to nearest lost the update of a tensor that was computed so far."""
+        return any(
+            each.unchanged_nearest > SWALLOWED * each.weights for each in self.roundings.values()
+        )
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype that takes most bytes of the result."""
+        bytes_of: Counter[torch.dtype] = Counter()
+        for tensors in self.files.values():
+            for tensor in tensors.values():
+                bytes_of[tensor.dtype] += tensor.nbytes
+        return bytes_of.most_common(1)[0][0]
 
     def tensor(self, stored_name: str) -> Tensor:
         """A tensor of the result, in the dtype in which it is written."""
@@ -51,18 +86,48 @@ class _Step:
     power of two, and differ in a quarter to a half of the fp32 weights elsewhere.
     """
 
+    name: str
     source: StoredTensor
+    below: StoredTensor | None = None  # of the base, where the source takes its place
     update: LowRank | None = None
     added_bias: StoredTensor | None = None
     transposed: bool = False
     through_4bit: torch.dtype | None = None
     scaling: float = 1.0
 
+    def written(
+        self,
+        dtype: torch.dtype,
+        *,
+        stochastic: bool,
+        seed: int,
+        roundings: dict[str, Rounding],
+    ) -> Tensor:
+        """The merged tensor in a dtype; notes in `roundings` what became of its update."""
+        start = self._start()
+        exact = self._added(start)
+        trained = exact is not start or self.below is not None
+        if not trained or dtype not in ROUNDED:
+            return exact.to(dtype)
+        before = start if self.below is None else self.below.read()
+        tensor, roundings[self.name] = round_update(
+            before, exact, dtype, stochastic=stochastic, seed=f"{seed} {self.name}"
+        )
+        return tensor
+
     def compute(self) -> Tensor:
         """The merged tensor, in fp32 or fp64 where something is added."""
+        return self._added(self._start())
+
+    def _start(self) -> Tensor:
+        """The tensor to which is added, mapped where nothing was done to it."""
         tensor = self.source.read()
         if self.through_4bit is not None:
             tensor = _quantize_roundtrip(tensor, self.through_4bit, self.transposed)
+        return tensor
+
+    def _added(self, tensor: Tensor) -> Tensor:
+        """A new tensor with what is added; the same one if that is nothing."""
         if self.update is None and self.added_bias is None:
             return tensor
         dtype = torch.promote_types(tensor.dtype, torch.float32)
@@ -81,7 +146,14 @@ class _Step:
 
 
 def plan_merge(
-    base: Base, adapter: Adapter, *, base_precision: str, dtype: torch.dtype
+    base: Base,
+    adapter: Adapter,
+    *,
+    base_precision: str,
+    quantized_from: torch.dtype,
+    dtype: torch.dtype | None = None,
+    rounding: str = "stochastic",
+    seed: int = 0,
 ) -> MergePlan:
     """Match the adapter with the base.
 
@@ -90,24 +162,40 @@ def plan_merge(
         adapter: the adapter that is merged.
         base_precision: "bf16" adds to the stored weights; "dequantized" sends those that QLoRA
             holds in 4 bits there and back first.
-        dtype: the precision in which they are quantized and come back.
+        quantized_from: the precision in which they are quantized and come back.
+        dtype: of all tensors that are written; None keeps the base's.
+        rounding: "stochastic" where a 16-bit dtype swallows the update, or always "nearest".
+        seed: of the stochastic rounding.
 
     Raises:
         ValueError: the adapter belongs to another model, or changes what can't be merged.
     """
-    steps = _steps(base, adapter, dtype if base_precision == "dequantized" else None)
+    steps = _steps(base, adapter, quantized_from if base_precision == "dequantized" else None)
     unties = _resolve_ties(base, adapter, steps)
     files: dict[str, Tensors] = {file: dict(tensors) for file, tensors in base.shards.items()}
     names_in_memory = {}
+    roundings: dict[str, Rounding] = {}
+    options = {"stochastic": rounding == "stochastic", "seed": seed, "roundings": roundings}
+
+    def new(step: _Step, below: StoredTensor) -> NewTensor:
+        target = below.dtype if dtype is None else dtype
+        size = below.nbytes // below.dtype.itemsize * target.itemsize
+        compute = partial(_Step.written, step, target, **options)
+        return NewTensor(target, below.shape, size, compute)
+
+    for file, tensors in base.shards.items():
+        for name, each in tensors.items():
+            if dtype not in (None, each.dtype) and each.dtype in MERGEABLE_DTYPES:
+                files[file][name] = new(_Step(name, each), each)
     for name, step in steps.items():
         below = _stored(base, name)
         # A head that was tied and no longer is comes beside the embedding, in its dtype.
         stored = base.stored_name(name) or name
-        compute = partial(_Step.compute, step)
-        new = NewTensor(below.dtype, below.shape, below.nbytes, compute)
-        files[base.file_of[below.name]][stored] = new
+        files[base.file_of[below.name]][stored] = new(step, below)
         names_in_memory[stored] = name
-    return MergePlan(base, adapter, base_precision, files, names_in_memory, unties)
+    return MergePlan(
+        base, adapter, base_precision, rounding, dtype, files, names_in_memory, unties, roundings
+    )
 
 
 def _steps(base: Base, adapter: Adapter, through_4bit: torch.dtype | None) -> dict[str, _Step]:
@@ -122,21 +210,21 @@ def _steps(base: Base, adapter: Adapter, through_4bit: torch.dtype | None) -> di
                 + ("resize and save the base's embeddings first, and " if "emb" in name else "")
                 + OTHER_BASE
             )
-        steps[name] = _Step(tensor)
+        steps[name] = _Step(name, tensor, below)
     for module in base.in_4bit if through_4bit else ():
         name, transposed = f"{module}.weight", base.kinds[module] == "transposed"
         if name not in steps:
             source = _stored(base, name)
-            steps[name] = _Step(source, transposed=transposed, through_4bit=through_4bit)
+            steps[name] = _Step(name, source, transposed=transposed, through_4bit=through_4bit)
     for module, update in adapter.low_rank.items():
         name = f"{module}.weight"
         transposed = _check_update(base, adapter, module, update)
-        before = steps.get(name) or _Step(_stored(base, name, adapter))
+        before = steps.get(name) or _Step(name, _stored(base, name, adapter))
         steps[name] = replace(before, update=update, transposed=transposed, scaling=update.scaling)
         if update.bias is not None:
             bias = f"{module}.bias"
             source = adapter.whole.get(bias) or _stored(base, bias, adapter)
-            steps[bias] = _Step(source, added_bias=update.bias, scaling=update.scaling)
+            steps[bias] = _Step(bias, source, added_bias=update.bias, scaling=update.scaling)
     return steps
 
 
@@ -180,7 +268,7 @@ def _resolve_ties(base: Base, adapter: Adapter, steps: dict[str, _Step]) -> bool
             continue
         if not stay_tied:
             unties = True
-            steps.setdefault(head, _Step(_stored(base, head)))
+            steps.setdefault(head, _Step(head, _stored(base, head)))
         elif base.stored_name(head) is None:
             steps.pop(head, None)
         else:  # the base's files hold it twice

@@ -6,13 +6,18 @@ from fastdpo.options.losses import LossOptions
 from fastdpo.options.passes import BatchingOptions
 from fastdpo.options.reference import ReferenceOptions
 from fastdpo.options.rows import TokenizationOptions
+from fastdpo.options.watching import WatchingOptions
 
-DPO_OPTION_GROUPS = (LossOptions, TokenizationOptions, BatchingOptions, ReferenceOptions)
+DPO_OPTION_GROUPS = (
+    LossOptions, TokenizationOptions, BatchingOptions, ReferenceOptions, WatchingOptions,
+)  # fmt: skip
 """In the order in which help shows them."""
 
 
 @dataclass
-class PreferenceOptions(LossOptions, TokenizationOptions, BatchingOptions, ReferenceOptions):
+class PreferenceOptions(
+    LossOptions, TokenizationOptions, BatchingOptions, ReferenceOptions, WatchingOptions
+):
     """The options of DPO itself; `DPOConfig` inherits them."""
 
     _argument_group_name = "Preference optimisation and its reference"

@@ -21,7 +21,7 @@ REMOVED_OPTIONS = {
         ("rpo_alpha", "pref_ftx"),
         "use loss_type sigmoid sft with loss_weights 1.0 and the value that you gave.",
     ),
-    "generate_during_eval": "generate after training from the saved adapter, or in a callback.",
+    "generate_during_eval": "use log_completions 1.",
     "model_adapter_name": "the active adapter is trained: model.set_adapter(NAME), and leave it "
     "out.",
     "ref_adapter_name": "use reference with the adapter's name; one that is called reference is "

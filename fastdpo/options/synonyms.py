@@ -154,7 +154,6 @@ FOREIGN_OPTIONS = {
     "saves_per_epoch": "use save_steps, below 1 a share of the run.",
     **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_watch", "wandb_log_model"), _WANDB),
     "mlflow_tracking_uri": _WANDB,
-    "early_stopping_patience": "pass transformers.EarlyStoppingCallback to DPOTrainer.",
     # Unsloth and PEFT
     **dict.fromkeys(("bias", "lora_bias"), "adapters train no bias; leave it out."),
     **dict.fromkeys(("loftq_config", "init_lora_weights", "lora_init"), _PLAIN_LORA),

@@ -3,7 +3,9 @@
 import logging
 import re
 import sys
+import time
 from collections.abc import Sequence
+from typing import Self
 
 from tqdm import tqdm
 
@@ -11,7 +13,51 @@ LOG_INTERVAL_S = 30
 """Seconds between two lines of a progress bar that goes to a log file or a pipe."""
 
 
-def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
+class ProgressLog:
+    """A progress bar for what is no terminal: a whole line every `LOG_INTERVAL_S`, or none.
+
+    It has what is used of tqdm's.
+
+    Attributes:
+        total: units of the whole work.
+        n: units that are done.
+    """
+
+    def __init__(self, total: int, description: str | None, unit: str) -> None:
+        self.total, self.n = total, 0
+        self.unit_scale = False  # of tqdm; numbers are written in full here
+        self._description, self._unit, self._postfix = description, unit, ""
+        self._began_s = self._said_s = time.monotonic()
+
+    def update(self, done: int = 1) -> None:
+        """Count units, and write a line if it is time for one."""
+        self.n += done
+        now_s = time.monotonic()
+        if self._description is None or now_s - self._said_s < LOG_INTERVAL_S:
+            return
+        self._said_s = now_s
+        rate = self.n / (now_s - self._began_s)
+        left = duration((self.total - self.n) / rate) if rate else "unknown"
+        print_error(
+            f"{self._description}: {self.n:,} of {self.total:,} {self._unit}s{self._postfix}, "
+            f"{rate:,.1f} a second, {left} left"
+        )
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Set what stands behind the count."""
+        self._postfix = f", {text}"
+
+    def close(self) -> None:
+        """End it, without a line."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def progress_bar(total: int, description: str | None, unit: str) -> "tqdm | ProgressLog":
     """A progress bar with rate and time left; in a log, a line every `LOG_INTERVAL_S`.
 
     Args:
@@ -19,16 +65,24 @@ def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
         description: label of the bar; None shows no bar.
         unit: name of a unit, for the rate.
     """
-    on_terminal = sys.stderr.isatty()
+    if not sys.stderr.isatty():
+        return ProgressLog(total, description, unit)
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         disable=description is None,
-        leave=not on_terminal,
-        mininterval=0.1 if on_terminal else LOG_INTERVAL_S,
-        maxinterval=1.0 if on_terminal else LOG_INTERVAL_S,
+        leave=False,
+        mininterval=0.1,
+        maxinterval=1.0,
     )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as minutes:seconds, or as hours:minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 # What would move the cursor, color the screen or turn the direction of writing.

@@ -1,5 +1,7 @@
 """Capabilities of the GPU that this process uses."""
 
+import sys
+
 import torch
 
 BF16_CAPABILITY = (8, 0)
@@ -19,3 +21,18 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def cuda_has_bf16() -> bool:
     """Tell whether there is a CUDA GPU with bfloat16 units; T4 and RTX 20 only emulate them."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use so far: of the GPU what torch took, else this process's.
+
+    0 where the system does not say (Windows).
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

@@ -1,4 +1,4 @@
-"""Callbacks of a run: `metrics.jsonl`, progress lines, and notes on its curves."""
+"""Callbacks of a run: `metrics.jsonl`, and notes on its curves."""
 
 import json
 import logging
@@ -7,11 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.system import files
-from fastdpo.system.console import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +30,7 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Drop the lines after the checkpoint: the resumed run will write them again."""
-        path = _path(args)
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= state.global_step > 0]
-            files.write_text(path, "".join(line + "\n" for line in kept))
+        drop_later_lines(output_path(args, METRICS_FILE), state.global_step)
 
     def on_log(
         self,
@@ -49,13 +43,22 @@ class MetricsFile(TrainerCallback):
         """Append one line in one write, so that a killed run cuts at most the last line."""
         line = json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n"
         try:
-            files.append_text(_path(args), line)
+            files.append_text(output_path(args, METRICS_FILE), line)
         except OSError as error:  # a run is worth more than its log
             logger.warning("The log line of update %s is lost: %s", state.global_step, error)
 
 
-def _path(args: TrainingArguments) -> Path:
-    return Path(str(args.output_dir)) / METRICS_FILE
+def output_path(args: TrainingArguments, name: str) -> Path:
+    """The path of a file in the run's output folder."""
+    return Path(str(args.output_dir)) / name
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Keep the lines of a file of JSON lines up to a step; of one that begins at 0, none."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step > 0]
+        files.write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:
@@ -64,87 +67,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-SHOWN = (
-    ("loss", "loss", ".4f"),
-    ("rewards/accuracies", "accuracy", ".3f"),
-    ("rewards/margins", "margin", ".3f"),
-    ("grad_norm", "grad norm", ".2f"),
-    ("learning_rate", "lr", ".2e"),
-    ("perf/pairs_per_second", "pairs/s", ".1f"),
-    ("memory/peak_gib", "GiB", ".2f"),
-)
-"""Logged name, label on the screen, and format; the log history has all other metrics."""
-
-
-class ProgressLines(TrainerCallback):
-    """Shows a bar over the updates, and above it a line for each training or evaluation log."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Open the bar, at the update that a resumed run begins with."""
-        self.bar = progress_bar(state.max_steps, "Training", "update")
-        self.bar.update(state.global_step)
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Advance the bar to the update that is done."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print the line of a log above the bar."""
-        line = log_line(state.global_step, state.max_steps, logs or {})
-        if line and self.bar is not None:
-            self.bar.write(line)
-        elif line:
-            tqdm.write(line)
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
-def log_line(step: int, steps: int, logs: dict[str, float]) -> str:
-    """A log as a line for the screen; empty unless it is a log of training or of evaluation."""
-    prefix = next((name.removesuffix("loss") for name in logs if name.endswith("loss")), None)
-    if prefix is None or prefix == "train_":
-        return ""
-    metrics = [
-        f"{label} {logs[prefix + name]:{form}}"
-        for name, label, form in SHOWN
-        if prefix + name in logs
-    ]
-    return "  ".join([f"{prefix.rstrip('_') or 'update'} {step}/{steps}", *metrics])
 
 
 Logs = Mapping[str, float]

@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     TrainerCallback,
 )
@@ -40,7 +41,8 @@ from fastdpo.planner import compare
 from fastdpo.ref_cache import describe_request
 from fastdpo.system import files
 from fastdpo.trainer.arguments import check_arguments, refuse_arguments
-from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
+from fastdpo.trainer.callbacks import CurveNotes, MetricsFile
+from fastdpo.trainer.curves import CURVES_FILE, draw_curves
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
 from fastdpo.trainer.first_margin import check_first_margin, drops_out, is_exact
@@ -63,9 +65,11 @@ from fastdpo.trainer.prepare import (
     prepare_reference,
     reference_provider,
 )
+from fastdpo.trainer.progress import ProgressLines
 from fastdpo.trainer.requirements import require_all
 from fastdpo.trainer.resumable import ResumableTrainer
 from fastdpo.trainer.update import Update
+from fastdpo.trainer.watching import watching_callbacks
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +176,11 @@ class DPOTrainer(ResumableTrainer):
         )
         if follows_metric(optimizers[1]) and self.args.metric_for_best_model is None:
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
-        if self.pop_callback(ProgressCallback) is not None:  # notebooks keep their own
-            self.add_callback(ProgressLines())
+        with_bar = self.pop_callback(ProgressCallback) is not None  # notebooks keep their own
+        if with_bar or self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(ProgressLines(shows_bar=with_bar))
+        for callback in watching_callbacks(self):
+            self.add_callback(callback)
         self.add_callback(CurveNotes())
         self.add_callback(MetricsFile())
         self.mode = choose_packing(
@@ -436,17 +443,26 @@ class DPOTrainer(ResumableTrainer):
     ) -> None:
         """Write the model card, README.md, into output_dir; the arguments are TRL's."""
         path = Path(str(self.args.output_dir)) / "README.md"
-        files.write_text(path, self._model_card(model_name, dataset_name, tags))
+        files.write_text(
+            path,
+            self._model_card(
+                model_name, dataset_name, tags, has_curves=path.with_name(CURVES_FILE).is_file()
+            ),
+        )
 
     def _write_model(self, folder: Path, state_dict: Any) -> None:
         super()._write_model(folder, state_dict)
-        files.write_text(folder / "README.md", self._model_card())  # in place of PEFT's
+        is_checkpoint = self._saving_into is not None
+        drawn = not is_checkpoint and draw_curves(self.state.log_history, folder / CURVES_FILE)
+        files.write_text(folder / "README.md", self._model_card(has_curves=drawn))  # not PEFT's
 
     def _model_card(
         self,
         name: str | None = None,
         dataset: str | None = None,
         tags: str | Sequence[str] | None = None,
+        *,
+        has_curves: bool = False,
     ) -> str:
         evaluations = [line for line in self.state.log_history if "eval_loss" in line]
         return model_card(
@@ -463,6 +479,7 @@ class DPOTrainer(ResumableTrainer):
                 command=self.command,
                 tags=[tags] if isinstance(tags, str) else tags or (),
                 versions=library_versions(),
+                curves=CURVES_FILE if has_curves else None,
             )
         )
 

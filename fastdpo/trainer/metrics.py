@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdpo.batching import PromptGroup
 from fastdpo.losses import pair_accuracies
+from fastdpo.system.device import peak_bytes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -191,7 +192,7 @@ class TrainingMetrics:
         metrics["num_tokens"] = self.tokens_seen
         if self.skipped_updates:
             metrics["skipped_updates"] = self.skipped_updates
-        if torch.cuda.is_available():
-            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if peak := peak_bytes():
+            metrics["memory/peak_gib"] = peak / 2**30
         self._sums, self._throughput = MetricSums(), Throughput()
         return metrics

@@ -62,6 +62,7 @@ class TrainedModel:
         command: the arguments that started the run, if it was a command.
         tags: more tags for the hub.
         versions: versions of the libraries, by their names.
+        curves: name of the image of the run's curves beside the card, if there is one.
     """
 
     name: str
@@ -76,6 +77,7 @@ class TrainedModel:
     command: Sequence[str] = ()
     tags: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    curves: str | None = None
 
 
 def library_versions() -> dict[str, str]:
@@ -102,6 +104,8 @@ def model_card(model: TrainedModel) -> str:
             f"## Evaluation\n\nHeld-out pairs, after {model.updates} updates:\n\n"
             + _table(("Metric", "Value"), _metrics(model.evaluation))
         )
+    if model.curves:
+        parts.append(f"## Curves\n\n![Loss, margin, accuracy and log-ratios]({model.curves})")
     if model.command:
         words = [_plain(word) for word in _without_secrets(model.command)]
         parts.append(f"## Command\n\n```\n{shlex.join(words)}\n```")

@@ -197,8 +197,10 @@ def test_the_report_is_true(workplace, capsys, onto):
     argv = ["--adapter", "adapter", "--qlora", "--dataset", "pairs.jsonl", "--report_pairs", "4"]
     merge.main([*argv, "--onto", onto])
     said = capsys.readouterr().out
-    assert f"onto {onto} (written)" in said
-    assert ("--onto dequantized --overwrite" in said) is (onto == "bf16")
+    assert f"merged, {onto} stochastic (written)" in said
+    assert ("--onto dequantized --rounding stochastic --overwrite" in said) is (onto == "bf16")
+    assert ("is the change of base" in said) is (onto == "bf16")
+    onto += " stochastic"
     report = json.loads(Path("merged/merge.json").read_text())["report"]
     merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
     expected = [plain_logps(merged, row, TOKENIZER) for row in ROWS[:4]]
@@ -210,7 +212,8 @@ def test_the_report_is_true(workplace, capsys, onto):
     margins = np.abs(np.diff(np.subtract(report["merged"][onto], report["adapter"])))
     assert report["shifts"][onto]["margin_worst"] == pytest.approx(margins.max())
     shifts = report["shifts"]
-    assert shifts["dequantized"]["token_mean"] < 0.3 * shifts["bf16"]["token_mean"]
+    merged_onto = {way: shift["token_mean"] for way, shift in shifts.items()}
+    assert merged_onto["dequantized stochastic"] < 0.3 * merged_onto["bf16 stochastic"]
 
 
 def test_dequantized_is_what_the_adapter_was_trained_on(workplace):
@@ -219,8 +222,8 @@ def test_dequantized_is_what_the_adapter_was_trained_on(workplace):
     argv = ["--adapter", "adapter", "--qlora", "--dataset", "pairs.jsonl"]
     merge.main([*argv, "--onto", "dequantized"])
     shifts = json.loads(Path("merged/merge.json").read_text())["report"]["shifts"]
-    assert shifts["dequantized"]["token_worst"] < 2e-5
-    assert shifts["bf16"]["token_worst"] > 1e-2
+    assert shifts["dequantized stochastic"]["token_worst"] < 2e-5
+    assert shifts["bf16 stochastic"]["token_worst"] > 1e-2
     merge.main([*argv, "--output_dir", "other"])
     again = json.loads(Path("other/merge.json").read_text())["report"]["shifts"]
     for kind, shift in shifts.items():
@@ -245,7 +248,10 @@ def test_memory_is_bounded_by_one_file(workplace):
     del model
     gc.collect()  # what is freed meanwhile would hide what is taken
     plan = plan_merge(
-        find_base("base"), read_adapter(Path("adapter")), base_precision="bf16", dtype=torch.float32
+        find_base("base"),
+        read_adapter(Path("adapter")),
+        base_precision="bf16",
+        quantized_from=torch.float32,
     )
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = peak_kib()

@@ -6,6 +6,7 @@ A block's info string says what happens to it:
     yaml               an options file: one update is trained with it
     json               a row of data, given to the reader
     text output        what the block before it printed, to the letter
+    text real          what it printed with a real model, which the tests do not have: shown only
 `python -m tests.project.test_docs` writes the outputs and the table of options as they are now.
 """
 
@@ -43,7 +44,10 @@ from tests.taught_llama import taught_llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-NEEDS = ("a model of the hub", "a GPU", "an installation of llama.cpp")
+NEEDS = (
+    "a model of the hub", "a GPU", "a network", "an installation of llama.cpp",
+    "an installation of Ollama", "an installation of vLLM",
+)  # fmt: skip
 ACTIONS = ("make_trainer", "run", "demonstrate")
 """What a command calls once its options are parsed."""
 
@@ -147,6 +151,8 @@ def outputs_of(page):
                 train.main(["--config", "run.yaml", "--max_steps", "1"])
             elif block.info == "json":
                 said.write(as_read(json.loads(block.text)))
+            elif block.info == "text real":
+                continue
             elif block.info == "bash no-run":
                 needs = block.text.splitlines()[0].removeprefix("# needs ")
                 assert needs in NEEDS, f"say in the first line what it needs: {block.text}"

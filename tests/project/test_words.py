@@ -121,7 +121,7 @@ def in_identifier(name: str, line: int) -> Iterator[Found]:
 def in_python(source: str, patterns: dict[str, str] = PROSE) -> Iterator[Found]:
     """Everything wrong in a Python source: identifiers, comments, strings and docstrings."""
     for kind, text, (line, _), _, whole in tokenize.generate_tokens(io.StringIO(source).readline):
-        if kind == tokenize.NAME and "plt.figure" not in whole:
+        if kind == tokenize.NAME and not re.search(r"(plt|matplotlib)\.figure", whole):
             yield from in_identifier(text, line)
         elif kind == tokenize.COMMENT or (kind in STRINGS and " " in text.strip()):
             yield from in_prose(text, line, patterns)
