@@ -140,6 +140,8 @@ def takes_states(layer: type[nn.Module]) -> bool:
 
     In earlier releases of transformers a cache served single tokens only.
     """
+    if issubclass(layer, ForkingLayer):
+        return True
     names = inspect.unwrap(layer.forward).__code__.co_names
     return set(CACHE_METHODS) <= set(names)
 

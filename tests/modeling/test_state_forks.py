@@ -108,6 +108,7 @@ def test_equal_to_separate_sequences(family, checkpointing):
         model.train()
     assert_same(packed(model, groups), truth)
     assert any(isinstance(module, ForkingLayer) for module in get_backbone(model).modules())
+    assert choose_packing(model) == mode
 
 
 def of_lengths(prompt, *completions):
