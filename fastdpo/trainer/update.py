@@ -13,6 +13,10 @@ completions of a pair nor the pairs that a loss couples in one micro-batch.
 
 Out of memory, the update starts again from no gradient and the same random state in smaller
 micro-batches (`run_within_memory`). It stays the same update.
+
+Several ranks share an update: each computes its part of the groups with coefficients of the whole
+update, and the gradients are summed up. After that every rank has the gradient and the results of
+the whole update.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, pack_update
+from fastdpo.batching import MicroBatch, PromptGroup, deal, pack_update
 from fastdpo.losses import (
     LossFunction,
     TokenLogps,
@@ -32,20 +36,28 @@ from fastdpo.losses import (
     needs_reference,
     pair_logps,
     pair_losses,
+    term_names,
     token_outputs,
     weighted_logps,
 )
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
-from fastdpo.modeling.layout import ExecutionLayout, WorkItem, run_within_memory
+from fastdpo.modeling.layout import (
+    ExecutionLayout,
+    WorkItem,
+    group_length,
+    run_within_memory,
+)
 from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
+from fastdpo.system import ranks
 from fastdpo.system.device import to_device
 from fastdpo.system.oom import free_cached_memory
 from fastdpo.system.rng import RNGState
+from fastdpo.trainer.gradient_sum import GradientSum
 from fastdpo.trainer.metrics import UpdateResult
 
 
@@ -89,7 +101,7 @@ class Update:
         """Add the gradient of the mean loss of B pairs to parameters that have none yet.
 
         Args:
-            groups: B groups of a chosen and a rejected completion.
+            groups: B groups of a chosen and a rejected completion, the same on every rank.
             outputs: extra per-token metrics, as `linear_logprobs` names them.
 
         Raises:
@@ -125,7 +137,10 @@ class Update:
 
 
 class _StepAttempt:
-    """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected)."""
+    """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected).
+
+    What it holds of the update is this rank's part until `_join_ranks`.
+    """
 
     def __init__(
         self,
@@ -134,39 +149,72 @@ class _StepAttempt:
         items: Sequence[WorkItem],
         outputs: tuple[str, ...],
     ) -> None:
-        self.update, self.options, self.items = update, update.options, items
-        self.groups, self.outputs = groups, outputs
-        self.device = unwrap_model(update.policy).device
-        micro_batches = pack_update(
-            [item.group for item in items],
-            update.layout.micro_batch_tokens,
-            shared_prefix=update.mode.shared_prefix,
-            packing=update.mode.packing,
-            merge_prompts=update.merge_prompts,
+        self.update, self.options, self.groups = update, update.options, groups
+        self.outputs = outputs
+        self.whole_pairs = all(
+            len(item.completions) == len(groups[item.index].completions) for item in items
         )
-        self.micro_batches = [micro_batch.to(self.device) for micro_batch in micro_batches]
-        lengths = [group.scored_tokens for group in groups]
-        self.tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
-        self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
+        self.items = self._own(items)
+        self.device = unwrap_model(update.policy).device
+        self.tokens, self.sums = ranks.agreed(self._load)
         self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
         self.token_completions: list[Tensor] = []
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.aux_loss = torch.zeros_like(self.loss)
-        self.computed_tokens = sum(micro_batch.num_tokens for micro_batch in self.micro_batches)
+        self.computed_tokens = ranks.total(sum(each.num_tokens for each in self.micro_batches))
+
+    def _own(self, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """This rank's part of the update's items, by their tokens."""
+        shares = deal(
+            [group_length(item.group, self.update.mode) for item in items],
+            ranks.count(),
+            [item.group.prompt_ids.tobytes() for item in items]
+            if self.update.merge_prompts
+            else None,
+        )
+        return [items[index] for index in shares[ranks.index()]]
+
+    def _load(self) -> tuple[Tensor, Tensor]:
+        """Pack the items and bring them to the device.
+
+        Returns:
+            (B, 2) int64 tokens of all completions; (2 B + 2,) float64 zeros for the results.
+        """
+        packed = pack_update(
+            [item.group for item in self.items],
+            self.update.layout.micro_batch_tokens,
+            shared_prefix=self.update.mode.shared_prefix,
+            packing=self.update.mode.packing,
+            merge_prompts=self.update.merge_prompts,
+        )
+        self.micro_batches = [micro_batch.to(self.device) for micro_batch in packed]
+        lengths = [group.scored_tokens for group in self.groups]
+        tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
+        return tokens, torch.zeros(tokens.numel() + 2, dtype=torch.float64, device=self.device)
+
+    @property
+    def logps(self) -> Tensor:
+        """(2 B,) float64 of all completions; 0 for those of other ranks."""
+        return self.sums[:-2]
+
+    @property
+    def loss(self) -> Tensor:
+        """() float64."""
+        return self.sums[-2]
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """() float64."""
+        return self.sums[-1]
 
     def run(self) -> UpdateResult:
         """Compute the gradient in one pass where that is enough, else by GradCache."""
         self.ref_logps = self._ref_logps()
-        whole_pairs = all(
-            len(item.completions) == len(self.groups[item.index].completions) for item in self.items
-        )
         config = unwrap_model(self.update.policy).config
         with packed_attention(config, self.update.mode.attention):
-            if whole_pairs and not couples_pairs(self.options, self.update.loss_function):
-                for micro_batch in self.micro_batches:
-                    self._direct(micro_batch)
+            if self.whole_pairs and not couples_pairs(self.options, self.update.loss_function):
+                gradients = ranks.agreed(self._direct)
             else:
-                self._grad_cache()
+                gradients = self._grad_cache()
+        self._join_ranks(gradients)
         aux_coef = self.update.aux_loss_coef
         return UpdateResult(
             loss=self.loss + aux_coef * self.aux_loss,
@@ -179,42 +227,76 @@ class _StepAttempt:
             aux_loss=self.aux_loss if aux_coef else None,
         )
 
-    def _direct(self, micro_batch: MicroBatch) -> None:
-        """Forward and backward of one micro-batch that holds whole pairs."""
-        indices = self._completions_in(micro_batch)
-        terms, aux_loss = self._forward(micro_batch, indices, self.outputs)
-        order = indices.argsort()
-        loss = self._loss({name: values[order] for name, values in terms.items()}, indices[order])
-        self.update.backward(loss + aux_loss)
-        self.loss += loss.detach()
+    def _direct(self) -> GradientSum:
+        """Forward and backward of each micro-batch; all hold whole pairs."""
+        for micro_batch in self.micro_batches:
+            indices = self._completions_in(micro_batch)
+            terms, aux_loss = self._forward(micro_batch, indices, self.outputs)
+            order = indices.argsort()
+            in_order = {name: values[order] for name, values in terms.items()}
+            loss = self._loss(in_order, indices[order])
+            self.update.backward(loss + aux_loss)
+            self.loss.add_(loss.detach())
+        return GradientSum(self.update.policy)
 
-    def _grad_cache(self) -> None:
+    def _grad_cache(self) -> GradientSum:
         """Both passes of GradCache, arXiv:2101.06983, over all micro-batches."""
         state = RNGState.capture()
-        everything = torch.arange(self.tokens.numel(), device=self.device)
-        terms: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for micro_batch in self.micro_batches:
-                indices = self._completions_in(micro_batch)
-                for name, values in self._forward(micro_batch, indices, self.outputs)[0].items():
-                    empty = torch.zeros(len(everything), dtype=values.dtype, device=self.device)
-                    terms.setdefault(name, empty)[indices] = values
-        leaves = {name: values.requires_grad_() for name, values in terms.items()}
-        loss = self._loss(leaves, everything)
+        names = term_names(self.options)
+        terms = ranks.summed(ranks.agreed(self._all_terms))  # each rank has zeros for the others'
+        leaves = dict(zip(names, (each.requires_grad_() for each in terms.unbind()), strict=True))
+        loss = self._loss(leaves, torch.arange(self.tokens.numel(), device=self.device))
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         derivatives = {
             name: gradient
             for name, gradient in zip(leaves, gradients, strict=True)
             if gradient is not None
         }
-        self.loss += loss.detach()
+        if ranks.is_first():  # every rank knows it, and it is summed
+            self.loss.add_(loss.detach())
         self.aux_loss.zero_()
         state.restore()  # the second pass must drop out what the first one did
+        return ranks.agreed(lambda: self._by_coefficients(derivatives))
+
+    def _all_terms(self) -> Tensor:
+        """The terms of this rank's completions without gradients, (names, 2 B) float64."""
+        names = term_names(self.options)
+        size = (len(names), self.tokens.numel())
+        found = torch.zeros(size, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for micro_batch in self.micro_batches:
+                indices = self._completions_in(micro_batch)
+                terms, _ = self._forward(micro_batch, indices, self.outputs)
+                found[:, indices] = torch.stack([terms[name] for name in names])
+        return found
+
+    def _by_coefficients(self, derivatives: dict[str, Tensor]) -> GradientSum:
+        """Backward from the derivatives of the loss by the terms, (2 B,) each."""
         for micro_batch in self.micro_batches:
             indices = self._completions_in(micro_batch)
             terms, aux_loss = self._forward(micro_batch, indices, ())
             parts = [(terms[name] * each[indices]).sum() for name, each in derivatives.items()]
             self.update.backward(torch.stack(parts).sum() + aux_loss)
+        return GradientSum(self.update.policy)
+
+    def _join_ranks(self, gradients: GradientSum) -> None:
+        """Give every rank the gradient and the results of the whole update."""
+        if ranks.count() == 1:
+            return
+        self.sums, used = ranks.summed(torch.cat([self.sums, gradients.used])).split(
+            [len(self.sums), len(gradients.used)]
+        )
+        gradients.run(used)
+        if not self.outputs:
+            return
+        columns = [self.token_completions, *self.token_metrics.values()]
+        empty = [self.tokens.new_empty(0)]
+        mine = torch.stack([torch.cat(parts or empty).double() for parts in columns], dim=1)
+        completions, *metrics = ranks.joined(mine).unbind(dim=1)
+        self.token_completions = [completions.long()]
+        self.token_metrics = {
+            name: [each] for name, each in zip(self.outputs, metrics, strict=True)
+        }
 
     def _completions_in(self, micro_batch: MicroBatch) -> Tensor:
         """(C,) int64 indices of the completions in a micro-batch, in its order."""
@@ -246,7 +328,7 @@ class _StepAttempt:
         if scored.aux_loss is None:
             return terms, 0.0
         share = micro_batch.num_tokens / self.computed_tokens
-        self.aux_loss += share * scored.aux_loss.detach()
+        self.aux_loss.add_(share * scored.aux_loss.detach())
         return terms, coef * share * scored.aux_loss
 
     def _token_logps(
@@ -282,6 +364,11 @@ class _StepAttempt:
         if known:
             assert len(known) == len(self.groups), "known for all groups or for none"
             return to_device(torch.from_numpy(np.stack(known)), self.device)
+        logps = ranks.summed(ranks.agreed(self._computed_ref_logps))
+        return logps.view(-1, 2)
+
+    def _computed_ref_logps(self) -> Tensor:
+        """(2 B,) float64 under the reference of this rank's completions; 0 for the others."""
         reference = self.update.reference
         logps = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.device)
         with (
@@ -296,4 +383,4 @@ class _StepAttempt:
                 scored = packed_logprobs(reference.model, micro_batch)
                 token_logps = self._token_logps(scored, micro_batch, indices)
                 logps[indices] = weighted_logps(token_logps, self.options)
-        return logps.view(-1, 2)
+        return logps

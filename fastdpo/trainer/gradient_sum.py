@@ -1,0 +1,45 @@
+"""The gradients of the trained parameters, summed over the ranks of a run once an update."""
+
+import torch
+from torch import nn
+
+from fastdpo.system import ranks
+
+
+class GradientSum:
+    """A sum that has all memory that it needs, so that no rank can fail once others wait for it.
+
+    Args:
+        policy: after the backward of this rank's part of an update. Where there are other ranks, a
+            parameter without a gradient gets one of zeros, because another rank may have one.
+
+    Attributes:
+        used: (P,) float64, 1 for each trained parameter that this rank has a gradient for; empty
+            in a single process.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        shared = ranks.count() > 1
+        self.parameters = [p for p in policy.parameters() if p.requires_grad] if shared else []
+        if not shared:
+            return
+        device = self.parameters[0].device
+        used = [float(parameter.grad is not None) for parameter in self.parameters]
+        self.used = torch.tensor(used, dtype=torch.float64, device=device)
+        gradients = []
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self._sum = ranks.TensorSum(gradients)
+
+    def run(self, used: torch.Tensor) -> None:
+        """Give every rank the sum of the gradients, and none where no rank had one.
+
+        Args:
+            used: the sum of all ranks' `used`.
+        """
+        self._sum.run()
+        for parameter, count in zip(self.parameters, used.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
