@@ -1,7 +1,8 @@
 """Log-probs of many groups without gradients: the reference pass and every evaluation."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, longest_sequence, pack_in_order
+from fastdpo.batching import MicroBatch, PromptGroup, deal, longest_sequence, pack_in_order
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout, WorkItem, group_length, run_within_memory
@@ -17,6 +18,7 @@ from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.positions import require_positions
+from fastdpo.system import ranks, signals
 from fastdpo.system.console import progress_bar
 
 
@@ -50,11 +52,24 @@ def score_pairs(
 ) -> ScoredPairs:
     """Score all groups, each with the same number of completions, and collect the log-probs.
 
-    Takes the arguments of `score_groups`.
+    Takes the arguments of `score_groups`. Several ranks share the groups, and all get the result.
+
+    Raises:
+        SystemExit, KeyboardInterrupt: after a signal to one of several ranks, if one may end this.
     """
-    scored = sorted(
-        score_groups(model, groups, layout, outputs=outputs, **options), key=lambda s: s.index
-    )
+    layout = ExecutionLayout.default(model) if layout is None else layout
+    mine = share_of(groups, options.get("mode") or choose_packing(model))
+    found = []
+    with closing(
+        score_groups(model, [groups[i] for i in mine], layout, outputs=outputs, **options)
+    ) as scores:
+        for each in scores:
+            found.append(replace(each, index=mine[each.index]))
+            if ranks.count() > 1 and signals.hurries():
+                break
+    signals.meet()
+    layout.agree()
+    scored = sorted(ranks.gathered(found), key=lambda s: s.index)
     metrics = {
         name: torch.from_numpy(np.concatenate([part for s in scored for part in s.extras[name]]))
         for name in outputs
@@ -63,6 +78,12 @@ def score_pairs(
     token_logps = np.concatenate([part for s in scored for part in s.token_logps])
     logps = np.stack([s.logps for s in scored])
     return ScoredPairs(logps, tokens, torch.from_numpy(token_logps), metrics)
+
+
+def share_of(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]:
+    """The indices of the groups that this rank scores: all of them in a single process."""
+    lengths = [group_length(group, mode) for group in groups]
+    return deal(lengths, ranks.count())[ranks.index()]
 
 
 def score_groups(

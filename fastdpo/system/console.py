@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from fastdpo.system import ranks
+
 LOG_INTERVAL_S = 30
 """Seconds between two lines of a progress bar that goes to a log file or a pipe."""
 
 
 def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
     """A progress bar with rate and time left; in a log, a line every `LOG_INTERVAL_S`.
+
+    Of several ranks only the first shows it.
 
     Args:
         total: units of the whole work.
@@ -24,7 +28,7 @@ def progress_bar(total: int, description: str | None, unit: str) -> tqdm:
         total=total,
         desc=description,
         unit=unit,
-        disable=description is None,
+        disable=description is None or not ranks.is_first(),
         leave=not on_terminal,
         mininterval=0.1 if on_terminal else LOG_INTERVAL_S,
         maxinterval=1.0 if on_terminal else LOG_INTERVAL_S,
@@ -41,7 +45,7 @@ def printable(text: str) -> str:
 
 
 def print_line(text: str = "", *, colored: bool = False) -> None:
-    """Write one line to standard output and flush it.
+    """Write one line to standard output and flush it; of several ranks only the first does.
 
     Args:
         text: names of files and columns in it may hold anything: it is made `printable`.
@@ -49,6 +53,8 @@ def print_line(text: str = "", *, colored: bool = False) -> None:
 
     A character that the console's encoding lacks is written as `?`.
     """
+    if not ranks.is_first():
+        return
     line = (text if colored else printable(text)) + "\n"
     try:
         sys.stdout.write(line)

@@ -33,7 +33,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Drop the lines after the checkpoint: the resumed run will write them again."""
         path = _path(args)
-        if path.exists():
+        if state.is_world_process_zero and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= state.global_step > 0]
             files.write_text(path, "".join(line + "\n" for line in kept))
@@ -47,6 +47,8 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one line in one write, so that a killed run cuts at most the last line."""
+        if not state.is_world_process_zero:
+            return
         line = json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n"
         try:
             files.append_text(_path(args), line)
@@ -116,9 +118,11 @@ class ProgressLines(TrainerCallback):
     ) -> None:
         """Print the line of a log above the bar."""
         line = log_line(state.global_step, state.max_steps, logs or {})
-        if line and self.bar is not None:
+        if not line or not state.is_world_process_zero:
+            return
+        if self.bar is not None:
             self.bar.write(line)
-        elif line:
+        else:
             tqdm.write(line)
 
     def on_train_end(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -105,7 +106,7 @@ class PreferenceDatasets:
         )
 
     def train_loader(self) -> DataLoader:
-        """A loader of batches of B groups, one batch for each update."""
+        """A loader of batches of B groups, one batch for each update; accelerate resumes it."""
         if self.train is None:
             raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
         args = self.args
@@ -116,9 +117,11 @@ class PreferenceDatasets:
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
-        return DataLoader(
+        loader = DataLoader(
             self.train, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
         )
+        # Every rank gets whole updates.
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def eval_loader(self, dataset: Any = None) -> DataLoader:
         """A loader of all groups of one evaluation set.

@@ -38,7 +38,7 @@ from fastdpo.modeling.trainable import check_trainable
 from fastdpo.options import LossOptions
 from fastdpo.planner import compare
 from fastdpo.ref_cache import describe_request
-from fastdpo.system import files
+from fastdpo.system import files, ranks
 from fastdpo.trainer.arguments import check_arguments, refuse_arguments
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, ProgressLines
 from fastdpo.trainer.datasets import PreferenceDatasets
@@ -62,6 +62,7 @@ from fastdpo.trainer.prepare import (
     prepare_policy,
     prepare_reference,
     reference_provider,
+    share_model,
 )
 from fastdpo.trainer.requirements import require_all
 from fastdpo.trainer.resumable import ResumableTrainer
@@ -170,6 +171,7 @@ class DPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
+        share_model(self.accelerator, policy)
         if follows_metric(optimizers[1]) and self.args.metric_for_best_model is None:
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         if self.pop_callback(ProgressCallback) is not None:  # notebooks keep their own
@@ -181,8 +183,12 @@ class DPOTrainer(ResumableTrainer):
         )
         logger.info("%s", self.mode.describe())
         reference = prepare_reference(policy, ref_model, args)  # before the plan: it takes memory
-        self.plan = plan_memory(policy, args, self.train_groups, self.mode, self.pairs_per_update)
-        self.layout = choose_layout(policy, args, self.train_groups, self.mode, self.plan)
+        share = -(-self.pairs_per_update // ranks.count())
+        self.plan = plan_memory(policy, args, self.train_groups, self.mode, share)
+        # The ranks deal an update out by its layout, which has to be one.
+        self.layout = ranks.first_does(
+            lambda: choose_layout(policy, args, self.train_groups, self.mode, self.plan)
+        )
         self.layout.apply(policy)
         self.layout.apply_to_reference(reference.model)
         self.reference = reference_provider(
@@ -221,7 +227,7 @@ class DPOTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of batches of B groups, one batch for each update."""
-        return self.accelerator.prepare(self.sets.train_loader())
+        return self.sets.train_loader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """A loader of one evaluation set's groups; `evaluation_loop` packs them itself."""
@@ -292,8 +298,10 @@ class DPOTrainer(ResumableTrainer):
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
         self.reference.on_train_begin()
+        self.layout.agree()
         if self.plan is not None and self.train_groups is not None:
-            self._probe_memory(worst_case_batch(self.train_groups, self.mode, self.layout))
+            fullest = worst_case_batch(self.train_groups, self.mode, self.layout)
+            self._probe_memory(fullest * ranks.count())  # one for each rank
 
     def _probe_memory(self, groups: list[PromptGroup]) -> None:
         """Run the update that takes the most memory, so that a lack of it shows at once."""
