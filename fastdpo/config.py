@@ -5,6 +5,7 @@ import os
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
+import torch
 from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
@@ -222,6 +223,8 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         self._resolve_checkpointing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and cuda_has_bf16()
+        if ranks.launched() > 1 and not torch.cuda.is_available():
+            self.use_cpu = True  # or accelerate, which has seen no GPU, joins nobody
         try:
             TrainingArguments.__post_init__(self)
         except (TypeError, AttributeError, KeyError) as error:  # of a value of the wrong kind

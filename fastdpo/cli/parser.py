@@ -130,6 +130,8 @@ def parse(
             )
         built = _build(groups, training, values)
         ranks.join()
+        if not ranks.is_first():
+            _silence_transformers()
         return Parsed(built, frozenset(values), parser.config_file)
     except (ValueError, OSError) as error:
         if ranks.is_first():
@@ -155,7 +157,8 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of one library to another
+            # What one library tells another; and the first rank's are enough.
+            warnings.simplefilter("ignore", FutureWarning if ranks.is_first() else Warning)
             main(sys.argv[1:])
             ranks.leave()
     except KeyboardInterrupt:
@@ -180,6 +183,14 @@ def _report(error: BaseException) -> int:
     if debugs or is_first:
         print_error(f"error: {outcome.line}")
     return outcome.code
+
+
+def _silence_transformers() -> None:
+    """Show neither its warnings nor its progress bars: the first rank does."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:

@@ -7,7 +7,10 @@ a single process each function returns what it was given, and torch.distributed 
 
 import os
 import pickle
+import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -77,9 +80,10 @@ def is_first() -> bool:
 def join() -> None:
     """Join the group that a launcher has started, on this process's GPU; nothing without one."""
     if launched() > 1 and count() == 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState()
+        PartialState(cpu=not torch.cuda.is_available())
 
 
 def leave() -> None:
@@ -342,9 +346,15 @@ def _device() -> "torch.device":
     """Where the group's backend wants its tensors."""
     import torch
 
-    if torch.distributed.get_backend() == "gloo":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    if "nccl" in torch.distributed.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _ignore_launcher() -> None:
+    """Let this rank say why it ends: the launcher, too, has seen the loss and ends the others."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -362,7 +372,9 @@ def _collective(tensor: "Tensor | None" = None) -> Iterator[None]:
     except RuntimeError as error:  # gloo's and NCCL's have no other type in common
         if oom_message(error) is not None:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _ignore_launcher()
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r"^\[[^]]*\] *", "", line).split(". ")[0]  # without gloo's file and advice
         raise LostRankError(
             f"another process of this run has ended or does not answer ({reason}), so rank "
             f"{index()} of {count()} ends too. Checkpoints and stored reference log-probs are "

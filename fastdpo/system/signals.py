@@ -90,7 +90,8 @@ class Stop:
         self.received, self._received_s = self.received or number, now
         if self.signals > 1 or (alone and not self._waits):
             _exit(number)
-        os.write(2, _NOTICE)  # print and logging are not safe inside a handler
+        if ranks.is_first():
+            os.write(2, _NOTICE)  # print and logging are not safe inside a handler
 
 
 _active: Stop | None = None
@@ -120,7 +121,8 @@ def graceful_shutdown() -> Iterator[Stop]:
         finally:
             _active = None
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) == stop._handle:  # nobody has put another in its place
+                    signal.signal(number, handler)
 
 
 def hurries() -> bool:

@@ -13,6 +13,7 @@ from fastdpo.batching import PairGroups, longest_sequence
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
 from fastdpo.data.template_date import today
+from fastdpo.system import ranks
 from fastdpo.trainer.prepare import tokenize_dataset
 
 
@@ -40,7 +41,7 @@ class PreferenceDatasets:
         eval_dataset: Any,
     ) -> None:
         self.args = copy.copy(args)
-        self.args.template_date = args.template_date or today()
+        self.args.template_date = args.template_date or ranks.first_does(today)
         self.tokenizer, self.vocabulary_size = tokenizer, vocabulary_size
         self._given = train_dataset, eval_dataset
         self._tokenize(train_dataset, eval_dataset)

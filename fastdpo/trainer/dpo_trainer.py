@@ -326,6 +326,8 @@ class DPOTrainer(ResumableTrainer):
                 update is 0 and nothing would ever be trained; the weights are as before.
         """
         self.record.start()
+        if self.first_update_margin is None:
+            self._require_same_update(inputs)
         self._follow_policy()
         model.train()
         show_training_weights(self.optimizer)
@@ -342,6 +344,18 @@ class DPOTrainer(ResumableTrainer):
         if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
         return result.loss
+
+    def _require_same_update(self, groups: list[PromptGroup]) -> None:
+        """Refuse a loader of the user's own that gives each rank other pairs."""
+        first, *others = ranks.gathered([[group.row for group in groups]])
+        for rank, rows in enumerate(others, 1):
+            if rows != first:
+                raise ValueError(
+                    f"rank {rank} was given other pairs for the first update than rank 0: every "
+                    "rank takes the whole update, and its pairs are dealt out here. A "
+                    "get_train_dataloader of your own must not split its batches over processes, "
+                    "as accelerator.prepare does."
+                )
 
     def _check_first_margin(self, groups: list[PromptGroup], result: UpdateResult) -> None:
         """Look at the first update of a run whose policy and reference are one at its start."""

@@ -72,6 +72,8 @@ def one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
         args.bf16 = args.fp16 = False
         args.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__
     if ranks.count() > 1:
+        args.log_level_replica = "error"
+        args.log_on_each_node = args.save_on_each_node = False
         args.distributed_state = SimpleNamespace(  # pyrefly: ignore
             num_processes=1,
             process_index=ranks.index(),
