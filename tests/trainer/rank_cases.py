@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,18 +49,19 @@ class Outcome:
     traffic: ranks.Traffic  # of one update
 
 
+AOT, FULL = {"loss_type": "aot"}, {"learning_rate": 1e-4}
 CASES = (
     Case("lora, sigmoid", "lora"),
-    Case("lora, aot", "lora", {"loss_type": "aot"}),
+    Case("lora, aot", "lora", AOT),
+    Case("qlora, aot", "qlora", AOT),
     Case("qlora, sigmoid", "qlora"),
-    Case("qlora, aot", "qlora", {"loss_type": "aot"}),
-    Case("full, sigmoid", "full", {"learning_rate": 1e-4}),
-    Case("full, aot", "full", {"loss_type": "aot", "learning_rate": 1e-4}),
-    Case("split completions, a rank without one", "lora", {"most_group_tokens": 0, "rows": ROWS[:2]}, 0),
+    Case("full, sigmoid", "full", FULL),
+    Case("full, aot", "full", AOT | FULL),
     Case("split completions", "lora", {"most_group_tokens": 0}, 0),
+    Case("a rank without a pair", "lora", {"most_group_tokens": 0, "rows": ROWS[:1]}, 0),
+    Case("merged prompts", "lora", {"merge_prompts": True, "rows": ROWS[:4] * 9}, 0),
     Case("weighed tokens, reference of the moment", "lora",
          {"ld_alpha": 0.3, "use_weighting": True, "ref_cache": "off"}, 0),
-    Case("merged prompts", "lora", {"merge_prompts": True, "rows": ROWS[:4] * 9}, 0),
 )  # fmt: skip
 
 

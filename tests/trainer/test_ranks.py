@@ -8,6 +8,9 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from safetensors.torch import load_file
 from fastdpo.cli.exit_codes import EXIT_LOST_RANK
 from tests.project.test_docs import blocks_of, lines_of
 from tests.several_ranks import outputs, run_ranks
+from tests.tiny_trainer import HELD_OUT
 from tests.trainer.rank_cases import (
     CASES,
     AtUpdate,
@@ -60,10 +64,12 @@ def alone(inputs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def group(request, inputs, tmp_path_factory):
-    """What each rank of a group has found."""
+def group(request, inputs, tmp_path_factory, soak):
+    """What each rank of a group has found; the larger one does every other case."""
     count, folder = request.param, tmp_path_factory.mktemp("group")
-    found = run_ranks(count, all_of, folder, PARTS, inputs, folder)
+    cases = CASES if count == 2 or soak else CASES[1::2]
+    parts = {**PARTS, "cases": (train_cases, cases)}
+    found = run_ranks(count, all_of, folder, parts, inputs, folder)
     assert not any(isinstance(each, int) for each in found), outputs(folder, count)
     return found
 
@@ -78,6 +84,8 @@ def apart(found, expected):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ranks_train_what_one_process_trains(alone, group, case):
+    if case.name not in group[0]["cases"]:
+        pytest.skip("run by --soak, and by the smaller group")
     one, *others = (each["cases"][case.name] for each in (alone, *group))
     for other in others:
         assert apart(other.gradient, one.gradient) <= GRADIENT
@@ -101,8 +109,7 @@ def test_ranks_train_what_one_process_trains(alone, group, case):
 
 def test_an_update_sends_its_gradient_once(group):
     """Beside it go two numbers a pair, one a trained tensor, a few flags, and logged metrics."""
-    for case in CASES:
-        outcome = group[0]["cases"][case.name]
+    for outcome in group[0]["cases"].values():
         gradient = sum(each.nbytes for each in outcome.gradient.values())
         tensors, tokens = len(outcome.gradient), len(outcome.result.token_completions)
         rest = outcome.traffic.tensor_bytes - gradient
@@ -203,6 +210,58 @@ def test_a_lost_rank_ends_the_run_with_one_message(place, uninterrupted, count, 
     assert written.count("The adapter lies in out.") == 1
     adapter = load_file(place / "out" / "adapter_model.safetensors")
     assert apart(adapter, uninterrupted) <= WEIGHTS
+
+
+def test_the_commands_of_the_page(place, monkeypatch):
+    """torchrun's processes are forked here; --soak lets torchrun itself start them."""
+    monkeypatch.setenv("FASTDPO_CACHE", str(place / "cache"))
+    blocks = [block for block in blocks_of(PAGE.read_text()) if block.info == "bash ranks"]
+    lines = [line for block in blocks for line in lines_of(block.text)]
+    assert len(lines) >= 5
+    for line in lines:
+        launcher, option, count, _, *words = shlex.split(line)
+        assert (launcher, option) == ("torchrun", "--nproc_per_node")
+        codes, written = start(place, int(count), words)
+        assert codes == [0] * int(count), written
+    assert len((place / "scores.jsonl").read_text().splitlines()) == len(HELD_OUT)
+    assert json.loads((place / "evaluation.json").read_text())["pairs"] == len(HELD_OUT)
+    assert (place / "long" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_real_launchers(place, soak, uninterrupted, launcher):
+    if not soak:
+        pytest.skip("starts each process with its imports; run by --soak")
+    words = [sys.executable, *launcher, "-m", *TRAIN]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The adapter lies in out.") == 1
+    adapter = load_file(place / "out" / "adapter_model.safetensors")
+    assert apart(adapter, uninterrupted) <= WEIGHTS
+
+
+def test_torchrun_lets_the_reason_be_told(place, soak):
+    if not soak:
+        pytest.skip("starts each process with its imports; run by --soak")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", *TRAIN]
+    with subprocess.Popen(
+        [*words, "--num_train_epochs", "500"], cwd=place, stderr=subprocess.PIPE, text=True
+    ) as run:
+        while not (place / "out" / "checkpoint-2").is_dir():
+            assert run.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, written = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert len(re.findall("^.*error: another process of this run", written, re.MULTILINE)) == 1
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_update(place, uninterrupted):
