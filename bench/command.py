@@ -14,6 +14,7 @@ QUESTIONS = {
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
+    "ranks": "an update shared by several processes: time, bytes sent, part of the time in talk",
     "quality": "the learning curve beside TRL's, update by update",
 }
 """In order of value."""

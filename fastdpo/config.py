@@ -18,8 +18,8 @@ from fastdpo.system.device import cuda_has_bf16
 logger = logging.getLogger(__name__)
 
 _WHOLE_MODEL = (
-    "every GPU holds the whole model, and the ranks share the pairs of an update: leave it out. For "
-    "a model that is larger than a GPU take an adapter (--qlora), or --activations offload"
+    "every GPU holds the whole model, and the ranks share the pairs of an update: leave it out; "
+    "where the model is larger than a GPU, train an adapter over 4-bit weights (--qlora)"
 )
 
 # name, the values that mean "not requested", and why anything else is refused.
@@ -153,9 +153,9 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     Names and defaults are those of `trl.DPOConfig` (learning_rate 1e-6, logging_steps 10,
     gradient checkpointing on); where fastdpo differs, `PreferenceOptions` says so. bf16 left
-    unset is on where CUDA supports it and off elsewhere. Of several GPUs one is used, or one for each
-    process that a launcher (torchrun, accelerate launch) starts; the pairs of an update are
-    `per_device_train_batch_size * gradient_accumulation_steps`, however many share them.
+    unset is on where CUDA supports it and off elsewhere. Of several GPUs one is used, or one for
+    each process that a launcher (torchrun, accelerate launch) starts; the pairs of an update are
+    `per_device_train_batch_size * gradient_accumulation_steps`, however many GPUs share them.
 
     Raises:
         TypeError: an option that does not exist; the message has advice or the nearest name.

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -117,22 +117,22 @@ def first_does(work: Callable[[], T]) -> T:
     """
     if count() == 1:
         return work()
-    error: BaseException | None = None
+    import torch
+
+    own_error: BaseException | None = None
     sent: list[Any] = [None]
     if is_first():
         try:
             sent = [(work(), None)]
-        except BaseException as raised:  # of a signal too: nobody may be left waiting
-            error, sent = raised, [(None, _sendable(raised))]
+        except BaseException as error:  # of a signal too: nobody may be left waiting
+            own_error, sent = error, [(None, _sendable(error))]
     with _collective():
-        import torch
-
         torch.distributed.broadcast_object_list(sent, src=0)
-    result, theirs = sent[0]
+    result, error = cast("tuple[Any, BaseException | None]", sent[0])
+    if own_error is not None:
+        raise own_error
     if error is not None:
         raise error
-    if theirs is not None:
-        raise theirs
     return result
 
 

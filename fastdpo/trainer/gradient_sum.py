@@ -14,15 +14,14 @@ class GradientSum:
             parameter without a gradient gets one of zeros, because another rank may have one.
 
     Attributes:
-        used: (P,) float64, 1 for each trained parameter that this rank has a gradient for; empty
-            in a single process.
+        used: (P,) float64, 1 for each trained parameter that this rank has a gradient for; only
+            where there are other ranks.
     """
 
     def __init__(self, policy: nn.Module) -> None:
-        shared = ranks.count() > 1
-        self.parameters = [p for p in policy.parameters() if p.requires_grad] if shared else []
-        if not shared:
+        if ranks.count() == 1:
             return
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
         device = self.parameters[0].device
         used = [float(parameter.grad is not None) for parameter in self.parameters]
         self.used = torch.tensor(used, dtype=torch.float64, device=device)

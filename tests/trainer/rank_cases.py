@@ -12,11 +12,13 @@ from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from fastdpo.cli.parser import command
+from fastdpo.modeling import scoring
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.scoring import score_pairs
 from fastdpo.ref_cache import compute
 from fastdpo.system import ranks
 from fastdpo.trainer import update as update_room
+from fastdpo.trainer.checkpoint import require_same_on_ranks
 from tests.tiny_trainer import HELD_OUT, ROWS, TOKENIZER, tiny_base, tiny_trainer
 
 
@@ -181,7 +183,7 @@ def fill_a_store(inputs, folder):
 
 def talk(inputs, folder):
     """Every function of `ranks`, with arguments that differ by rank."""
-    rank, count = ranks.index(), ranks.count()
+    rank = ranks.index()
     weights = torch.full((3,), float(rank))
     ranks.sent_by_first([weights])
     numbers = [torch.full((size,), 1.0 + rank) for size in (5, 70, 0, 3)]
@@ -205,11 +207,12 @@ def talk(inputs, folder):
     }
     for work in (
         lambda: ranks.first_does(refuse),
-        lambda: ranks.agreed(refuse if rank == count else _out_of_memory_on_last),
+        lambda: ranks.agreed(_out_of_memory_on_last),
+        lambda: require_same_on_ranks({"seed": 1, "data": {"rows": rank}}),
     ):
         try:
             work()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             found["errors"].append(repr(error))
     return found
 
@@ -227,6 +230,24 @@ def all_of(parts, inputs, folder):
 
 def train_cases(inputs, folder, cases):
     return run_cases(cases, inputs, folder)
+
+
+class AtEvaluation(TrainerCallback):
+    """Sends a signal to one rank within the first evaluation."""
+
+    def __init__(self, rank, number):
+        self.rank, self.number = rank, number
+
+    def on_train_begin(self, args, state, control, **_):
+        real = scoring.score_groups
+
+        def score_groups(*args, **options):
+            for each in real(*args, **options):
+                os.kill(os.getpid(), self.number)
+                yield each
+
+        if ranks.index() == self.rank:
+            scoring.score_groups = score_groups
 
 
 class AtUpdate(TrainerCallback):

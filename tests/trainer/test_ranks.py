@@ -24,6 +24,7 @@ from tests.several_ranks import outputs, run_ranks
 from tests.tiny_trainer import HELD_OUT
 from tests.trainer.rank_cases import (
     CASES,
+    AtEvaluation,
     AtUpdate,
     all_of,
     fill_a_store,
@@ -157,8 +158,11 @@ def test_what_ranks_tell_each_other(group):
                 "RuntimeError('CUDA out of memory')"
                 if rank == count - 1
                 else f"RuntimeError('out of memory on rank {count - 1}')",
+                found["errors"][2],
             ],
         }
+        assert "data.rows: rank 1 has 1, rank 0 0" in found["errors"][2]
+        assert "seed" not in found["errors"][2]
 
 
 TRAIN = [
@@ -264,13 +268,22 @@ def test_torchrun_lets_the_reason_be_told(place, soak):
     assert len(re.findall("^.*error: another process of this run", written, re.MULTILINE)) == 1
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_update(place, uninterrupted):
-    codes, written = start(place, 2, TRAIN, AtUpdate(1, 2, signal.SIGTERM))
+EVALUATE = ["--eval_dataset", "held_out.jsonl", "--eval_strategy", "steps", "--eval_steps", "2"]
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [AtUpdate(1, 2, signal.SIGTERM), AtEvaluation(1, signal.SIGTERM)],
+    ids=["in the update", "in the evaluation after it"],
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_update(place, uninterrupted, callback):
+    codes, written = start(place, 2, [*TRAIN, *EVALUATE], callback)
     assert codes == [143, 143], written
+    assert "eval_loss" not in (place / "out" / "metrics.jsonl").read_text()
     assert sorted(path.name for path in (place / "out").glob("checkpoint-*"))[-1] == "checkpoint-2"
     lines = (place / "out" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["step"] <= 2 for line in lines)
-    codes, written = start(place, 1, [*TRAIN, *RESUME])
+    codes, written = start(place, 1, [*TRAIN, *EVALUATE, *RESUME])
     assert codes == [0], written
     adapter = load_file(place / "out" / "adapter_model.safetensors")
     assert apart(adapter, uninterrupted) <= WEIGHTS
