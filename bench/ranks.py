@@ -1,8 +1,9 @@
 """An update shared by several processes: its time, the bytes it sends, and the time it talks.
 
-torch's launcher starts the processes. On a CPU they share its cores and talk over gloo, so the times
-say what an update costs beside its work, not how much faster GPUs are. `waiting_relative` is the
-part of an update that the first process spends in collectives, waiting for slower ones included.
+torch's launcher starts the processes. On a CPU they share its cores and talk over gloo, so the
+times say what an update costs beside its work, not how much faster GPUs are. `waiting_relative` is
+the part of an update that the first process spends in collectives, waiting for slower ones
+included.
 """
 
 import json

@@ -89,7 +89,7 @@ _LAUNCHED_WITH = {
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
     "a parallelism config": "ACCELERATE_USE_PARALLELISM_CONFIG",
 }
-"""What accelerate can shard a model with, and the variable by which its launcher says so."""
+"""Ways of accelerate to split a model, each with the variable by which its launcher says so."""
 
 _IN_MEMORY = "pairs lie in memory as token ids and are packed in this process"
 _WITHOUT_LOGITS = "evaluation adds up log-probs and builds no logits"

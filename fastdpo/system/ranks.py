@@ -35,7 +35,7 @@ class LostRankError(RuntimeError):
 
 @dataclass
 class Traffic:
-    """What this process has sent into collectives since it began.
+    """The traffic of this process in collectives since it began.
 
     Attributes:
         tensor_bytes: bytes of gradients and of other tensors that were summed or joined.

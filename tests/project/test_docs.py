@@ -258,7 +258,8 @@ def known_options():
         for entry in fields(kind)
         for alias in entry.metadata.get("aliases", ())
     }
-    return names | aliases | {"config", "help", "help_all", "version", "quick"}
+    launchers = {"nproc_per_node", "num_processes", "multi_gpu"}
+    return names | aliases | launchers | {"config", "help", "help_all", "version", "quick"}
 
 
 def test_every_page_is_in_the_table_of_pages():
