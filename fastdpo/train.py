@@ -83,7 +83,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
         terms = {**trainer.plan.terms, "all": trainer.plan.peak_bytes}
         rows = [(name, binary_size(size)) for name, size in terms.items() if size]
         print_line("\n" + table(("planned memory, highest moment", "bytes"), rows))
-    updates = -(-len(groups) // trainer.pairs_per_update)
+    updates = len(trainer.sets.sampler())
     print_line(
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.layout.micro_batch_tokens:,} tokens.\n"

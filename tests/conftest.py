@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,8 +18,20 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+SHARED_FOLDER = "FASTDPO_TESTS_SHARED_FOLDER"
+"""The environment variable that names a folder which all processes of one run share."""
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder that the processes of this run share; the first of them makes and removes it."""
+    if SHARED_FOLDER not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="fastdpo-tests-")
+        os.environ[SHARED_FOLDER] = folder.name
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(lambda: os.environ.pop(SHARED_FOLDER))
 
 
 def pytest_unconfigure() -> None:

@@ -5,6 +5,7 @@ from fastdpo.batching.groups import (
     PairGroups,
     PromptGroup,
     group_tokens,
+    lists_of,
     longest_sequence,
     shared_prefix_length,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "deal",
     "default_micro_batch_tokens",
     "group_tokens",
+    "lists_of",
     "longest_sequence",
     "pack_in_order",
     "pack_update",

@@ -43,6 +43,31 @@ class PromptGroup:
             for ids, mask in zip(self.completions, self.masks, strict=True)
         ]
 
+    def only(self, places: Sequence[int]) -> "PromptGroup":
+        """The group of some of these completions, without their reference log-probs."""
+        completions = tuple(self.completions[place] for place in places)
+        masks = tuple(self.masks[place] for place in places)
+        return PromptGroup(self.prompt_ids, completions, row=self.row, scored=masks)
+
+    def joined(self, other: "PromptGroup") -> "PromptGroup":
+        """The group of the completions of both, which have one prompt."""
+        return PromptGroup(
+            self.prompt_ids,
+            self.completions + other.completions,
+            row=self.row,
+            scored=self.masks + other.masks,
+        )
+
+    def digests(self) -> list[bytes]:
+        """A hash of each completion with its prompt and mask: (k,) of 16 bytes."""
+        prompt = hashlib.blake2b(_with_length(self.prompt_ids), digest_size=16)
+        found = []
+        for ids, mask in zip(self.completions, self.masks, strict=True):
+            digest = prompt.copy()
+            digest.update(_with_length(ids) + (b"" if mask is None else mask.tobytes()))
+            found.append(digest.digest())
+        return found
+
 
 class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
     """The pairs of a data set as groups, with their reference log-probs once they are known.
@@ -64,10 +89,15 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
         digest = hashlib.sha256()
         for pair in self.pairs:
             for ids in (pair.prompt_ids, *pair.completions):
-                digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+                digest.update(_with_length(ids))
             for mask in pair.scored:
                 digest.update(b"" if mask is None else mask.tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def lists(self) -> np.ndarray:
+        """(n,) int64: `lists_of` these pairs."""
+        return lists_of(self)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -76,6 +106,34 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
         pair = self.pairs[index]
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
         return PromptGroup(pair.prompt_ids, pair.completions, ref_logps, pair.row, pair.scored)
+
+
+def lists_of(groups: Sequence[PromptGroup]) -> np.ndarray:
+    """Find the groups of one prompt that are linked by completions they share: a list.
+
+    All pairs of several rated completions are one, for example. Every other group is a list of its
+    own.
+
+    Returns:
+        (n,) int64: the index of the first group of each one's list.
+    """
+    holder: dict[bytes, int] = {}
+    parents = list(range(len(groups)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = index = parents[parents[index]]
+        return index
+
+    for index, group in enumerate(groups):
+        for digest in group.digests():
+            one, other = root(holder.setdefault(digest, index)), root(index)
+            parents[max(one, other)] = min(one, other)
+    return np.array([root(index) for index in range(len(groups))], dtype=np.int64)
+
+
+def _with_length(ids: np.ndarray) -> bytes:
+    return len(ids).to_bytes(8, "little") + ids.tobytes()
 
 
 def shared_prefix_length(group: PromptGroup) -> int:

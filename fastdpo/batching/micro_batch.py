@@ -1,5 +1,6 @@
 """Micro-batches: the input of one pass of the backbone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -79,6 +80,25 @@ class MicroBatch:
         lengths = torch.tensor(self.seq_lens, device=self.input_ids.device)
         columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         return columns < lengths[:, None]
+
+    def select(self, completions: Sequence[int]) -> "MicroBatch":
+        """This micro-batch with its completions in another order, or some of them repeatedly.
+
+        What is computed stays the same, and `group_indices` too. Log-probs come as chosen here,
+        and a completion that several pairs hold counts for each of them.
+
+        Args:
+            completions: places among the C completions, in the order that is wanted.
+        """
+        if list(completions) == list(range(len(self.completion_tokens))):
+            return self
+        ends = self.completion_tokens.cumsum(0)[:-1]
+        parts = self.token_index.tensor_split(ends)
+        return replace(
+            self,
+            token_index=torch.cat([parts[place] for place in completions]),
+            completion_tokens=self.completion_tokens[list(completions)],
+        )
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """This micro-batch with its tensors on `device`."""

@@ -2,8 +2,9 @@
 
 A group is one prompt with k completions. Its sequences prompt + completion share their longest
 common token prefix, which is computed once; what remains of each is a suffix that attends to the
-prefix and to itself. A micro-batch is one packed sequence of at most T tokens: groups one after
-another, each as [prefix | suffix 1 | ... | suffix k], and a filler segment that nothing reads.
+prefix and to itself. Groups of one list are laid as one where they fit into T. A micro-batch is one
+packed sequence of at most T tokens: groups one after another, each as [prefix | suffix 1 | ... |
+suffix k], and a filler segment that nothing reads.
 
     tokens       the  cat  sat  .   | ran  off  .   | the  dog ...
                  `--- prefix ---'`- suffix 1 -'`- suffix 2 -'`- next group ...
@@ -38,7 +39,7 @@ def pack_update(
     *,
     shared_prefix: bool = True,
     packing: bool = True,
-    merge_prompts: bool = False,
+    lists: Sequence[int] | None = None,
 ) -> list[MicroBatch]:
     """Lay the groups of one update into as few micro-batches as will do, evenly filled.
 
@@ -49,17 +50,16 @@ def pack_update(
         shared_prefix: compute the prefix of a group once; off, once per completion.
         packing: lay groups one after another in one sequence; off, every completion into a padded
             sequence of its own, where nothing is shared.
-        merge_prompts: compute a prompt that several of the groups share once for all of them.
+        lists: the list that each group belongs to. Groups of one list, which have one prompt, are
+            laid as one group, or as few as T allows. None: each belongs to a list of its own.
 
     Returns:
         Micro-batches, each as long as it is full, rounded up; every group is in one of them.
     """
-    entries: list[_Entry] = [((index,), group) for index, group in enumerate(groups)]
+    entries = _joined_lists(groups, lists, micro_batch_tokens, shared_prefix, packing)
     if not packing:
         order = sorted(entries, key=lambda entry: -_max_seqlen(entry[1]))
         return list(_in_order(order, micro_batch_tokens, shared_prefix, packing))
-    if merge_prompts:
-        entries = _merged_entries(entries, micro_batch_tokens)
     sizes = [group_tokens(group, shared_prefix=shared_prefix) for _, group in entries]
     return [
         _collate([entries[i] for i in sorted(indices)], micro_batch_tokens, shared_prefix)
@@ -68,22 +68,24 @@ def pack_update(
 
 
 def pack_in_order(
-    groups: Iterable[PromptGroup],
+    groups: Sequence[PromptGroup],
     micro_batch_tokens: int,
     *,
     shared_prefix: bool = True,
     packing: bool = True,
+    lists: Sequence[int] | None = None,
 ) -> Iterator[MicroBatch]:
-    """Pack a stream of groups next-fit, without looking ahead: for length-sorted passes.
+    """Pack groups next-fit, one micro-batch after another: for length-sorted passes.
 
-    Takes the arguments of `pack_update`, and yields micro-batches each as long as it is full.
+    Takes the arguments of `pack_update`, groups of one list following each other, and yields
+    micro-batches each as long as it is full.
     """
-    entries = (((index,), group) for index, group in enumerate(groups))
+    entries = _joined_lists(groups, lists, micro_batch_tokens, shared_prefix, packing)
     return _in_order(entries, micro_batch_tokens, shared_prefix, packing)
 
 
 _Entry = tuple[tuple[int, ...], PromptGroup]
-"""Indices of groups with one prompt, and the group that is packed for them."""
+"""Indices of groups of one list, and the group that is packed for them."""
 
 
 def _in_order(
@@ -104,26 +106,26 @@ def _in_order(
         yield _collate(waiting, limit, shared_prefix, packing)
 
 
-def _merged_entries(entries: Sequence[_Entry], limit: int) -> list[_Entry]:
-    """Join groups of one prompt, as long as they fit into T and tokens are saved."""
-    newest: dict[bytes, int] = {}  # of each prompt, the entry that may still grow
-    merged: list[_Entry] = []
-    for indices, group in entries:
-        position = newest.get(group.prompt_ids.tobytes())
-        if position is not None:
-            merged_indices, before = merged[position]
-            joined = PromptGroup(
-                before.prompt_ids,
-                before.completions + group.completions,
-                scored=before.masks + group.masks,
-            )
-            size = group_tokens(joined)
-            if size <= limit and size < group_tokens(before) + group_tokens(group):
-                merged[position] = (merged_indices + indices, joined)
+def _joined_lists(
+    groups: Sequence[PromptGroup],
+    lists: Sequence[int] | None,
+    limit: int,
+    shared_prefix: bool,
+    packing: bool,
+) -> list[_Entry]:
+    """The groups, those of one list joined as long as they fit into T."""
+    newest: dict[int, int] = {}  # of each list, the entry that may still grow
+    entries: list[_Entry] = []
+    for index, (group, name) in enumerate(zip(groups, lists or range(len(groups)), strict=True)):
+        if name in newest:
+            indices, before = entries[newest[name]]
+            joined = before.joined(group)
+            if group_tokens(joined, shared_prefix=shared_prefix, packing=packing) <= limit:
+                entries[newest[name]] = (*indices, index), joined
                 continue
-        newest[group.prompt_ids.tobytes()] = len(merged)
-        merged.append((indices, group))
-    return merged
+        newest[name] = len(entries)
+        entries.append(((index,), group))
+    return entries
 
 
 def _collate(
@@ -187,8 +189,8 @@ def _pack(groups: Sequence[PromptGroup], limit: int, shared_prefix: bool) -> _Pa
         if shared_prefix:
             packed.append(group)
         else:
-            for completion, mask in zip(group.completions, group.masks, strict=True):
-                packed.append(PromptGroup(group.prompt_ids, (completion,), scored=(mask,)))
+            for place in range(len(group.completions)):
+                packed.append(group.only([place]))
     packed.fill_up()
     return _PackedArrays(
         packed.input_ids[None], packed.position_ids[None], packed.segments, packed.scored, (size,)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens
+from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens, lists_of
 from fastdpo.modeling.activations import apply_activation_plan, supports_checkpointing
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.fused import use_kernels
@@ -33,30 +33,44 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """A group, or one of its completions where the whole group would not fit into memory."""
+    """Completions of one prompt that are computed together."""
 
-    group: PromptGroup  # with the completions that are computed together
-    index: int  # which of the groups that the work began with
-    completions: tuple[int, ...]  # which of that group's completions
-
-    @classmethod
-    def whole(cls, index: int, group: PromptGroup) -> Self:
-        """The item of a group that is not split."""
-        return cls(group, index, tuple(range(len(group.completions))))
+    group: PromptGroup  # of these completions alone
+    list: int  # items of one list are laid out together where they fit
+    completions: tuple[int, ...]  # which of the distinct completions of the work they are
 
     def split(self) -> list["WorkItem"]:
         """One item for each completion."""
-        group = self.group
         return [
-            WorkItem(
-                PromptGroup(group.prompt_ids, (completion_ids,), scored=(mask,)),
-                self.index,
-                (completion,),
-            )
-            for completion, completion_ids, mask in zip(
-                self.completions, group.completions, group.masks, strict=True
-            )
+            WorkItem(self.group.only([place]), self.list, (completion,))
+            for place, completion in enumerate(self.completions)
         ]
+
+
+def distinct_items(
+    groups: Sequence[PromptGroup],
+) -> tuple[list[WorkItem], list[tuple[int, ...]]]:
+    """The work of computing every completion of the groups once, whichever groups hold it.
+
+    Returns:
+        One item for each group, with those of its completions that no group before it holds, and
+        no item where there are none; and for each group which of the distinct completions, counted
+        in the order of the items, it consists of. Items are of one list where `lists_of` says so.
+    """
+    known: dict[bytes, int] = {}
+    items: list[WorkItem] = []
+    held: list[tuple[int, ...]] = []
+    for group, name in zip(groups, lists_of(groups).tolist(), strict=True):
+        before = len(known)
+        its = tuple(known.setdefault(digest, len(known)) for digest in group.digests())
+        held.append(its)
+        fresh = tuple(range(before, len(known)))
+        if fresh == its:
+            items.append(WorkItem(group, name, its))
+        elif fresh:
+            part = group.only([its.index(each) for each in fresh])
+            items.append(WorkItem(part, name, fresh))
+    return items, held
 
 
 @dataclass

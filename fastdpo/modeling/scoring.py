@@ -10,12 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, deal, longest_sequence, pack_in_order
+from fastdpo.batching import (
+    MicroBatch,
+    PairGroups,
+    PromptGroup,
+    deal,
+    lists_of,
+    longest_sequence,
+    pack_in_order,
+)
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
-from fastdpo.modeling.layout import ExecutionLayout, WorkItem, group_length, run_within_memory
+from fastdpo.modeling.layout import (
+    ExecutionLayout,
+    WorkItem,
+    distinct_items,
+    group_length,
+    run_within_memory,
+)
 from fastdpo.modeling.loading import eval_mode
-from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
+from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.positions import require_positions
 from fastdpo.system import ranks, signals
@@ -81,9 +95,15 @@ def score_pairs(
 
 
 def share_of(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]:
-    """The indices of the groups that this rank scores: all of them in a single process."""
+    """The indices of the groups that this rank scores: all of them in a single process.
+
+    Groups that share completions stay together, so none is computed by two ranks.
+    """
+    if ranks.count() == 1:
+        return list(range(len(groups)))
+    lists = groups.lists if isinstance(groups, PairGroups) else lists_of(groups)
     lengths = [group_length(group, mode) for group in groups]
-    return deal(lengths, ranks.count())[ranks.index()]
+    return deal(lengths, ranks.count(), lists.tolist())[ranks.index()]
 
 
 def score_groups(
@@ -95,10 +115,11 @@ def score_groups(
     mode: PackingMode | None = None,
     description: str | None = None,
 ) -> Generator[ScoredGroup]:
-    """Score every group once, the longest first, in full micro-batches.
+    """Score every group, the longest first, in full micro-batches.
 
-    Runs in eval mode and leaves RNG state, training flags and the model's own attention setting as
-    they were, also when the caller stops early.
+    A completion that several groups hold is computed once. Runs in eval mode and leaves RNG state,
+    training flags and the model's own attention setting as they were, also when the caller stops
+    early.
 
     Args:
         model: a causal LM or a PeftModel on it, with its adapters on or off as they are.
@@ -110,7 +131,7 @@ def score_groups(
         description: label of a progress bar; None shows none.
 
     Yields:
-        Every group once, in the order in which they are scored.
+        Every group once, as soon as all of its completions are scored.
 
     Raises:
         DoesNotFitError: memory runs out with a single completion in a micro-batch.
@@ -119,8 +140,7 @@ def score_groups(
     require_positions(model, longest_sequence(groups))
     layout = ExecutionLayout.default(model) if layout is None else layout
     mode = choose_packing(model) if mode is None else mode
-    lengths = [group_length(group, mode) for group in groups]
-    order = sorted(range(len(groups)), key=lambda i: (-lengths[i], i))
+    items, held = distinct_items(groups)
     with (
         progress_bar(len(groups), description, "pair") as bar,
         eval_mode(model),
@@ -128,15 +148,24 @@ def score_groups(
         packed_attention(unwrap_model(model).config, mode.attention),
     ):
         micro_batches = run_within_memory(
-            (WorkItem.whole(i, groups[i]) for i in order),
+            _longest_first(items, mode),
             layout,
             mode,
             lay_out=lambda items: _micro_batches(items, layout, mode),
             work=lambda unit: _score(model, *unit, outputs),
         )
-        for group in _join_completions(chain.from_iterable(micro_batches), groups):
+        for group in _whole_groups(chain.from_iterable(micro_batches), held):
             yield group
             bar.update(1)
+
+
+def _longest_first(items: Sequence[WorkItem], mode: PackingMode) -> list[WorkItem]:
+    """The items by falling length; those of a list follow each other, in their own order."""
+    longest: dict[int, int] = {}
+    for item in items:
+        length = group_length(item.group, mode)
+        longest[item.list] = max(length, longest.get(item.list, 0))
+    return sorted(items, key=lambda item: (-longest[item.list], item.list))
 
 
 def _micro_batches(
@@ -145,57 +174,77 @@ def _micro_batches(
     """Pack the items in their order: the items of each micro-batch, and both together."""
     first = 0
     for micro_batch in pack_in_order(
-        (item.group for item in items),
+        [item.group for item in items],
         layout.micro_batch_tokens,
         shared_prefix=mode.shared_prefix,
         packing=mode.packing,
+        lists=[item.list for item in items],
     ):
         covered = items[first : first + len(micro_batch.group_indices)]
         first += len(covered)
         yield covered, (covered, micro_batch)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _ScoredCompletion:
+    completion: int  # which of the distinct ones
+    logps: float  # nats, from float64
+    token_logps: np.ndarray  # (C,) float32, nats
+    extras: dict[str, np.ndarray]  # (C,) each
+
+
 def _score(
     model: nn.Module, items: Sequence[WorkItem], micro_batch: MicroBatch, outputs: tuple[str, ...]
-) -> list[ScoredGroup]:
-    """The log-probs of one micro-batch, item by item."""
+) -> list[_ScoredCompletion]:
+    """The log-probs of the completions of one micro-batch."""
     on_device = micro_batch.to(unwrap_model(model).device)
-    return _split(packed_logprobs(model, on_device, outputs), on_device, items)
-
-
-def _split(
-    logprobs: PackedLogprobs, micro_batch: MicroBatch, items: Sequence[WorkItem]
-) -> list[ScoredGroup]:
-    """The log-probs of a micro-batch's completions, sorted into its items."""
-    logps = logprobs.logps.cpu().numpy()
-    ends = np.cumsum(micro_batch.completion_tokens.cpu().numpy())[:-1]
+    logprobs = packed_logprobs(model, on_device, outputs)
+    ends = np.cumsum(micro_batch.completion_tokens.numpy())[:-1]
     token_logps = np.split(logprobs.token_logps.float().cpu().numpy(), ends)
     extras = {
         name: np.split(metric.cpu().numpy(), ends) for name, metric in logprobs.extras.items()
     }
-    scored = []
-    first = 0
-    for item in items:
-        part = slice(first, first + len(item.completions))
-        metrics = {name: tuple(metric[part]) for name, metric in extras.items()}
-        scored.append(ScoredGroup(item.index, logps[part], tuple(token_logps[part]), metrics))
-        first = part.stop
-    return scored
+    completions = (completion for item in items for completion in item.completions)
+    return [
+        _ScoredCompletion(
+            completion, logps, tokens, {name: parts[place] for name, parts in extras.items()}
+        )
+        for place, (completion, logps, tokens) in enumerate(
+            zip(completions, logprobs.logps.tolist(), token_logps, strict=True)
+        )
+    ]
 
 
-def _join_completions(
-    scored: Iterable[ScoredGroup], groups: Sequence[PromptGroup]
+def _whole_groups(
+    scored: Iterable[_ScoredCompletion], held: Sequence[tuple[int, ...]]
 ) -> Iterator[ScoredGroup]:
-    """The scored groups, those that came one completion at a time put together again."""
-    parts: list[ScoredGroup] = []
-    for part in scored:
-        parts.append(part)
-        if sum(len(each.logps) for each in parts) < len(groups[part.index].completions):
-            continue
-        extras = {
-            name: tuple(x for each in parts for x in each.extras[name]) for name in part.extras
-        }
-        token_logps = tuple(x for each in parts for x in each.token_logps)
-        logps = np.concatenate([each.logps for each in parts])
-        yield ScoredGroup(part.index, logps, token_logps, extras)
-        parts = []
+    """The groups, each when the last of its completions has come.
+
+    Args:
+        scored: the distinct completions, in any order.
+        held: which of them each group consists of.
+    """
+    holders: dict[int, list[int]] = {}
+    for index, completions in enumerate(held):
+        for completion in set(completions):
+            holders.setdefault(completion, []).append(index)
+    unscored = [len(set(completions)) for completions in held]
+    needed_by = {completion: len(indices) for completion, indices in holders.items()}
+    known: dict[int, _ScoredCompletion] = {}
+    for each in scored:
+        known[each.completion] = each
+        for index in holders[each.completion]:
+            unscored[index] -= 1
+            if unscored[index]:
+                continue
+            parts = [known[completion] for completion in held[index]]
+            yield ScoredGroup(
+                index,
+                np.array([part.logps for part in parts]),
+                tuple(part.token_logps for part in parts),
+                {name: tuple(part.extras[name] for part in parts) for name in each.extras},
+            )
+            for completion in set(held[index]):
+                needed_by[completion] -= 1
+                if not needed_by[completion]:
+                    del known[completion]

@@ -53,10 +53,6 @@ class BatchingOptions(Options):
         "exactly; off gives every completion a padded sequence and shares nothing.",
         choices=["auto", "off"],
     )
-    merge_prompts: bool = option(
-        False,
-        "Compute a prompt that several pairs of an update have in common once for all of them.",
-    )
     attention: str = option(
         "auto",
         "What attends over packed pairs. auto: varlen (flash attention in torch) where it can, "
@@ -89,11 +85,6 @@ class BatchingOptions(Options):
         self.embeddings = present_value("embeddings", self.embeddings)
         self.model_init_kwargs = _loading(as_dict("model_init_kwargs", self.model_init_kwargs))
         super().__post_init__()
-        if self.merge_prompts and "off" in (self.packing, self.shared_prefix):
-            raise ValueError(
-                "--merge_prompts shares prompts, which --packing off and --shared_prefix off turn "
-                "off: leave one of them out."
-            )
 
     @property
     def from_pretrained_options(self) -> dict[str, Any]:

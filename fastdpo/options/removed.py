@@ -36,6 +36,8 @@ REMOVED_OPTIONS = {
         ("use_logits_to_keep", "use_num_logits_to_keep"), "logits are never built; leave it out."
     ),
     "use_liger_loss": "the log-probs are always fused; leave it out.",
+    "merge_prompts": "pairs that share a completion are computed together by themselves; leave it "
+    "out.",
     "ignore_bias_buffers": "it served distributed runs; leave it out.",
     # TRL's ModelConfig and LLaMA-Factory
     "load_in_8bit": "8-bit weights are not built; use --qlora.",

@@ -29,6 +29,7 @@ def plan_for_run(
     group_tokens: Sequence[int],
     *,
     pairs_per_update: int,
+    computed_tokens: int | None = None,
     scored_tokens: int,
     repeated_tokens: int = 0,
     max_seqlen: int | None = None,
@@ -43,8 +44,11 @@ def plan_for_run(
             and activation checkpointing are read.
         group_tokens: tokens of every training pair, its shared prefix counted once.
         pairs_per_update: B.
-        scored_tokens: scored tokens of all pairs.
-        repeated_tokens: prefix tokens of all pairs that lie among the keys a second time.
+        computed_tokens: tokens of all pairs, where a completion that several pairs hold is computed
+            once; None: the sum of `group_tokens`.
+        scored_tokens: how many of those are scored.
+        repeated_tokens: how many of those are prefixes, by each completion but the first, among
+            whose keys they lie once more.
         max_seqlen: tokens of the longest sequence, a prompt with one completion. Where the longest
             pair does not fit, the plan is for micro-batches of at most this, and its T says which
             pairs are to be split into their completions.
@@ -71,12 +75,12 @@ def plan_for_run(
     if not config.disable_dropout:
         needs = attention_needs(unwrap_model(model).config.get_text_config(), dropout=True)
         architecture = replace(architecture, attention=needs)
-    total = sum(group_tokens)
     workload = Workload.of(
         group_tokens,
         pairs_per_update,
-        scored_share=scored_tokens / total,
-        repeated_share=repeated_tokens / total,
+        computed_tokens=computed_tokens,
+        scored_tokens=scored_tokens,
+        repeated_tokens=repeated_tokens,
     )
 
     def planned(longest_tokens: int) -> Plan:

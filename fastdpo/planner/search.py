@@ -90,13 +90,33 @@ class Workload:
         return MicroBatchShape(tokens, scored, int(tokens * self.repeated_share))
 
     @classmethod
-    def of(cls, group_tokens: Sequence[int], pairs_per_update: int, **shares: float) -> Self:
-        """The workload of a data set, by the tokens of its groups.
+    def of(
+        cls,
+        group_tokens: Sequence[int],
+        pairs_per_update: int,
+        *,
+        computed_tokens: int | None = None,
+        scored_tokens: int,
+        repeated_tokens: int = 0,
+    ) -> Self:
+        """The workload of a data set, by the tokens of its pairs.
 
-        An update is taken to have `pairs_per_update` groups of average length.
+        An update is taken to have `pairs_per_update` pairs of average length.
+
+        Args:
+            group_tokens: tokens of every pair, its shared prefix counted once.
+            pairs_per_update: B.
+            computed_tokens: tokens that are computed for all pairs; None: the sum of theirs.
+            scored_tokens: how many of those are scored.
+            repeated_tokens: how many of those are prefixes, by each completion but the first.
         """
-        average = sum(group_tokens) / len(group_tokens)
-        return cls(max(group_tokens), int(average * pairs_per_update), **shares)
+        total = sum(group_tokens) if computed_tokens is None else computed_tokens
+        return cls(
+            max(group_tokens),
+            int(total / len(group_tokens) * pairs_per_update),
+            scored_share=scored_tokens / total,
+            repeated_share=repeated_tokens / total,
+        )
 
     def lengths(self) -> list[int]:
         """Values of T to choose from: from the longest group's length to a whole update's."""

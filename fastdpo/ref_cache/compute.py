@@ -122,6 +122,7 @@ def _compute(
         mode=mode,
     )
     waiting: list[ScoredCompletion] = []
+    kept: set[bytes] = set()
     began = closed = time.monotonic()
     # Closed here: this frame, which a held exception keeps, would otherwise keep the model in eval
     # mode after a failing `append`.
@@ -135,8 +136,10 @@ def _compute(
             bar.unit_scale = True
             for done, scored in enumerate(all_scored, 1):
                 its_keys = keys[missing[scored.index]]
-                completions = zip(its_keys, scored.logps, scored.token_logps, strict=True)
-                waiting += [ScoredCompletion(k, float(sum_), each) for k, sum_, each in completions]
+                for key, sum_, each in zip(its_keys, scored.logps, scored.token_logps, strict=True):
+                    if key not in kept:
+                        waiting.append(ScoredCompletion(key, float(sum_), each))
+                        kept.add(key)
                 bar.set_postfix_str(f"{done:,} of {len(missing):,} pairs", refresh=False)
                 bar.update(sizes[scored.index])
                 now = time.monotonic()

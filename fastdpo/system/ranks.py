@@ -50,14 +50,28 @@ class Traffic:
 
 
 traffic = Traffic()
+_alone = False
 
 
 def count() -> int:
-    """The number of processes in the group, 1 without one."""
+    """The number of processes in the group, 1 without one, or where this one is `alone`."""
+    if _alone:
+        return 1
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available():
         return 1
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A context in which this rank works for itself, as if there were no others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def launched() -> int:

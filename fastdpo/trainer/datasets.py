@@ -1,9 +1,11 @@
 """The data sets of a run as groups of token ids, and the loaders that hand them out."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
@@ -15,6 +17,8 @@ from fastdpo.config import DPOConfig
 from fastdpo.data.template_date import today
 from fastdpo.system import ranks
 from fastdpo.trainer.prepare import tokenize_dataset
+
+logger = logging.getLogger(__name__)
 
 
 class PreferenceDatasets:
@@ -53,6 +57,7 @@ class PreferenceDatasets:
         needed = self.pairs_per_update * args.max_steps if args.max_steps > 0 else None
         self.train = self.tokenized(train_dataset, "train", limit=needed)
         self._require_an_update()
+        self._tell_of_lists()
         self.eval: PairGroups | dict[str, PairGroups] | None
         if isinstance(eval_dataset, Mapping):
             parts = {name: self.tokenized(part, name) for name, part in eval_dataset.items()}
@@ -64,12 +69,28 @@ class PreferenceDatasets:
         """Raise ValueError where drop_last, which drops updates that are not full, leaves none."""
         if self.train is None or not self.args.dataloader_drop_last:
             return
-        if len(self.train) < self.pairs_per_update:
+        if not len(self.sampler()):
             raise ValueError(
                 f"{len(self.train):,} pairs and {self.pairs_per_update:,} an update leave no "
                 "update, as --dataloader_drop_last drops those that are not full: leave it out, or "
                 "lower --per_device_train_batch_size."
             )
+
+    def _tell_of_lists(self) -> None:
+        """Log that pairs are kept together, and how full that leaves the updates."""
+        if self.train is None or not (sampler := self.sampler()).keeps_together:
+            return
+        several = [len(members) for members in sampler.lists if len(members) > 1]
+        logger.info(
+            "%s of %s pairs share a completion with another pair of their prompt, in lists of up "
+            "to %s: each such completion is computed once an update. The pairs of a list stay in "
+            "one update, so an update has %s pairs on average, of at most %s.",
+            f"{sum(several):,}",
+            f"{len(self.train):,}",
+            max(several),
+            f"{np.mean([sum(sizes) for sizes in sampler.plan]):.1f}",
+            self.pairs_per_update,
+        )
 
     @property
     def longest_tokens(self) -> int:
@@ -94,6 +115,14 @@ class PreferenceDatasets:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     @property
+    def sampling(self) -> str | None:
+        """The rule of the order of the pairs, beside the seed; None without training pairs."""
+        if self.train is None:
+            return None
+        together = ", lists together" if self.sampler().keeps_together else ""
+        return f"{self.args.train_sampling_strategy}{together}"
+
+    @property
     def eval_by_name(self) -> dict[str, PairGroups]:
         """The evaluation sets; a single one is called eval."""
         if isinstance(self.eval, dict):
@@ -110,19 +139,23 @@ class PreferenceDatasets:
         """A loader of batches of B groups, one batch for each update; accelerate resumes it."""
         if self.train is None:
             raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
+        loader = DataLoader(
+            self.train, batch_sampler=self.sampler(), collate_fn=list, generator=torch.Generator()
+        )
+        # Every rank gets whole updates.
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def sampler(self) -> UpdateSampler:
+        """The updates of an epoch over the training pairs, of which there are some."""
+        assert self.train is not None, "asked for by whoever trains"
         args = self.args
-        sampler = UpdateSampler(
-            len(self.train),
+        return UpdateSampler(
+            self.train.lists,
             self.pairs_per_update,
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
-        loader = DataLoader(
-            self.train, batch_sampler=sampler, collate_fn=list, generator=torch.Generator()
-        )
-        # Every rank gets whole updates.
-        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def eval_loader(self, dataset: Any = None) -> DataLoader:
         """A loader of all groups of one evaluation set.

@@ -206,7 +206,6 @@ class DPOTrainer(ResumableTrainer):
             args,
             layout=self.layout,
             mode=self.mode,
-            merge_prompts=args.merge_prompts and self.mode.shared_prefix,
             backward=self.accelerator.backward,
             autocast=self.autocast,
             loss_function=loss_function,
@@ -298,10 +297,11 @@ class DPOTrainer(ResumableTrainer):
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
         self.reference.on_train_begin()
-        self.layout.agree()
         if self.plan is not None and self.train_groups is not None:
             fullest = worst_case_batch(self.train_groups, self.mode, self.layout)
-            self._probe_memory(fullest * ranks.count())  # one for each rank
+            with ranks.alone():  # each rank probes its own GPU
+                self._probe_memory(fullest)
+        self.layout.agree()
 
     def _probe_memory(self, groups: list[PromptGroup]) -> None:
         """Run the update that takes the most memory, so that a lack of it shows at once."""
@@ -495,7 +495,7 @@ class DPOTrainer(ResumableTrainer):
             "data_seed": args.data_seed,
             "data": None if self.train_groups is None else self.train_groups.content_hash,
             "template_date": self.sets.template_date,
-            "sampling": str(args.train_sampling_strategy),
+            "sampling": self.sets.sampling,
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
             "reference": self.reference.reference.description,

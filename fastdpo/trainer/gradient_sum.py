@@ -1,5 +1,7 @@
 """The gradients of the trained parameters, summed over the ranks of a run once an update."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -10,18 +12,19 @@ class GradientSum:
     """A sum that has all memory that it needs, so that no rank can fail once others wait for it.
 
     Args:
-        policy: after the backward of this rank's part of an update. Where there are other ranks, a
-            parameter without a gradient gets one of zeros, because another rank may have one.
+        parameters: of the policy, after the backward of this rank's part of an update. Where there
+            are other ranks, a trained one without a gradient gets one of zeros, because another
+            rank may have one.
 
     Attributes:
         used: (P,) float64, 1 for each trained parameter that this rank has a gradient for; only
             where there are other ranks.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         if ranks.count() == 1:
             return
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]
         device = self.parameters[0].device
         used = [float(parameter.grad is not None) for parameter in self.parameters]
         self.used = torch.tensor(used, dtype=torch.float64, device=device)

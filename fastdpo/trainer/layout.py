@@ -2,11 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from functools import reduce
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fastdpo.batching import PromptGroup, default_micro_batch_tokens, shared_prefix_length
+from fastdpo.batching import (
+    PairGroups,
+    PromptGroup,
+    default_micro_batch_tokens,
+    lists_of,
+    longest_sequence,
+    shared_prefix_length,
+)
 from fastdpo.config import DPOConfig
 from fastdpo.modeling.activations import (
     KEEP,
@@ -17,7 +25,7 @@ from fastdpo.modeling.activations import (
 from fastdpo.modeling.attention import attention_kind
 from fastdpo.modeling.fused import choose_kernels
 from fastdpo.modeling.head import unwrap_model
-from fastdpo.modeling.layout import ExecutionLayout, group_length
+from fastdpo.modeling.layout import ExecutionLayout, distinct_items, group_length
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.planner import Plan, UnplannableError, plan_for_run
 
@@ -40,16 +48,18 @@ def plan_memory(
     device = unwrap_model(policy).device
     if device.type != "cuda" or not groups:
         return None
-    completions = [(group, ids) for group in groups for ids in group.completions]
+    computed = [group for _, group in _joined_lists(groups)]
+    repeated = sum((len(g.completions) - 1) * shared_prefix_length(g) for g in computed)
     try:
         plan = plan_for_run(
             policy,
             args,
             group_lengths(groups, mode),
             pairs_per_update=pairs_per_update,
-            scored_tokens=sum(sum(group.scored_tokens) for group in groups),
-            max_seqlen=max(len(group.prompt_ids) + len(ids) - 1 for group, ids in completions),
-            repeated_tokens=sum(map(shared_prefix_length, groups)) if mode.shared_prefix else 0,
+            computed_tokens=sum(group_lengths(computed, mode)),
+            scored_tokens=sum(sum(group.scored_tokens) for group in computed),
+            max_seqlen=longest_sequence(groups) - 1,
+            repeated_tokens=repeated if mode.shared_prefix else 0,
         )
     except UnplannableError as error:
         logger.warning("Training goes on without a memory plan: %s", error)
@@ -103,16 +113,30 @@ def choose_layout(
 def worst_case_batch(
     groups: Sequence[PromptGroup], mode: PackingMode, layout: ExecutionLayout
 ) -> list[PromptGroup]:
-    """The longest groups, as many as fill a micro-batch: the update that takes the most memory."""
-    lengths = group_lengths(groups, mode)
+    """The longest lists, as many as fill a micro-batch: the update that takes the most memory."""
+    lists = _joined_lists(groups)
+    lengths = group_lengths([joined for _, joined in lists], mode)
     chosen: list[PromptGroup] = []
     num_tokens = 0
-    for length, index in sorted(zip(lengths, range(len(groups)), strict=True), reverse=True):
+    for length, index in sorted(zip(lengths, range(len(lists)), strict=True), reverse=True):
         if chosen and num_tokens + length > layout.micro_batch_tokens:
             break
-        chosen.append(groups[index])
+        chosen += [groups[member] for member in lists[index][0]]
         num_tokens += length
     return chosen
+
+
+def _joined_lists(groups: Sequence[PromptGroup]) -> list[tuple[list[int], PromptGroup]]:
+    """For each list of pairs their indices, and the group of its distinct completions."""
+    names = groups.lists if isinstance(groups, PairGroups) else lists_of(groups)
+    members: dict[int, list[int]] = {}
+    for index, name in enumerate(names.tolist()):
+        members.setdefault(name, []).append(index)
+    return [
+        (indices, reduce(PromptGroup.joined, (item.group for item in items)))
+        for indices in members.values()
+        for items, _ in [distinct_items([groups[index] for index in indices])]
+    ]
 
 
 def _activation_plan(

@@ -11,6 +11,8 @@ gives two ways to one gradient:
 GradCache (L. Gao et al., arXiv:2101.06983) costs one more forward, and needs neither the two
 completions of a pair nor the pairs that a loss couples in one micro-batch.
 
+A completion that several pairs hold is computed once: its derivative is the sum of theirs.
+
 Out of memory, the update starts again from no gradient and the same random state in smaller
 micro-batches (`run_within_memory`). It stays the same update.
 
@@ -21,6 +23,7 @@ the whole update.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,7 @@ from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import (
     ExecutionLayout,
     WorkItem,
+    distinct_items,
     group_length,
     run_within_memory,
 )
@@ -70,7 +74,6 @@ class Update:
         options: the loss and its parameters.
         layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model.
-        merge_prompts: compute a prompt that several pairs of an update share once for all.
         backward: adds the gradient of a () tensor to the parameters.
         autocast: makes the context around every forward.
         loss_function: takes the place of the built losses; `PairLogps` says what it is given.
@@ -86,14 +89,13 @@ class Update:
         *,
         layout: ExecutionLayout,
         mode: PackingMode,
-        merge_prompts: bool = False,
         backward: Callable[[Tensor], None],
         autocast: Callable[[], AbstractContextManager[Any]],
         loss_function: LossFunction | None = None,
         aux_loss_coef: float = 0.0,
     ) -> None:
         self.policy, self.reference, self.options = policy, reference, options
-        self.layout, self.mode, self.merge_prompts = layout, mode, merge_prompts
+        self.layout, self.mode = layout, mode
         self.backward, self.autocast = backward, autocast
         self.loss_function, self.aux_loss_coef = loss_function, aux_loss_coef
 
@@ -108,17 +110,18 @@ class Update:
             DoesNotFitError: memory runs out with a single completion in a micro-batch.
         """
         state = RNGState.capture()
+        distinct, held = distinct_items(groups)
 
         def undo() -> None:
             self._zero_grad()
             state.restore()
 
         attempts = run_within_memory(
-            [WorkItem.whole(index, group) for index, group in enumerate(groups)],
+            distinct,
             self.layout,
             self.mode,
             lay_out=lambda items: [(items, items)],  # the whole update is one unit of work
-            work=lambda items: _StepAttempt(self, groups, items, outputs).run(),
+            work=lambda items: _StepAttempt(self, groups, items, held, outputs).run(),
             undo=undo,
         )
         return next(attempts)
@@ -136,10 +139,20 @@ class Update:
             parameter.grad = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """A micro-batch, and which completions of the pairs come out of it."""
+
+    micro_batch: MicroBatch
+    indices: Tensor  # (C,) int64, rising
+    holds_whole_pairs: bool
+
+
 class _StepAttempt:
     """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected).
 
-    What it holds of the update is this rank's part until `_join_ranks`.
+    Completions of equal content have an index each, and are computed as one. Until `_join_ranks`
+    the results are those of this rank's part alone.
     """
 
     def __init__(
@@ -147,48 +160,58 @@ class _StepAttempt:
         update: Update,
         groups: Sequence[PromptGroup],
         items: Sequence[WorkItem],
+        held: Sequence[tuple[int, ...]],
         outputs: tuple[str, ...],
     ) -> None:
-        self.update, self.options, self.groups = update, update.options, groups
-        self.outputs = outputs
-        self.whole_pairs = all(
-            len(item.completions) == len(groups[item.index].completions) for item in items
-        )
-        self.items = self._own(items)
+        self.update, self.options = update, update.options
+        self.groups, self.outputs = groups, outputs
         self.device = unwrap_model(update.policy).device
-        self.tokens, self.sums = ranks.agreed(self._load)
+        self.tokens, self.sums = ranks.agreed(lambda: self._load(self._own(items), held))
         self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
         self.token_completions: list[Tensor] = []
-        self.computed_tokens = ranks.total(sum(each.num_tokens for each in self.micro_batches))
+        computed = sum(batch.micro_batch.num_tokens for batch in self.batches)
+        self.computed_tokens = ranks.total(computed)
 
     def _own(self, items: Sequence[WorkItem]) -> list[WorkItem]:
-        """This rank's part of the update's items, by their tokens."""
-        shares = deal(
-            [group_length(item.group, self.update.mode) for item in items],
-            ranks.count(),
-            [item.group.prompt_ids.tobytes() for item in items]
-            if self.update.merge_prompts
-            else None,
-        )
+        """This rank's part of the items, by their tokens: whole lists, and so whole pairs."""
+        lengths = [group_length(item.group, self.update.mode) for item in items]
+        shares = deal(lengths, ranks.count(), [item.list for item in items])
         return [items[index] for index in shares[ranks.index()]]
 
-    def _load(self) -> tuple[Tensor, Tensor]:
+    def _load(
+        self, items: Sequence[WorkItem], held: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, Tensor]:
         """Pack the items and bring them to the device.
 
         Returns:
             (B, 2) int64 tokens of all completions; (2 B + 2,) float64 zeros for the results.
         """
-        packed = pack_update(
-            [item.group for item in self.items],
+        micro_batches = pack_update(
+            [item.group for item in items],
             self.update.layout.micro_batch_tokens,
             shared_prefix=self.update.mode.shared_prefix,
             packing=self.update.mode.packing,
-            merge_prompts=self.update.merge_prompts,
+            lists=[item.list for item in items],
         )
-        self.micro_batches = [micro_batch.to(self.device) for micro_batch in packed]
+        distinct = [completion for pair in held for completion in pair]
+        self.batches = [self._batch(each, items, distinct) for each in micro_batches]
         lengths = [group.scored_tokens for group in self.groups]
         tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
         return tokens, torch.zeros(tokens.numel() + 2, dtype=torch.float64, device=self.device)
+
+    def _batch(
+        self, micro_batch: MicroBatch, items: Sequence[WorkItem], distinct: Sequence[int]
+    ) -> _Batch:
+        """The micro-batch on the device, its completions as the pairs hold them."""
+        here = [c for index in micro_batch.group_indices for c in items[index].completions]
+        places = {completion: place for place, completion in enumerate(here)}
+        indices = [index for index, each in enumerate(distinct) if each in places]
+        chosen = micro_batch.select([places[distinct[index]] for index in indices])
+        return _Batch(
+            chosen.to(self.device),
+            to_device(torch.tensor(indices), self.device),
+            {index ^ 1 for index in indices} == set(indices),
+        )
 
     @property
     def logps(self) -> Tensor:
@@ -206,14 +229,14 @@ class _StepAttempt:
         return self.sums[-1]
 
     def run(self) -> UpdateResult:
-        """Compute the gradient in one pass where that is enough, else by GradCache."""
+        """Compute the gradient, in one pass where that is enough, else by GradCache."""
         self.ref_logps = self._ref_logps()
         config = unwrap_model(self.update.policy).config
         with packed_attention(config, self.update.mode.attention):
-            if self.whole_pairs and not couples_pairs(self.options, self.update.loss_function):
-                gradients = ranks.agreed(self._direct)
+            if couples_pairs(self.options, self.update.loss_function):
+                gradients = self._coupled()
             else:
-                gradients = self._grad_cache()
+                gradients = ranks.agreed(self._uncoupled)
         self._join_ranks(gradients)
         aux_coef = self.update.aux_loss_coef
         return UpdateResult(
@@ -227,57 +250,80 @@ class _StepAttempt:
             aux_loss=self.aux_loss if aux_coef else None,
         )
 
-    def _direct(self) -> GradientSum:
-        """Forward and backward of each micro-batch; all hold whole pairs."""
-        for micro_batch in self.micro_batches:
-            indices = self._completions_in(micro_batch)
-            terms, aux_loss = self._forward(micro_batch, indices, self.outputs)
-            order = indices.argsort()
-            in_order = {name: values[order] for name, values in terms.items()}
-            loss = self._loss(in_order, indices[order])
-            self.update.backward(loss + aux_loss)
-            self.loss.add_(loss.detach())
-        return GradientSum(self.update.policy)
+    def _uncoupled(self) -> GradientSum:
+        """Run each micro-batch once if it holds whole pairs, the others twice."""
+        cached = [batch for batch in self.batches if not batch.holds_whole_pairs]
+        for batch in self.batches:
+            if batch not in cached:
+                self._direct(batch)
+        if cached:
+            state, aux_loss_before = RNGState.capture(), self.aux_loss.clone()
+            everything = torch.cat([batch.indices for batch in cached]).sort().values
+            derivatives = self._derivatives(self._terms(cached), everything)
+            self.aux_loss.copy_(aux_loss_before)
+            state.restore()  # the second pass must drop out what the first one did
+            self._second_pass(cached, derivatives)
+        return GradientSum(list(self.update.policy.parameters()))
 
-    def _grad_cache(self) -> GradientSum:
-        """Both passes of GradCache, arXiv:2101.06983, over all micro-batches."""
+    def _coupled(self) -> GradientSum:
+        """Run each micro-batch twice, and between the passes the loss of all ranks' pairs."""
         state = RNGState.capture()
-        names = term_names(self.options)
-        terms = ranks.summed(ranks.agreed(self._all_terms))  # each rank has zeros for the others'
-        leaves = dict(zip(names, (each.requires_grad_() for each in terms.unbind()), strict=True))
-        loss = self._loss(leaves, torch.arange(self.tokens.numel(), device=self.device))
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        derivatives = {
-            name: gradient
-            for name, gradient in zip(leaves, gradients, strict=True)
-            if gradient is not None
-        }
-        if ranks.is_first():  # every rank knows it, and it is summed
-            self.loss.add_(loss.detach())
+        # Each rank has zeros for the others' completions.
+        terms = ranks.summed(ranks.agreed(lambda: self._terms(self.batches)))
+        everything = torch.arange(self.tokens.numel(), device=self.device)
+        derivatives = self._derivatives(terms, everything)
+        if not ranks.is_first():  # every rank has the whole loss, which is summed up later
+            self.loss.zero_()
         self.aux_loss.zero_()
-        state.restore()  # the second pass must drop out what the first one did
-        return ranks.agreed(lambda: self._by_coefficients(derivatives))
+        state.restore()
 
-    def _all_terms(self) -> Tensor:
-        """The terms of this rank's completions without gradients, (names, 2 B) float64."""
+        def second_pass() -> GradientSum:
+            self._second_pass(self.batches, derivatives)
+            return GradientSum(list(self.update.policy.parameters()))
+
+        return ranks.agreed(second_pass)
+
+    def _direct(self, batch: _Batch) -> None:
+        """Forward and backward of one micro-batch that holds whole pairs."""
+        terms, aux_loss = self._forward(batch.micro_batch, batch.indices, self.outputs)
+        loss = self._loss(terms, batch.indices)
+        self.update.backward(loss + aux_loss)
+        self.loss.add_(loss.detach())
+
+    def _terms(self, batches: Sequence[_Batch]) -> Tensor:
+        """The first pass of GradCache, arXiv:2101.06983: the terms of completions.
+
+        Returns:
+            (names, 2 B) float64 without gradient; 0 for completions of other micro-batches.
+        """
         names = term_names(self.options)
         size = (len(names), self.tokens.numel())
         found = torch.zeros(size, dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for micro_batch in self.micro_batches:
-                indices = self._completions_in(micro_batch)
-                terms, _ = self._forward(micro_batch, indices, self.outputs)
-                found[:, indices] = torch.stack([terms[name] for name in names])
+            for batch in batches:
+                terms, _ = self._forward(batch.micro_batch, batch.indices, self.outputs)
+                found[:, batch.indices] = torch.stack([terms[name] for name in names])
         return found
 
-    def _by_coefficients(self, derivatives: dict[str, Tensor]) -> GradientSum:
-        """Backward from the derivatives of the loss by the terms, (2 B,) each."""
-        for micro_batch in self.micro_batches:
-            indices = self._completions_in(micro_batch)
-            terms, aux_loss = self._forward(micro_batch, indices, ())
-            parts = [(terms[name] * each[indices]).sum() for name, each in derivatives.items()]
+    def _derivatives(self, terms: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Add the loss of some pairs; its derivatives by the terms of all completions, by name."""
+        names = term_names(self.options)
+        leaves = dict(zip(names, (each.requires_grad_() for each in terms.unbind()), strict=True))
+        loss = self._loss({name: leaf[indices] for name, leaf in leaves.items()}, indices)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        self.loss.add_(loss.detach())
+        return {
+            name: gradient
+            for name, gradient in zip(leaves, gradients, strict=True)
+            if gradient is not None
+        }
+
+    def _second_pass(self, batches: Sequence[_Batch], derivatives: dict[str, Tensor]) -> None:
+        """The second pass of GradCache: backward from the derivatives by the terms, (2 B,) each."""
+        for batch in batches:
+            terms, aux_loss = self._forward(batch.micro_batch, batch.indices, ())
+            parts = [(terms[n] * each[batch.indices]).sum() for n, each in derivatives.items()]
             self.update.backward(torch.stack(parts).sum() + aux_loss)
-        return GradientSum(self.update.policy)
 
     def _join_ranks(self, gradients: GradientSum) -> None:
         """Give every rank the gradient and the results of the whole update."""
@@ -297,12 +343,6 @@ class _StepAttempt:
         self.token_metrics = {
             name: [each] for name, each in zip(self.outputs, metrics, strict=True)
         }
-
-    def _completions_in(self, micro_batch: MicroBatch) -> Tensor:
-        """(C,) int64 indices of the completions in a micro-batch, in its order."""
-        items = [self.items[index] for index in micro_batch.group_indices]
-        indices = [2 * item.index + completion for item in items for completion in item.completions]
-        return to_device(torch.tensor(indices), self.device)
 
     def _forward(
         self, micro_batch: MicroBatch, indices: Tensor, outputs: tuple[str, ...]
@@ -378,9 +418,8 @@ class _StepAttempt:
             self.update.autocast(),
             packed_attention(unwrap_model(reference.model).config, self.update.mode.attention),
         ):
-            for micro_batch in self.micro_batches:
-                indices = self._completions_in(micro_batch)
-                scored = packed_logprobs(reference.model, micro_batch)
-                token_logps = self._token_logps(scored, micro_batch, indices)
-                logps[indices] = weighted_logps(token_logps, self.options)
+            for batch in self.batches:
+                scored = packed_logprobs(reference.model, batch.micro_batch)
+                token_logps = self._token_logps(scored, batch.micro_batch, batch.indices)
+                logps[batch.indices] = weighted_logps(token_logps, self.options)
         return logps

@@ -95,7 +95,7 @@ def test_padded_rows_hold_no_more_than_t():
         assert len(micro_batch.seq_lens) == len(micro_batch.input_ids)
 
 
-def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
+def test_groups_of_a_list_are_laid_as_one_where_they_fit():
     story = group_of(200, 30, 40)
     groups = [
         story,
@@ -103,21 +103,35 @@ def test_merging_keeps_the_order_of_completions_and_never_costs_tokens():
         PromptGroup(story.prompt_ids, group_of(9, 50, 10, seed=2).completions),
         PromptGroup(story.prompt_ids, group_of(9, 8, 90, seed=3).completions),
     ]
-    (merged,) = pack_update(groups, 4096, merge_prompts=True)
+    lists = [0, 1, 0, 0]
+    (joined,) = pack_update(groups, 4096, lists=lists)
     (alone,) = pack_update(groups, 4096)
-    assert alone.num_tokens - merged.num_tokens == 2 * len(story.prompt_ids)
-    order = merged.group_indices
+    assert alone.num_tokens - joined.num_tokens == 2 * len(story.prompt_ids)
+    order = joined.group_indices
     assert sorted(order) == [0, 1, 2, 3]
     lengths = [len(c) for i in order for c in groups[i].completions]
-    assert merged.completion_tokens.tolist() == lengths
-    assert len(merged.segments) == 3, "two prompts and the filler"
+    assert joined.completion_tokens.tolist() == lengths
+    assert len(joined.segments) == 3, "two prompts and the filler"
     for limit in (300, 400):  # what does not fit together stays apart
-        laid = pack_update(groups, limit, merge_prompts=True)
+        laid = pack_update(groups, limit, lists=lists)
         assert max(m.input_ids.shape[1] for m in laid) <= limit
-    # Completions that begin alike share more with each other than three of them with the prompt.
-    alike = PromptGroup(story.prompt_ids[:2], (np.arange(1, 99, dtype=np.int32),) * 2)
-    other = PromptGroup(story.prompt_ids[:2], group_of(1, 20, 20, seed=4).completions)
-    assert len(pack_update([alike, other], 4096, merge_prompts=True)[0].segments) == 3
+    padded = pack_update(groups, 6 * 300, packing=False, lists=lists)
+    assert [m.group_indices for m in padded] == [(0, 2, 3), (1,)]
+    together = [groups[i] for i in (0, 2, 3, 1)]
+    (in_order,) = pack_in_order(together, 4096, lists=[0, 0, 0, 1])
+    assert in_order.num_tokens == joined.num_tokens
+
+
+def test_completions_of_a_micro_batch_can_count_in_another_order_and_often():
+    groups = [group_of(20, 5, 7), group_of(10, 3, 4, seed=1)]
+    (micro_batch,) = pack_update(groups, 512)
+    ends = micro_batch.completion_tokens.cumsum(0)[:-1]
+    parts = micro_batch.token_index.tensor_split(ends)
+    chosen = micro_batch.select([3, 0, 3])
+    assert chosen.completion_tokens.tolist() == [4, 5, 4]
+    assert torch.equal(chosen.token_index, torch.cat([parts[3], parts[0], parts[3]]))
+    assert chosen.input_ids is micro_batch.input_ids
+    assert micro_batch.select(range(4)) is micro_batch
 
 
 def cells_of_the_table(sets, count):

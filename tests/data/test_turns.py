@@ -235,15 +235,11 @@ def test_keys_and_hashes_tell_the_scored_tokens(tokenizer_with):
     assert row_key(scored[0].prompt_ids, ids, np.ones_like(mask)) == theirs_[0]
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"shared_prefix": False}, {"packing": False}, {"merge_prompts": True}]
-)
+@pytest.mark.parametrize("layout", [{}, {"shared_prefix": False}, {"packing": False}])
 def test_every_layout_scores_the_masked_tokens_and_no_other(tokenizer_with, layout):
     pairs = prepare(tokenizer_with("qwen2_5"), AGENTIC, TALK, AGENTIC)
     groups = list(PairGroups(pairs))
-    batches = pack_update(groups, 4096, **layout)
-    if "merge_prompts" not in layout:
-        batches += pack_in_order(groups, 4096, **layout)
+    batches = [*pack_update(groups, 4096, **layout), *pack_in_order(groups, 4096, **layout)]
     for batch in batches:
         ends = batch.completion_tokens.cumsum(0)[:-1]
         targets = batch.target_ids[batch.token_index].tensor_split(ends)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdpo.batching import PromptGroup
-from fastdpo.modeling.layout import ExecutionLayout, WorkItem, group_length, run_within_memory
+from fastdpo.modeling.layout import ExecutionLayout, distinct_items, group_length, run_within_memory
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.system.oom import DoesNotFitError
 
@@ -25,7 +25,7 @@ GROUPS = [group(50, 11, 15), group(20, 5, 9), group(30, 40, 2), group(10, 3, 4)]
 
 
 def whole(groups=GROUPS):
-    return [WorkItem.whole(index, each) for index, each in enumerate(groups)]
+    return distinct_items(groups)[0]
 
 
 def test_a_layout_survives_json():
@@ -49,9 +49,7 @@ def test_t_is_halved_down_to_one_group_before_groups_are_split():
         seen.append((layout.micro_batch_tokens, layout.most_group_tokens))
     assert seen == [(95, None), (74, None), (73, 73), (73, 73)]
     split = layout.split(items, MODE)
-    assert [(each.index, each.completions) for each in split] == [
-        (0, (0,)), (0, (1,)), (1, (0, 1)), (2, (0, 1)), (3, (0, 1)),
-    ]  # fmt: skip
+    assert [each.completions for each in split] == [(0,), (1,), (2, 3), (4, 5), (6, 7)]
     assert layout.split(split, MODE) == split
 
 
@@ -82,14 +80,14 @@ def test_work_goes_on_in_smaller_units_and_nothing_is_done_twice(most):
     def work(items):
         if tokens(items) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return [(each.index, side) for each in items for side in each.completions]
+        return [completion for each in items for completion in each.completions]
 
     sorted_items = sorted(whole(), key=lambda item: -group_length(item.group, MODE))
     results = run_within_memory(
         sorted_items, layout, MODE, lay_out=lay_out, work=work, undo=lambda: undone.append(1)
     )
-    done = [pair for unit in results for pair in unit]
-    assert done == [(index, side) for index in (0, 2, 1, 3) for side in (0, 1)]
+    done = [completion for unit in results for completion in unit]
+    assert done == [0, 1, 4, 5, 2, 3, 6, 7]
     assert undone
     assert layout.most_group_tokens == (73 if most == 70 else 69)
 

@@ -181,14 +181,15 @@ def test_unshared_padded_and_more_completions(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gpt-oss"])
-def test_groups_of_one_prompt_merged(family):
+def test_groups_of_one_list_joined(family):
     model, groups = model_of(family), random_groups(count=5)
     same = [PromptGroup(groups[i % 2].prompt_ids, g.completions) for i, g in enumerate(groups)]
+    lists = [i % 2 for i in range(len(groups))]
     truth = separate(model, same)
-    assert_same(packed(model, same, tokens=512, merge_prompts=True), truth)
-    (merged,) = pack_update(same, 4096, merge_prompts=True)
+    assert_same(packed(model, same, tokens=512, lists=lists), truth)
+    (joined,) = pack_update(same, 4096, lists=lists)
     (alone,) = pack_update(same, 4096)
-    assert merged.num_tokens < alone.num_tokens
+    assert joined.num_tokens < alone.num_tokens
 
 
 def test_order_size_and_sides_change_nothing_beyond_rounding():

@@ -131,7 +131,6 @@ TABLE: dict[str, Changes | str] = {
     "embeddings": Changes("loaded", "host"),
     "shared_prefix": Changes("work", "off"),
     "packing": Changes("work", "off"),
-    "merge_prompts": Changes("work", True, {"dataset_name": "@alike.jsonl"}),
     "attention": Changes("curve", "varlen", refused="varlen"),
     "kernels": Changes("work", "fused"),
     "disable_dropout": Changes("loaded", False),
@@ -260,7 +259,6 @@ def folder(tmp_path_factory):
             }
             for row in rows
         ],
-        "alike": [row | {"prompt": rows[0]["prompt"]} for row in rows],
         "useless": [*rows, rows[0] | {"rejected": rows[0]["chosen"]}],
     }
     for name, content in sets.items():

@@ -240,11 +240,6 @@ def test_nearest_name_and_none():
         (PreferenceOptions, {"shared_prefix": "on"}, ["--shared_prefix", "auto", "off"]),
         (PreferenceOptions, {"packing": "on"}, ["--packing", "auto", "off"]),
         (PreferenceOptions, {"attention": "eager"}, ["--attention", "varlen", "flex"]),
-        (
-            PreferenceOptions,
-            {"merge_prompts": True, "packing": "off"},
-            ["--merge_prompts", "--packing off"],
-        ),
         (PreferenceOptions, {"ref_cache": " "}, ["--ref_cache"]),
         (PreferenceOptions, {"ref_token_logps": "no"}, ["--ref_token_logps", "on", "off"]),
         (PreferenceOptions, {"ref_versions": "x"}, ["--ref_versions", "warn", "strict"]),

@@ -178,18 +178,9 @@ def test_inputs_are_what_they_are_said_to_be():
     assert inputs.pair_lengths(5) == inputs.pair_lengths(5)
 
 
-def failing_contender(case, turns):
-    """Ready, one good turn, then what the case says."""
-    turns.ready({"fact": 1})
-    for number, _ in enumerate(turns):
-        if number == 1:
-            raise {"memory": MemoryError, "peer": contest.MissingPeer}[case["how"]]("as asked")
-        turns.answer({"wall_s": 0.5})
-
-
 def test_contenders_take_turns_and_their_ends_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_LOG", str(tmp_path / "log"))
-    function = "tests.project.test_bench:failing_contender"
+    function = "tests.project.failing_contender:failing_contender"
     contenders = contest.contest(
         {"a": function, "b": function, "c": "bench.heads:no_such_thing"},
         {"a": {"how": "memory"}, "b": {"how": "peer"}, "c": {}},

@@ -1,10 +1,14 @@
 """The walkthrough notebook runs from its first cell to its last, and was saved from such a run."""
 
 import base64
+import contextlib
+import io
 import json
+import logging
 import re
 import shutil
 import struct
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,39 +48,53 @@ def metric_in(text, name):
     return float(re.search(rf"^{name} .*?(-?[\d.]+)$", text, re.MULTILINE)[1])
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook after a run in a kernel of its own, in a folder where the demo lies already."""
-    place = tmp_path_factory.mktemp("notebook")
-    demo = taught_llama().model_dir.parent
-    shutil.copytree(demo, place / "fastdpo-output" / "walkthrough" / "demo")
+def run_in_a_kernel(place):
+    """What a run in a Jupyter kernel of its own prints, and how many plots it shows."""
     notebook = read()
     resources = {"metadata": {"path": str(place)}}
     nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources=resources
     ).execute()
-    return notebook, place
+    return said_by(notebook), len(plots_of(notebook))
 
 
-def test_it_runs_and_shows_what_its_text_says(executed):
-    notebook, place = executed
-    said = said_by(notebook)
+def run_here(place, monkeypatch):
+    """The same of its cells in this process, which has imported everything already."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs fastdpo[dev]")
+    pyplot.switch_backend("agg")
+    monkeypatch.chdir(place)
+    names, said = {}, io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("fastdpo").addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(said), warnings.catch_warnings(), pyplot.rc_context():
+            for cell in read().cells:
+                if cell.cell_type == "code":
+                    exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
+        return said.getvalue(), len(pyplot.get_fignums())
+    finally:
+        logging.getLogger("fastdpo").removeHandler(handler)
+        pyplot.close("all")
+
+
+def test_it_runs_and_shows_what_its_text_says(tmp_path, soak, monkeypatch):
+    """With --soak in a kernel, else in this process; the demo lies there already."""
+    demo = taught_llama().model_dir.parent
+    folder = tmp_path / "fastdpo-output" / "walkthrough"
+    shutil.copytree(demo, folder / "demo")
+    said, plots = run_in_a_kernel(tmp_path) if soak else run_here(tmp_path, monkeypatch)
     assert "Demo: reusing the model" in said, "its recipe is not that of taught_llama.py"
     assert "Largest margin of the first update: 0.0 nats" in said
     assert metric_in(said, "preference accuracy") > 0.9
-    log = [
-        json.loads(line)
-        for line in (place / "fastdpo-output/walkthrough/adapter/metrics.jsonl")
-        .read_text()
-        .splitlines()
-    ]
+    metrics = (folder / "adapter" / "metrics.jsonl").read_text()
+    log = [json.loads(line) for line in metrics.splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     assert losses[0] == pytest.approx(0.6931, abs=0.01)
     assert losses[-1] < 0.5
     assert "likelihood displacement" in said, "the run that goes too far is not noticed"
     broken = re.search(r"^perplexity of chosen +([\d.]+) +([\d.]+)$", said, re.MULTILINE)
     assert float(broken[2]) > 2 * float(broken[1])
-    assert len(plots_of(notebook)) == PLOTS
+    assert plots == PLOTS
 
 
 def test_it_was_saved_from_a_run():

@@ -51,6 +51,17 @@ class Outcome:
     traffic: ranks.Traffic  # of one update
 
 
+LISTS = [
+    {"prompt": row["prompt"], "chosen": better, "rejected": worse}
+    for row, other in zip(ROWS[::2], ROWS[1::2], strict=False)
+    for better, worse in (
+        (row["chosen"], row["rejected"]),
+        (row["chosen"], other["rejected"]),
+        (row["rejected"], other["rejected"]),
+    )
+]
+"""Three pairs of three completions of each prompt."""
+
 AOT, FULL = {"loss_type": "aot"}, {"learning_rate": 1e-4}
 CASES = (
     Case("lora, sigmoid", "lora"),
@@ -61,7 +72,7 @@ CASES = (
     Case("full, aot", "full", AOT | FULL),
     Case("split completions", "lora", {"most_group_tokens": 0}, 0),
     Case("a rank without a pair", "lora", {"most_group_tokens": 0, "rows": ROWS[:1]}, 0),
-    Case("merged prompts", "lora", {"merge_prompts": True, "rows": ROWS[:4] * 9}, 0),
+    Case("lists of three pairs", "lora", {"rows": LISTS}, 0),
     Case("weighed tokens, reference of the moment", "lora",
          {"ld_alpha": 0.3, "use_weighting": True, "ref_cache": "off"}, 0),
 )  # fmt: skip

@@ -91,9 +91,14 @@ def test_a_checkpoint_in_another_format_is_refused_with_a_sentence(workplace):
 
 
 def test_every_option_of_the_old_run_is_known(workplace):
-    """Its `training_args.json` makes a DPOConfig again, `base_in_4bit` apart."""
+    """Its `training_args.json` makes a DPOConfig again, those that are gone apart."""
     values = json.loads((workplace / "out" / "checkpoint-3" / "training_args.json").read_text())
-    del values["base_in_4bit"], values["hub_token"], values["accelerator_config"]
+    del (
+        values["base_in_4bit"],
+        values["merge_prompts"],
+        values["hub_token"],
+        values["accelerator_config"],
+    )
     assert DPOConfig(**values).beta == 0.1
     assert DPOConfig(**values | {"embeddings": "card"}).embeddings == "gpu"
 
