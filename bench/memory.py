@@ -17,6 +17,7 @@ import torch
 from bench.contest import contest, solo
 from bench.harness import MEASURED, OUT_OF_MEMORY, Recorder
 from bench.step import CONTENDERS, TRAINER
+from fastdpo.modeling.activations import ACTIVATIONS
 from fastdpo.planner.terms import CONTEXT_BYTES
 
 UPDATES = 2
@@ -55,8 +56,7 @@ def aim(recorder: Recorder, case: Mapping[str, Any], *, with_trl: bool) -> None:
     if "predicted_mib" in result.facts:
         made = result.facts["plan"]
         note = f"T {made['micro_batch_tokens']}, {made['optimizer']}, " + ", ".join(
-            f"{made['activation_plan'].count(what)} {what}"
-            for what in ("keep", "recompute", "offload")
+            f"{made['activation_plan'].count(what)} {what}" for what in ACTIVATIONS
         )
         recorder.add(case, "plan", "peak_mib", [result.facts["predicted_mib"]], note=note)
     if len(result.turns) == UPDATES:

@@ -91,6 +91,7 @@ def carry_out(model: torch.nn.Module, made: Plan) -> None:
         made.norm_tile_tokens,
         made.embeddings_on_host,
         kernels=choose_kernels(model, "auto"),
+        dequantize_once=made.dequantize_once,
     ).apply(model)
 
 

@@ -221,6 +221,7 @@ def longest_pairs(
             continue
         strategy = [f"{count} {what}" for what, count in best.activation_counts.items()]
         strategy += ["embeddings on host"] if best.embeddings_on_host else []
+        strategy += ["dequantized once"] if best.dequantize_once else []
         strategy += ["tiled norms"] if best.norm_tile_tokens is not None else []
         strategy += ["tiled MLPs"] if best.mlp_tile_tokens is not None else []
         strategy += [best.optimizer] if best.optimizer != training.optimizer else []

@@ -1,9 +1,9 @@
 """Activation plans: each decoder layer keeps everything for its backward, or recomputes.
 
-A layer is kept whole (fastest), recomputed from its input on the GPU, or recomputed from its input
-in pinned host memory. The gradients are the same bit for bit. This uses the per-layer hook of
-transformers' `GradientCheckpointingLayer`, so no forward is replaced; as there, a layer outside
-train mode is kept whole.
+A layer is kept whole (fastest), recomputed from its input on the GPU, with or without its
+attention, or recomputed from its input in pinned host memory. The gradients are the same bit for
+bit. This uses the per-layer hook of transformers' `GradientCheckpointingLayer`, so no forward is
+replaced; as there, a layer outside train mode is kept whole.
 
 Offloaded inputs travel on a stream of their own beside the computation. With three offloaded
 layers, F and B being forward and backward of a layer, o a copy of its input out to the host and i
@@ -22,20 +22,25 @@ for a copy before it reads the result or reuses the memory.
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fastdpo.modeling.attention.kept import keep_attention
 from fastdpo.modeling.head import get_backbone
 
-KEEP, RECOMPUTE, OFFLOAD = "keep", "recompute", "offload"
-"""A layer leaves for its backward: everything, its input, or its input in host memory."""
+KEEP, KEEP_ATTENTION = "keep", "keep_attention"
+RECOMPUTE, OFFLOAD = "recompute", "offload"
+"""A layer leaves for its backward: everything; its input and what its attention kernel returned;
+its input; or its input in host memory."""
 
-ACTIVATIONS = (KEEP, RECOMPUTE, OFFLOAD)
+ACTIVATIONS = (KEEP, KEEP_ATTENTION, RECOMPUTE, OFFLOAD)
+Context = AbstractContextManager[Any]
 PAGE_BYTES = 2**24
 """Size of the pieces in which pinned memory is taken: torch rounds each up to a power of two."""
 
@@ -66,8 +71,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> None:
-    """Let every decoder layer keep, recompute or offload, until another plan is applied.
+def apply_activation_plan(
+    model: nn.Module, activation_plan: Sequence[str], *, dequantize_once: bool = False
+) -> None:
+    """Let every decoder layer leave what the plan says, until another plan is applied.
 
     It takes the place of any checkpointing that the model has; whatever enables checkpointing
     afterwards (`activation_checkpointing_enable`, which Trainer calls where its arguments say so)
@@ -76,6 +83,8 @@ def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> N
     Args:
         model: a causal LM or a PeftModel on it.
         activation_plan: one of `ACTIVATIONS` for each decoder layer, first layer first.
+        dequantize_once: whether the dense copies of a layer's 4-bit weights serve its
+            recomputation and its backward; else each is made for both.
 
     Raises:
         ValueError: a wrong number of layers, or a word that is none of `ACTIVATIONS`.
@@ -95,19 +104,55 @@ def apply_activation_plan(model: nn.Module, activation_plan: Sequence[str]) -> N
     offloader = ActivationOffloader()
     for index, (layer, choice) in enumerate(zip(layers, activation_plan, strict=True)):
         layer.gradient_checkpointing = choice != KEEP
-        layer._gradient_checkpointing_func = (
-            functools.partial(offloader.recompute, index) if choice == OFFLOAD else recompute
+        attention = keep_attention if choice == KEEP_ATTENTION else noop_context_fn
+        run = functools.partial(offloader.recompute, index) if choice == OFFLOAD else recompute
+        layer._gradient_checkpointing_func = functools.partial(
+            run, context_fn=functools.partial(_contexts, attention, dequantize_once)
         )
 
 
-def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+def _contexts(
+    attention: Callable[[], tuple[Context, Context]], dequantize_once: bool
+) -> tuple[Context, Context]:
+    """The contexts of a layer's first run and of its recomputation."""
+    first, second = attention()
+    if not dequantize_once:
+        return first, second
+    from fastdpo_kernels import KeptDenseWeights  # not for the planner, which names activations too
+
+    return first, _Both(second, KeptDenseWeights())
+
+
+class _Both:
+    """Two contexts as one, which can be entered more than once."""
+
+    def __init__(self, outer: Context, inner: Context) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
+
+
+def recompute(
+    function: Callable[..., Any], *inputs: Any, context_fn: Callable[[], Any] = noop_context_fn
+) -> Any:
     """Call `function(*inputs)` and save the inputs only; its backward calls it again.
 
     The second call draws the random numbers of the first.
+
+    Args:
+        function: what is called.
+        inputs: its arguments.
+        context_fn: makes the context of the first call and that of the second.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
 
 
 class ActivationOffloader:
@@ -116,7 +161,13 @@ class ActivationOffloader:
     def __init__(self) -> None:
         self._newest: weakref.ref[OffloadedActivation] | None = None
 
-    def recompute(self, layer: int, function: Callable[..., Any], *inputs: Any) -> Any:
+    def recompute(
+        self,
+        layer: int,
+        function: Callable[..., Any],
+        *inputs: Any,
+        context_fn: Callable[[], Any] = noop_context_fn,
+    ) -> Any:
         """Do as the function `recompute` does, the first input (hidden states) on the host."""
         if not torch.is_grad_enabled():
             return function(*inputs)
@@ -129,7 +180,7 @@ class ActivationOffloader:
             return saved.load() if isinstance(saved, OffloadedActivation) else saved
 
         with saved_tensors_hooks(pack, unpack):
-            return checkpoint(function, *inputs, use_reentrant=False)
+            return checkpoint(function, *inputs, use_reentrant=False, context_fn=context_fn)
 
     def _offload(self, layer: int, tensor: Tensor) -> "OffloadedActivation":
         newest = None if self._newest is None else self._newest()

@@ -68,6 +68,7 @@ class Backend:
         copies_output: whether o_proj reads a copy of its output, which backward keeps beside it.
         keeps_masks: whether masks, and keys and values of further suffixes with their prefix, are
             kept.
+        returns_results: whether one kernel returns all that a layer that keeps its attention saves.
         flash_backward: whether its backward holds the queries' gradient in fp32 and, where heads
             share keys and values, their gradients for every query head.
     """
@@ -86,11 +87,12 @@ class Backend:
     copies_output: bool = True
     keeps_masks: bool = False
     flash_backward: bool = False
+    returns_results: bool = False
 
 
 _FLASH = {
     "capability": (8, 0), "half_only": True, "head_dims": range(8, 257, 8), "takes_sinks": False,
-    "gathers_keys": True, "copies_output": False, "flash_backward": True,
+    "gathers_keys": True, "copies_output": False, "flash_backward": True, "returns_results": True,
 }  # fmt: skip
 """The properties that torch's flash kernel and the packages' have in common."""
 

@@ -79,11 +79,13 @@ class ExecutionLayout:
 
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch; a longer group raises it.
-        activation_plan: keep, recompute or offload for each decoder layer; empty leaves the layers
-            as they are.
+        activation_plan: one of `ACTIVATIONS` for each decoder layer; empty leaves them as they
+            are.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole sequence.
         norm_tile_tokens: tokens of a tile of the norms; None runs them over the whole sequence.
         embeddings_on_host: whether the embeddings are looked up in host memory.
+        dequantize_once: whether a recomputed layer's 4-bit weights are dequantized once for its
+            recomputation and backward.
         most_group_tokens: longer groups run one completion at a time; None splits none.
         attention: kind of the attention computation, from `attention_kind`.
         kernels: fused or eager, from `choose_kernels`; empty leaves the layers as they are.
@@ -97,6 +99,7 @@ class ExecutionLayout:
     most_group_tokens: int | None = None
     attention: str = ""
     kernels: str = ""
+    dequantize_once: bool = False
 
     @classmethod
     def default(cls, model: nn.Module) -> Self:
@@ -110,8 +113,11 @@ class ExecutionLayout:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `as_json` wrote."""
-        # Releases before kept the plan under another name and had no fused layers.
-        renamed = {"activation_plan": values.get("layer_policy"), "kernels": "eager", **values}
+        # Releases before kept the plan under another name and knew less to choose.
+        renamed = {
+            "activation_plan": values.get("layer_policy"), "kernels": "eager",
+            "dequantize_once": False, **values,
+        }  # fmt: skip
         known: dict[str, Any] = {entry.name: renamed[entry.name] for entry in fields(cls)}
         known["activation_plan"] = tuple(known["activation_plan"])
         return cls(**known)
@@ -134,7 +140,9 @@ class ExecutionLayout:
         """Set the model up for this layout, whatever layout it had before."""
         self._choose_kernels(policy)
         if self.activation_plan:
-            apply_activation_plan(policy, self.activation_plan)
+            apply_activation_plan(
+                policy, self.activation_plan, dequantize_once=self.dequantize_once
+            )
         if self.activation_plan or self._tiles:
             self._tile(policy)
         if self.embeddings_on_host:

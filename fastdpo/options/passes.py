@@ -8,7 +8,7 @@ from fastdpo.options.removed import present_value
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
 KERNELS = ("auto", "fused", "eager")
-ACTIVATION_MODES = ("auto", "keep", "recompute", "offload")
+ACTIVATION_MODES = ("auto", "keep", "keep_attention", "recompute", "offload")
 
 
 @dataclass
@@ -26,7 +26,8 @@ class BatchingOptions(Options):
     activations: str = option(
         "auto",
         "What each layer leaves for the backward: keep everything (fastest), recompute from its "
-        "input, or offload that input to host memory. auto: layer by layer as the GPU has room.",
+        "input, keep_attention beside that input, or offload it to host memory. auto: layer by "
+        "layer as the GPU has room.",
         choices=list(ACTIVATION_MODES),
     )
     mlp_tile_tokens: int | None = option(
@@ -34,6 +35,12 @@ class BatchingOptions(Options):
         "Run MLPs and norms over at most so many tokens at once, 128 or more, to hold less of "
         "their inside; 0 never does. Unset: chosen for the device.",
         check=whole(128, "0 is never, 4096 is usual", or_zero=True),
+    )
+    dequantize: str = option(
+        "auto",
+        "How often a recomputed layer's 4-bit weights are dequantized for its backward: once holds "
+        "the dense copies of one layer, twice of one matrix. auto: once where the GPU has room.",
+        choices=["auto", "once", "twice"],
     )
     embeddings: str = option(
         "auto",
@@ -85,6 +92,11 @@ class BatchingOptions(Options):
         self.embeddings = present_value("embeddings", self.embeddings)
         self.model_init_kwargs = _loading(as_dict("model_init_kwargs", self.model_init_kwargs))
         super().__post_init__()
+        if self.activations == "keep_attention" and self.attention == "flex":
+            raise ValueError(
+                "--activations keep_attention keeps what one attention kernel returns, which flex "
+                "does not hand out: use --attention auto, or --activations recompute."
+            )
 
     @property
     def from_pretrained_options(self) -> dict[str, Any]:

@@ -50,20 +50,26 @@ class LayerBytes:
     Attributes:
         input: its input, which is all that a recomputed one saves.
         attention: saved from its input to the residual sum in the middle.
+        attention_results: what the attention kernel returns, within `attention`: all that a layer
+            that keeps its attention saves besides its input.
         middle_norm: saved by the norm before the MLP, less its output.
         mlp: saved by the MLP, the output of that norm included.
         backward: what its backward adds to all that in the phase in which it needs most.
         dequantized: the dense copy of a weight within `backward`.
+        dense_weights: dense copies of all its 4-bit weights but that of its last linear layer,
+            which is not recomputed: what waits for the backward where they are made once.
         first_spared: what the very first layer saves less, where its input needs no gradient.
         holds_input: whether `attention` counts the input itself.
     """
 
     input: int
     attention: int
+    attention_results: int
     middle_norm: int
     mlp: int
     backward: int
     dequantized: int
+    dense_weights: int
     first_spared: int
     holds_input: bool
 
@@ -130,13 +136,24 @@ def layer_bytes(
     return LayerBytes(
         input=stream * hidden,
         attention=attention,
+        attention_results=_attention_results(architecture, training, shape),
         middle_norm=norm,
         mlp=mlp,
         backward=max(phases.values()) - saved,
         dequantized=scratch,
+        dense_weights=_dense_weights(architecture, training),
         first_spared=norm if training.trains_adapter else 0,
         holds_input=norms.keep_input,
     )
+
+
+def _dense_weights(architecture: Architecture, training: Training) -> int:
+    """Bytes of one layer's weights in the compute dtype, less those of the MLP's last."""
+    if training.tuning != "qlora":
+        return 0
+    last = architecture.intermediate * architecture.hidden
+    each = architecture.linear_parameters // architecture.layers
+    return training.entry_bytes * (each - last)
 
 
 @dataclass(frozen=True)
@@ -193,8 +210,7 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
     """Bytes saved between the first norm and the residual sum, inputs of linear layers left out."""
     d = training.entry_bytes
     queries, keys = architecture.query_width, architecture.key_width
-    saved = 2 * d * queries * shape.tokens  # queries, and the output, which o_proj reads
-    saved += 4 * architecture.query_heads * shape.tokens  # the softmax's sums
+    saved = d * queries * shape.tokens + _attention_results(architecture, training, shape)
     backend = BACKENDS[training.attention]
     gathered = shape.repeated_tokens if backend.gathers_keys else 0
     saved += 2 * d * keys * (shape.tokens + gathered)
@@ -205,6 +221,14 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
             2 * d * keys * (shape.repeated_tokens + shape.further_tokens) + d * shape.mask_entries
         )
     return saved
+
+
+def _attention_results(
+    architecture: Architecture, training: Training, shape: MicroBatchShape
+) -> int:
+    """Bytes of the attention's output, which o_proj reads, and of the softmax's sums in fp32."""
+    entries = training.entry_bytes * architecture.query_width + 4 * architecture.query_heads
+    return entries * shape.tokens
 
 
 def _attention_backward(

@@ -19,10 +19,12 @@ class Plan:
 
     Attributes:
         micro_batch_tokens: T, the most tokens of a micro-batch.
-        activation_plan: for each decoder layer, first to last: keep, recompute or offload.
+        activation_plan: for each decoder layer, first to last: one of `ACTIVATIONS`.
         embeddings_on_host: whether the embeddings are served from pinned host memory.
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over all tokens at once.
         norm_tile_tokens: likewise of the norms.
+        dequantize_once: whether a recomputed layer's 4-bit weights are dequantized once for its
+            recomputation and backward.
         optimizer: `--optim` that the bytes are for.
         terms: bytes in the highest phase, by term.
         phases: bytes allocated in every phase that may be the highest, by name.
@@ -40,6 +42,7 @@ class Plan:
     embeddings_on_host: bool
     mlp_tile_tokens: int | None
     norm_tile_tokens: int | None
+    dequantize_once: bool
     optimizer: str
     terms: Mapping[str, int]
     phases: Mapping[str, int]
@@ -58,7 +61,7 @@ class Plan:
 
     @property
     def activation_counts(self) -> dict[str, int]:
-        """How many layers keep, recompute and offload, by these words."""
+        """How many layers do each of `ACTIVATIONS`, by these words."""
         return dict(Counter(self.activation_plan))
 
     def describe(self) -> str:

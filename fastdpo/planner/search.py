@@ -2,7 +2,8 @@
 
 Recomputing less is the cheapest speed there is, so as many of the last layers are kept whole as
 fit: their backward comes first, and each is gone when the one below it begins. The first kept
-layer costs nothing, for a recomputed one is whole in its own backward too.
+layer costs nothing, for a recomputed one is whole in its own backward too. Where pairs are long,
+layers that keep their attention's results beside their input are faster for their bytes.
 
 An update goes through phases, and the plan's peak is the highest of them. What lies on the GPU
 besides weights, with two recomputed layers (R1, R2) below two kept ones (K3, K4):
@@ -21,12 +22,14 @@ can be the highest. In full fine-tuning gradients of weights grow while saved la
 ends of the backward count, and the copies of weights that autocast makes (`_full_phases`).
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
-from fastdpo.modeling.activations import KEEP, OFFLOAD, RECOMPUTE
+from fastdpo.modeling.activations import ACTIVATIONS, KEEP, KEEP_ATTENTION, OFFLOAD, RECOMPUTE
+from fastdpo.modeling.attention_backends import BACKENDS
 from fastdpo.planner.activations import (
     OFFLOADED_ON_GPU,
     LayerBytes,
@@ -75,6 +78,8 @@ class Workload:
     Attributes:
         longest_group_tokens: tokens of the longest pair, its shared prefix counted once.
         update_tokens: tokens of an update; a micro-batch of more gains nothing.
+        mean_group_tokens: tokens of the pair that a token belongs to, on average over the tokens;
+            None: those of the longest.
         scored_share: scored tokens over all tokens.
         repeated_share: prefix tokens over all tokens, of groups with a second completion.
     """
@@ -83,6 +88,12 @@ class Workload:
     update_tokens: int
     scored_share: float = 1.0
     repeated_share: float = 0.0
+    mean_group_tokens: float | None = None
+
+    @property
+    def usual_group_tokens(self) -> float:
+        """Tokens of the pair that a token belongs to, which its attention takes time for."""
+        return self.mean_group_tokens or self.longest_group_tokens
 
     def shape(self, tokens: int) -> MicroBatchShape:
         """A full micro-batch of this many tokens."""
@@ -116,6 +127,7 @@ class Workload:
             int(total / len(group_tokens) * pairs_per_update),
             scored_share=scored_tokens / total,
             repeated_share=repeated_tokens / total,
+            mean_group_tokens=sum(n * n for n in group_tokens) / sum(group_tokens),
         )
 
     def lengths(self) -> list[int]:
@@ -139,6 +151,7 @@ class MemoryStrategy:
     embeddings_on_host: bool = False
     norm_tile_tokens: int | None = None
     mlp_tile_tokens: int | None = None
+    dequantize_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,18 +197,27 @@ class MemoryLayout:
 
     def phases(self, activation_plan: Sequence[str]) -> dict[str, dict[str, int]]:
         """Bytes by term of every phase that may be the highest of an update, by its name."""
-        counts = {what: activation_plan.count(what) for what in (KEEP, RECOMPUTE, OFFLOAD)}
+        counts = {what: activation_plan.count(what) for what in ACTIVATIONS}
+        spared = self.layer.first_spared if activation_plan[0] == KEEP else 0
+        kept = self.layer.kept * counts[KEEP] - spared
         layer, inputs = self.layer, self.layer.input
-        on_gpu = inputs * max(counts[RECOMPUTE], min(OFFLOADED_ON_GPU, counts[OFFLOAD]))
+        with_input = counts[RECOMPUTE] + counts[KEEP_ATTENTION]
+        on_gpu = inputs * max(with_input, min(OFFLOADED_ON_GPU, counts[OFFLOAD]))
         shared = inputs if layer.holds_input and not counts[KEEP] else 0
-        before = {"tables and indices": self.tables, "layer inputs": on_gpu}
-        spared = layer.first_spared if activation_plan[0] == KEEP else 0
-        kept = layer.kept * counts[KEEP] - spared
-        others = max(0, kept - layer.kept)
+        results = layer.attention_results * counts[KEEP_ATTENTION]
+        if counts[KEEP_ATTENTION] and not counts[KEEP]:
+            shared += layer.attention_results
+        others, waiting = max(0, kept - layer.kept), 0
+        if self.strategy.dequantize_once and counts[KEEP] < len(activation_plan):
+            waiting = max(0, layer.dense_weights - others)  # where the kept layers are gone
+        before = {
+            "tables and indices": self.tables, "layer inputs": on_gpu, "kept attention": results,
+        }  # fmt: skip
         backward = {
             "kept layers": others,
             "one layer, saved": layer.kept - shared,
             "dequantized weight": layer.dequantized,
+            "dequantized, recomputed layer": waiting,
             "one layer, backward": layer.backward - layer.dequantized,
         }
         resident = self.resident
@@ -252,23 +274,47 @@ class MemoryLayout:
         embeddings = pinned_bytes(table) if self.strategy.embeddings_on_host else 0
         return embeddings + offloaded_bytes(activation_plan, self.layer.input)
 
-    def activation_plans(self) -> Iterator[tuple[str, ...]]:
-        """All activation plans, the fastest first: fewer kept, then fewer inputs on the GPU."""
-        layers = self.architecture.layers
-        if not self.recompute:
-            yield (KEEP,) * layers
-            return
-        for kept in range(layers, -1, -1):
-            yield (RECOMPUTE,) * (layers - kept) + (KEEP,) * kept
-        for offloaded in range(1, layers + 1):
-            yield (OFFLOAD,) * offloaded + (RECOMPUTE,) * (layers - offloaded)
+    def activation_plans(self) -> Iterator[list[tuple[str, ...]]]:
+        """Activation plans by what saves memory, in each the fastest first.
 
-    def best_activation_plan(self, allocatable: int, host_bytes: int) -> tuple[str, ...] | None:
-        """The fastest activation plan within the GPU's and the host's bytes, or None."""
-        for candidate in self.activation_plans():
-            if self.peak(candidate) <= allocatable and self.pinned(candidate) <= host_bytes:
-                return candidate
-        return None
+        Between keeping nothing and keeping whole layers, or between keeping attention and either,
+        time and bytes change by the same from layer to layer. So the fastest plan that fits is the
+        fastest of one of these, but for a layer's rest. Offloading comes last.
+        """
+        if not self.recompute:
+            yield [(KEEP,) * self.architecture.layers]
+            return
+        yield self._graded(RECOMPUTE, KEEP)
+        if BACKENDS[self.training.attention].returns_results:
+            yield self._graded(KEEP_ATTENTION, KEEP)
+            yield self._graded(RECOMPUTE, KEEP_ATTENTION)
+        yield self._graded(OFFLOAD, RECOMPUTE)
+
+    def _graded(self, first: str, last: str) -> list[tuple[str, ...]]:
+        """All plans in which the first layers do one thing and the last ones another."""
+        layers = self.architecture.layers
+        return [(first,) * n + (last,) * (layers - n) for n in range(layers + 1)]
+
+    def best_activation_plan(
+        self, allocatable: int, host_bytes: int, seconds: Callable[[tuple[str, ...]], float]
+    ) -> tuple[str, ...] | None:
+        """The fastest activation plan within the GPU's and the host's bytes, or None.
+
+        Args:
+            allocatable: bytes that tensors may take on the GPU.
+            host_bytes: most pinned host memory.
+            seconds: the time of a micro-batch by the plan.
+        """
+        best: tuple[str, ...] | None = None
+        for plans in self.activation_plans():
+            if best is not None and plans[-1][0] == OFFLOAD:
+                break  # slower than all that keeps its inputs
+            first = bisect_left(plans, True, key=lambda plan: self.peak(plan) <= allocatable)
+            if first == len(plans) or self.pinned(plans[first]) > host_bytes:
+                continue
+            if best is None or seconds(plans[first]) * MIN_SPEEDUP < seconds(best):
+                best = plans[first]
+        return best
 
 
 def allocatable_bytes(gpu_bytes: int) -> int:
@@ -279,7 +325,10 @@ def allocatable_bytes(gpu_bytes: int) -> int:
 def strategies(
     architecture: Architecture, training: Training, *, change_optimizer: bool
 ) -> list[MemoryStrategy]:
-    """Strategies from the fastest to the smallest: each saves in one way more than the last."""
+    """Strategies, each of which saves in one way more than the last.
+
+    The second takes more memory than the first, for speed; it is not built upon.
+    """
     found = [MemoryStrategy(training.optimizer)]
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
@@ -289,6 +338,8 @@ def strategies(
         found += [replace(found[-1], mlp_tile_tokens=tokens) for tokens in TILES_TOKENS]
     if change_optimizer and "8bit" not in training.optimizer:
         found.append(replace(found[-1], optimizer=EIGHT_BIT))
+    if training.tuning == "qlora":
+        found.insert(1, replace(found[0], dequantize_once=True))
     return found
 
 
@@ -333,22 +384,24 @@ def make_plan(
         for tokens in reversed(lengths):
             shape = workload.shape(tokens)
             layout = MemoryLayout(architecture, training, shape, strategy, recompute)
-            activation_plan = layout.best_activation_plan(allocatable, host_bytes)
+            seconds = partial(_seconds, layout, gpu, workload)
+            activation_plan = layout.best_activation_plan(allocatable, host_bytes, seconds)
             if activation_plan is None:
                 continue
-            per_token = _seconds(layout, activation_plan, gpu, workload) / tokens
-            same = best is not None and best[1].strategy == strategy
-            if best is None or per_token * (1.0 if same else MIN_SPEEDUP) < best[0]:
+            per_token = seconds(activation_plan) / tokens
+            saves = best is not None and best[1].strategy != strategy
+            saves = saves and not strategy.dequantize_once
+            if best is None or per_token * (MIN_SPEEDUP if saves else 1.0) < best[0]:
                 best = (per_token, layout, activation_plan)
     if best is None:
         assert layout is not None, "there is a length and a strategy"
         *_, smallest = layout.activation_plans()
-        return _finished(layout, smallest, gpu, workload, host_bytes)
+        return _finished(layout, smallest[-1], gpu, workload, host_bytes)
     return _finished(best[1], best[2], gpu, workload, host_bytes)
 
 
 def _seconds(
-    layout: MemoryLayout, activation_plan: tuple[str, ...], gpu: GPUSpec, workload: Workload
+    layout: MemoryLayout, gpu: GPUSpec, workload: Workload, activation_plan: tuple[str, ...]
 ) -> float:
     return update_seconds(
         layout.architecture,
@@ -357,8 +410,9 @@ def _seconds(
         gpu,
         activation_plan=activation_plan,
         input_bytes=layout.layer.input,
-        group_tokens=workload.longest_group_tokens,
+        group_tokens=workload.usual_group_tokens,
         mlp_tile_tokens=layout.strategy.mlp_tile_tokens,
+        dequantize_once=layout.strategy.dequantize_once,
     )
 
 
@@ -380,6 +434,8 @@ def _finished(
         embeddings_on_host=layout.strategy.embeddings_on_host,
         mlp_tile_tokens=layout.strategy.mlp_tile_tokens,
         norm_tile_tokens=layout.strategy.norm_tile_tokens,
+        dequantize_once=layout.strategy.dequantize_once
+        and any(what != KEEP for what in activation_plan),
         optimizer=layout.strategy.optimizer,
         terms=phases[highest] | {"allocator's gaps": gaps, "CUDA context": CONTEXT_BYTES},
         phases=sums,
@@ -388,7 +444,7 @@ def _finished(
         peak_bytes=allocated + gaps + CONTEXT_BYTES,
         gpu_bytes=gpu.memory_bytes,
         host_bytes=host_bytes,
-        tokens_per_second=layout.shape.tokens / _seconds(layout, activation_plan, gpu, workload),
+        tokens_per_second=layout.shape.tokens / _seconds(layout, gpu, workload, activation_plan),
     )
     return replace(made, notes=notes_on(made, layout.architecture, layout.training))
 

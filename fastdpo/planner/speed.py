@@ -1,12 +1,20 @@
 """How long a micro-batch takes, by arithmetic: an estimate to choose by, not a measurement."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from fastdpo.modeling.activations import KEEP, OFFLOAD
+from fastdpo.modeling.activations import KEEP, KEEP_ATTENTION, OFFLOAD
 from fastdpo.planner.activations import MicroBatchShape
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.gpus import HOST_GB_PER_S, GPUSpec, efficiency_of
-from fastdpo.planner.terms import Training
+from fastdpo.planner.terms import Training, runs_fused
+
+LAYER_LAUNCHES = {"eager": 330, "fused": 189}
+"""Launches of a recomputed layer's forward, recompute and backward, by `--kernels`: those of
+Llama-3.1-8B with NF4 weights as `bench.layers` counts them."""
+
+LAUNCH_SECONDS = 5e-6
+"""Seconds that the host takes for a launch, assumed: PyTorch's usual 4 to 8 microseconds."""
 
 NF4_BYTES_READ = 0.516
 """Bytes read for an entry of a 4-bit weight; its dense copy is written and read besides."""
@@ -18,14 +26,16 @@ def update_flops(
     shape: MicroBatchShape,
     *,
     kept_layers: int,
+    kept_attentions: int,
     tiled: bool,
-    group_tokens: int,
+    group_tokens: float,
 ) -> float:
     """FLOPs of the matrix products that must be done for one micro-batch.
 
     Per token 2 FLOPs a weight in the forward and as many for the gradient of the input, again for
     that of a trained weight, and again where a layer is recomputed (of a kept layer with a tiled
-    MLP, the MLP). Attention: a query sees half of its group on average; backward is 2.5 forwards.
+    MLP, the MLP). Attention: a query sees half of its group on average; backward is 2.5 forwards,
+    and layers that keep their attention do not run it again.
     The head: 4 N H V, 6 where it is trained.
     """
     passes = 2 if training.trains_adapter else 3
@@ -36,7 +46,8 @@ def update_flops(
     seen = min(group_tokens, shape.tokens) / 2
     attention = 4 * architecture.query_width * seen * shape.tokens * architecture.layers
     head = 2 * architecture.hidden * architecture.vocabulary * shape.scored_tokens
-    return weights + attention * (3.5 + 1 - kept) + head * passes
+    attended_again = 1 - kept - kept_attentions / architecture.layers
+    return weights + attention * (3.5 + attended_again) + head * passes
 
 
 def update_seconds(
@@ -47,26 +58,38 @@ def update_seconds(
     *,
     activation_plan: Sequence[str],
     input_bytes: int,
-    group_tokens: int,
+    group_tokens: float,
     mlp_tile_tokens: int | None,
+    dequantize_once: bool = False,
 ) -> float:
     """Seconds of forward and backward of one micro-batch.
 
     Products at `efficiency_of` the GPU's dense rate, dequantization at its memory's (tile by tile
-    where MLPs are tiled), and offloading where the host's link is slower than all that.
+    where MLPs are tiled); more where the host's link to offloaded inputs is slower than all that,
+    or the host's launches are.
     """
-    kept = list(activation_plan).count(KEEP)
+    counts = Counter(activation_plan)
+    kept = counts[KEEP]
     tiled = mlp_tile_tokens is not None and mlp_tile_tokens < shape.tokens
     flops = update_flops(
-        architecture, training, shape, kept_layers=kept, tiled=tiled, group_tokens=group_tokens
+        architecture,
+        training,
+        shape,
+        kept_layers=kept,
+        kept_attentions=counts[KEEP_ATTENTION],
+        tiled=tiled,
+        group_tokens=group_tokens,
     )
     seconds = flops / (gpu.tflops * 1e12 * efficiency_of(gpu))
     if training.tuning == "qlora":
         mlp = architecture.mlp_parameters
         others = architecture.linear_parameters - mlp
-        fewer = kept / architecture.layers  # a kept layer's weights are wanted twice, not thrice
+        # A kept layer's weights are wanted twice, not thrice; one dequantization may do for two.
+        fewer = 1.0 if dequantize_once else kept / architecture.layers
         tiles = -(-shape.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
         read = others * (3 - fewer) + mlp * tiles * (3 if tiled else 3 - fewer)
         seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (gpu.gb_per_s * 1e9)
-    transfer = 2 * list(activation_plan).count(OFFLOAD) * input_bytes / (HOST_GB_PER_S * 1e9)
-    return max(seconds, transfer)
+    transfer = 2 * counts[OFFLOAD] * input_bytes / (HOST_GB_PER_S * 1e9)
+    kernels = "fused" if runs_fused(architecture, training) else "eager"
+    launches = LAYER_LAUNCHES[kernels] * architecture.layers
+    return max(seconds, transfer, launches * LAUNCH_SECONDS)

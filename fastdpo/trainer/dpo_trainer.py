@@ -47,7 +47,7 @@ from fastdpo.trainer.first_margin import check_first_margin, drops_out, is_exact
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics, UpdateResult, num_input_tokens
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
-from fastdpo.trainer.nonfinite import nonfinite_reason, require_gradient
+from fastdpo.trainer.nonfinite import nonfinite_reason, require_finite_step, require_gradient
 from fastdpo.trainer.optimizers import (
     check_evaluates,
     check_own_optimizer,
@@ -297,6 +297,7 @@ class DPOTrainer(ResumableTrainer):
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
         self.reference.on_train_begin()
+        self.policy.train()  # a loaded base is in eval mode below its PeftModel
         if self.plan is not None and self.train_groups is not None:
             fullest = worst_case_batch(self.train_groups, self.mode, self.layout)
             with ranks.alone():  # each rank probes its own GPU
@@ -306,7 +307,6 @@ class DPOTrainer(ResumableTrainer):
     def _probe_memory(self, groups: list[PromptGroup]) -> None:
         """Run the update that takes the most memory, so that a lack of it shows at once."""
         torch.cuda.reset_peak_memory_stats()
-        self.policy.train()
         self.update.probe_memory(groups)
         measured = torch.cuda.max_memory_allocated()
         assert self.plan is not None, "only planned runs are probed"
@@ -321,7 +321,8 @@ class DPOTrainer(ResumableTrainer):
             () float64: the mean loss of the pairs, detached.
 
         Raises:
-            FloatingPointError: loss or gradient is not finite; the weights are as before.
+            FloatingPointError: loss or gradient is not finite; the weights are as before, or made
+                it so since the update before.
             ValueError: policy and reference differ where they are one, or the gradient of the first
                 update is 0 and nothing would ever be trained; the weights are as before.
         """
@@ -329,12 +330,16 @@ class DPOTrainer(ResumableTrainer):
         if self.first_update_margin is None:
             self._require_same_update(inputs)
         self._follow_policy()
-        model.train()
+        if not model.training:  # of all modules since `on_before_train`, unless a callback did it
+            model.train()
         show_training_weights(self.optimizer)
         result = self.update.run(inputs, METRIC_OUTPUTS if self._logs_this_update() else ())
         # In fp16 the scaler looks at the gradient, and skips by itself.
         unscaled = self.accelerator.scaler is None
-        if wrong := nonfinite_reason(self.policy, result, inputs, check_gradient=unscaled):
+        if wrong := nonfinite_reason(
+            self.update.parameters, result, inputs, check_gradient=unscaled
+        ):
+            require_finite_step(self.policy, self.state.global_step)
             self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
             return result.loss.new_zeros(())
         self._check_first_margin(inputs, result)
@@ -377,7 +382,7 @@ class DPOTrainer(ResumableTrainer):
 
     def _skip_update(self, wrong: str) -> None:
         """Leave the weights as they are in an update with a non-finite loss or gradient."""
-        for parameter in self.policy.parameters():
+        for parameter in self.update.parameters:
             parameter.grad = None
         if self.user_args.nonfinite == "stop":
             raise FloatingPointError(
@@ -385,7 +390,7 @@ class DPOTrainer(ResumableTrainer):
                 "bfloat16 or float32, or pass --nonfinite skip to go on without such updates."
             )
         if self.accelerator.scaler is not None:  # which skips what it finds, and must find some
-            first = next(p for p in self.policy.parameters() if p.requires_grad)
+            first = next(p for p in self.update.parameters if p.requires_grad)
             first.grad = torch.full_like(first, torch.inf)
         self.record.skipped_updates += 1
         logger.warning("Skipped: %s; no weight has changed.", wrong)

@@ -96,6 +96,9 @@ def choose_layout(
     on_host = args.embeddings == "host"
     if args.embeddings == "auto" and plan is not None:
         on_host = plan.embeddings_on_host
+    once = args.dequantize == "once"
+    if args.dequantize == "auto" and plan is not None:
+        once = plan.dequantize_once
     # A plan whose micro-batches are shorter than the longest pair counts on split completions.
     splits = plan is not None and groups and planned < max(group_lengths(groups, mode))
     return ExecutionLayout(
@@ -107,6 +110,7 @@ def choose_layout(
         most_group_tokens=planned if splits else None,
         attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
         kernels=choose_kernels(policy, args.kernels),
+        dequantize_once=once,
     )
 
 
@@ -142,7 +146,7 @@ def _joined_lists(groups: Sequence[PromptGroup]) -> list[tuple[list[int], Prompt
 def _activation_plan(
     policy: PreTrainedModel | PeftModel, args: DPOConfig, plan: Plan | None
 ) -> tuple[str, ...]:
-    """Return what each decoder layer does with its activations: keep, recompute or offload."""
+    """Return what each decoder layer leaves for its backward, one of `ACTIVATIONS` each."""
     choice = args.activations
     if choice == "auto" and args.activation_checkpointing is False:
         choice = KEEP

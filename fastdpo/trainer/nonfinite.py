@@ -14,7 +14,7 @@ MAX_LISTED_ROWS = 8
 
 
 def nonfinite_reason(
-    policy: nn.Module,
+    parameters: Sequence[nn.Parameter],
     result: UpdateResult,
     groups: Sequence[PromptGroup],
     *,
@@ -23,7 +23,7 @@ def nonfinite_reason(
     """Describe what is not finite in the loss or gradient of an update.
 
     Args:
-        policy: with its gradient.
+        parameters: of the policy, with their gradients.
         result: what the update computed.
         groups: its B pairs.
         check_gradient: off where a loss scaler looks at the gradient itself.
@@ -31,7 +31,7 @@ def nonfinite_reason(
     Returns:
         The fault with the rows of the pairs, as a sentence without "the"; empty if all is finite.
     """
-    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.zeros_like(result.loss)
     if check_gradient and gradients:
         norm = torch.nn.utils.get_total_norm(gradients).to(result.loss)
@@ -68,7 +68,10 @@ def require_gradient(policy: nn.Module) -> None:
 
 
 def require_finite_step(policy: nn.Module, update: int) -> None:
-    """Look at an adapter after an optimizer step; all weights of a model only before a save.
+    """Look at an adapter after its last optimizer step, and where a loss is not finite.
+
+    Between, nothing waits for the device: a step that spoils a weight spoils the next loss. Before
+    a save all that is written is looked at.
 
     Raises:
         FloatingPointError: it is not finite, and nothing can bring it back.

@@ -475,8 +475,12 @@ class _StepCallback(TrainerCallback):
         if self.is_first:
             self.trainer.require_savable()
             self.is_first = False
-        require_finite_step(self.trainer.policy, state.global_step)
         self._stop_if_requested(control)
+
+    def on_train_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        require_finite_step(self.trainer.policy, state.global_step)
 
     def on_epoch_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any

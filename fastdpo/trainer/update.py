@@ -95,6 +95,7 @@ class Update:
         aux_loss_coef: float = 0.0,
     ) -> None:
         self.policy, self.reference, self.options = policy, reference, options
+        self.parameters = list(policy.parameters())  # once: a walk over all modules
         self.layout, self.mode = layout, mode
         self.backward, self.autocast = backward, autocast
         self.loss_function, self.aux_loss_coef = loss_function, aux_loss_coef
@@ -135,7 +136,7 @@ class Update:
         state.restore()
 
     def _zero_grad(self) -> None:
-        for parameter in self.policy.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
 
@@ -263,7 +264,7 @@ class _StepAttempt:
             self.aux_loss.copy_(aux_loss_before)
             state.restore()  # the second pass must drop out what the first one did
             self._second_pass(cached, derivatives)
-        return GradientSum(list(self.update.policy.parameters()))
+        return GradientSum(self.update.parameters)
 
     def _coupled(self) -> GradientSum:
         """Run each micro-batch twice, and between the passes the loss of all ranks' pairs."""
@@ -279,7 +280,7 @@ class _StepAttempt:
 
         def second_pass() -> GradientSum:
             self._second_pass(self.batches, derivatives)
-            return GradientSum(list(self.update.policy.parameters()))
+            return GradientSum(self.update.parameters)
 
         return ranks.agreed(second_pass)
 
@@ -363,8 +364,13 @@ class _StepAttempt:
         for name in outputs:
             self.token_metrics[name].append(scored.extras[name])
         if outputs:
-            lengths = micro_batch.completion_tokens
-            self.token_completions.append(torch.repeat_interleave(indices, lengths))
+            self.token_completions.append(
+                torch.repeat_interleave(
+                    indices,
+                    micro_batch.completion_tokens,
+                    output_size=len(scored.token_logps),  # else the host waits to learn it
+                )
+            )
         if scored.aux_loss is None:
             return terms, 0.0
         share = micro_batch.num_tokens / self.computed_tokens

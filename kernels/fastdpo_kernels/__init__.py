@@ -4,12 +4,14 @@
 straight from hidden states and the rows of `lm_head`, without the (N, V) logits.
 `linear_cross_entropy` is the same behind the signature of torch's own. `lora_linear` is a frozen
 linear layer, dense or 4-bit, with its LoRA branch as one autograd node, `lora_linears` several of
-them on one input. `rms_norm`, `rotary` and `gated_activation` are what lies between the linear
-layers of Llama and its relatives; `gated_lora_linear` is the activation with the layer after it.
-`missing_for_triton` says why they run their torch twins.
+them on one input; `KeptDenseWeights` spares a recomputed layer a dequantization. `rms_norm`,
+`rotary` and `gated_activation` are what lies between the linear layers of Llama and its relatives;
+`gated_lora_linear` is the activation with the layer after it. `missing_for_triton` says why they
+run their torch twins.
 """
 
 from ._backend import missing_for_triton
+from ._dense_weights import KeptDenseWeights
 from .gated_activation import gated_activation
 from .gated_lora_linear import gated_lora_linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -24,6 +26,7 @@ __all__ = [
     "LinearLogprobs",
     "linear_cross_entropy",
     "lora_linear",
+    "KeptDenseWeights",
     "lora_linears",
     "LoraModule",
     "rms_norm",

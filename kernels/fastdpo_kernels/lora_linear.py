@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _dense_weights
+
 
 def lora_linear(
     x: Tensor,
@@ -165,7 +167,7 @@ def input_gradient(
     layer: FrozenPart, flat_grad: Tensor, grad_down: Tensor | None, lora_A: Tensor | None
 ) -> Tensor:
     """(N, in) from (N, out) and the branch's (N, r), the large product added to the small one."""
-    weight = dense_weight(layer.weight, flat_grad.dtype)
+    weight = kept_dense_weight(layer.weight, flat_grad.dtype)
     if grad_down is None or lora_A is None:
         return flat_grad @ weight
     return layer.drop(grad_down @ lora_A.to(flat_grad.dtype)).addmm_(flat_grad, weight)
@@ -192,7 +194,8 @@ def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     Dequantized straight into it, whatever dtype the weight was quantized from. A new tensor each
     time, dropped before the next layer's is made: torch's allocator hands out the same block again,
     in stream order, so one matrix is all that ever lies there. Buffers kept per shape would hold
-    the sum of the shapes (0.28 GB of an 8B in place of 0.12 GB).
+    the sum of the shapes (0.28 GB of an 8B in place of 0.12 GB). In `KeptDenseWeights` those of
+    one decoder layer lie there until its backward has used them.
     """
     quant_state = getattr(weight, "quant_state", None)
     if quant_state is None:
@@ -203,7 +206,15 @@ def dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if quant_state.dtype != direct:
         quant_state = copy.copy(quant_state)
         quant_state.dtype = direct
-    return dequantize_4bit(weight.data, quant_state).to(dtype)
+    dense = dequantize_4bit(weight.data, quant_state).to(dtype)
+    _dense_weights.keep(weight, dense)
+    return dense
+
+
+def kept_dense_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dense_weight` for the backward, which may find the one of the recomputation."""
+    kept = _dense_weights.take(weight)
+    return dense_weight(weight, dtype) if kept is None or kept.dtype != dtype else kept
 
 
 def dropped(rows: Tensor, dropout: float, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .lora_linear import (
     FrozenPart,
-    dense_weight,
+    kept_dense_weight,
     like_rows_of,
     lora_linear,
     scaled_product,
@@ -211,7 +211,7 @@ def _input_gradient(
         grad_x = grad_downs @ cast.stacked
     for part, grad in zip(group.parts, grads, strict=True):
         if grad is not None:
-            weight = dense_weight(part.weight, grad.dtype)
+            weight = kept_dense_weight(part.weight, grad.dtype)
             grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
     assert grad_x is not None, "one gradient has arrived"
     return grad_x

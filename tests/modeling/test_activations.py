@@ -6,9 +6,11 @@ import importlib
 import itertools
 import weakref
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo import DPOConfig, DPOTrainer
@@ -18,6 +20,7 @@ from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, dec
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
+from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.logprobs import packed_logprobs
 from tests.modeling.test_packed_pairs import random_groups
@@ -202,6 +205,75 @@ def test_the_last_product_of_a_layer_is_not_recomputed(base_folder, monkeypatch)
         assert len(calls) == 7 * LAYERS + again * LAYERS + inputs
 
 
+def kernel_runs(model, choice):
+    """How often attention kernels run in an update of these activations, and its gradients."""
+    runs = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            if "attention" in name and "backward" not in name:
+                runs.append(name)
+            return function(*args, **(kwargs or {}))
+
+    apply_activation_plan(model, (choice,) * LAYERS)
+    with Counted():
+        found = gradients(model)
+    return len(runs), found
+
+
+def test_a_layer_that_keeps_its_attention_does_not_run_it_again(tmp_path):
+    config = copy.deepcopy(CONFIG)
+    config.attention_dropout = 0.0
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = policy_model(tmp_path)
+    kept, wanted = kernel_runs(model, "keep")
+    assert kept >= LAYERS
+    for choice, times in (("keep_attention", 1), ("recompute", 2)):
+        runs, found = kernel_runs(model, choice)
+        assert runs == times * kept, choice
+        assert_equal(found, wanted)
+    with packed_attention(model.config):
+        apply_activation_plan(model, ("keep_attention",) * LAYERS)
+        total = log_probs(model).sum()
+        total.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="backward an extra time"):
+            total.backward()
+    assert_equal(gradients(model), wanted)
+
+
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
+def test_one_dequantization_serves_recomputation_and_backward(base_folder, monkeypatch, kernels):
+    model = policy_model(base_folder, "qlora", dropout=0.0)
+    use_kernels(model, kernels, backend="torch")
+    calls, living = [], []
+    plain = bnb.functional.dequantize_4bit
+
+    def counted(*arguments):
+        dense = plain(*arguments)
+        calls.append(weakref.ref(dense))
+        living.append(sum(ref() is not None for ref in calls))
+        return dense
+
+    apply_activation_plan(model, KEEP_ALL)
+    wanted = gradients(model)
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", counted)
+    for choice in ("recompute", "keep_attention", "offload"):
+        for once in (False, True):
+            apply_activation_plan(model, (choice,) * LAYERS, dequantize_once=once)
+            calls.clear()
+            living.clear()
+            assert_equal(gradients(model), wanted)
+            # Forward and backward of each, less what the first layer's input needs no gradient of;
+            # a recomputation does not come to its last product.
+            least = 7 * LAYERS + 4 + 7 * (LAYERS - 1)
+            assert len(calls) == least + 6 * LAYERS - once * (3 + 6 * (LAYERS - 1))
+            assert max(living) <= (8 if once else 3), "of one layer alone"
+            gc.collect()
+            assert not [ref for ref in calls if ref() is not None], "none is left behind"
+
+
 def test_a_policy_takes_the_place_of_checkpointing_and_says_what_is_wrong(lora_model):
     lora_model.gradient_checkpointing_enable()
     apply_activation_plan(lora_model, KEEP_ALL)
@@ -211,7 +283,7 @@ def test_a_policy_takes_the_place_of_checkpointing_and_says_what_is_wrong(lora_m
     assert flags == [False, True, False]
     with pytest.raises(ValueError, match="2 entries and the model 3"):
         apply_activation_plan(lora_model, ("keep",) * 2)
-    with pytest.raises(ValueError, match=r"\['drop'\]: need keep, recompute, offload"):
+    with pytest.raises(ValueError, match=r"\['drop'\]: need keep, keep_att.*, offload"):
         apply_activation_plan(lora_model, ("keep", "drop", "keep"))
     assert flags == [layer.gradient_checkpointing for layer in decoder_layers(lora_model)]
 

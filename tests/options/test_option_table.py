@@ -127,6 +127,9 @@ TABLE: dict[str, Changes | str] = {
     # BatchingOptions
     "micro_batch_tokens": Changes("work", 128),
     "activations": Changes("work", "recompute", {"activations": "keep"}),
+    "dequantize": covered(
+        "modeling/test_activations.py::test_one_dequantization_serves_recomputation_and_backward"
+    ),
     "mlp_tile_tokens": Changes("work", 128),
     "embeddings": Changes("loaded", "host"),
     "shared_prefix": Changes("work", "off"),

@@ -234,6 +234,11 @@ def test_nearest_name_and_none():
         ),
         (PreferenceOptions, {"special_tokens_in_content": "x"}, ["literal", "allow", "error"]),
         (PreferenceOptions, {"micro_batch_tokens": 127}, ["--micro_batch_tokens", "128"]),
+        (
+            PreferenceOptions,
+            {"activations": "keep_attention", "attention": "flex"},
+            ["--activations keep_attention", "--attention auto"],
+        ),
         (PreferenceOptions, {"activations": "drop"}, ["--activations", "recompute", "offload"]),
         (PreferenceOptions, {"mlp_tile_tokens": 64}, ["--mlp_tile_tokens", "128"]),
         (PreferenceOptions, {"embeddings": "disk"}, ["--embeddings", "gpu", "host"]),

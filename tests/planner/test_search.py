@@ -24,6 +24,7 @@ from fastdpo.planner import (
 )
 from fastdpo.planner.gpus import KNOWN, SIZES_GIB
 from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
+from fastdpo.planner.speed import LAUNCH_SECONDS, LAYER_LAUNCHES
 from fastdpo.planner.terms import GIB
 from tests.planner.test_terms import SIZES, groups
 from tests.project.test_layering import ROOT, imports_of
@@ -67,6 +68,31 @@ def test_the_kept_layers_are_the_last_and_another_one_would_not_fit(llama):
     allocatable = allocatable_bytes(12 * GIB)
     assert layout.peak(made.activation_plan) == made.allocated_bytes <= allocatable
     assert layout.peak(("recompute",) * (31 - kept) + ("keep",) * (kept + 1)) > allocatable
+
+
+def test_attention_is_kept_where_pairs_are_long(llama):
+    """Whole layers save more time for their bytes at 4,096 tokens, attention at 16,384 a pair."""
+    options = {"training": Training(tuning="qlora")}
+    short, long = (planned(llama, "RTX 4090", n, 8 * n, **options) for n in (4096, 16384))
+    assert short.activation_counts.keys() <= {"keep", "recompute"}
+    assert long.activation_counts["keep_attention"] > 16, long.describe()
+    assert long.peak_bytes > 0.95 * long.gpu_bytes, "as much is kept as fits"
+    blocks = Training(tuning="qlora", attention="flex")
+    assert (
+        "keep_attention" not in planned(llama, "RTX 4090", 16384, training=blocks).activation_plan
+    )
+
+
+def test_a_micro_batch_is_never_so_short_that_launches_bind(llama):
+    """Where the GPU has room, launches of a micro-batch take less than its products do."""
+    small = architecture_named("llama-3.2-1b")
+    made = planned(small, "H100", 256)
+    of_launches = LAYER_LAUNCHES["fused"] * small.layers * LAUNCH_SECONDS
+    assert made.micro_batch_tokens / made.tokens_per_second > 1.5 * of_launches
+    shortest = planned(small, "H100", 256, micro_batch_tokens=256)
+    assert 256 / shortest.tokens_per_second == pytest.approx(of_launches)
+    slower = planned(small, "H100", 256, micro_batch_tokens=256, training=Training(kernels="eager"))
+    assert slower.tokens_per_second < 0.7 * shortest.tokens_per_second
 
 
 def test_long_pairs_go_to_the_host_as_far_as_it_has_room(llama):

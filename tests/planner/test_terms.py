@@ -1,21 +1,25 @@
 """The planner's formulas against what torch really keeps, and what it chooses with them."""
 
+import contextlib
 import math
 from dataclasses import replace
 
 import bitsandbytes as bnb
+import fastdpo_kernels
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from bench import harness, memory, qlora
 from bench.live_bytes import walk_update
 from bench.synthetic import aliased_config, random_model
 from fastdpo.batching import PromptGroup, Segment, pack_update
+from fastdpo.modeling import activations
 from fastdpo.modeling.activations import PAGE_BYTES, apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
-from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.attention import kept, packed_attention
 from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.options import MODEL_ALIASES
@@ -124,18 +128,37 @@ class SavedBytes:
             packed_logprobs(model, micro_batch)
 
 
+def counted_contexts(found):
+    """Contexts that keep attention; what the first keeps is added up when it is left."""
+    keeping, returning = kept.keep_attention()
+    storage = keeping._inner.storage
+
+    @contextlib.contextmanager
+    def counting():
+        with keeping:
+            yield
+        tensors = [x for runs in storage.values() for x in tree_leaves(list(runs.values()))]
+        values = [x.val for x in tensors if isinstance(getattr(x, "val", None), torch.Tensor)]
+        found.append(sum(x.untyped_storage().nbytes() for x in values))
+
+    return counting(), returning
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
-def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit, kernels):
-    config = FAMILIES[family](**SIZES)
+def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit, kernels, monkeypatch):
+    config = FAMILIES[family](**SIZES | {"num_hidden_layers": 4})
     base = random_model(config, dtype=dtype, device="cpu", load_in_4bit=four_bit)
     model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
-    apply_activation_plan(model, ("keep", "keep", "recompute"))
     use_kernels(model, kernels, backend="torch")
     micro_batch = pack_update(groups(), 4096)[0]
-    saved = SavedBytes(model, micro_batch).by_layer
+    kept_results = []
+    with monkeypatch.context() as patched:
+        patched.setattr(activations, "keep_attention", lambda: counted_contexts(kept_results))
+        apply_activation_plan(model, ("keep", "keep", "recompute", "keep_attention"))
+        saved = SavedBytes(model, micro_batch).by_layer
     training = training_of(model, "adamw_torch", "sdpa", kernels)
     assert training.tuning == ("qlora" if four_bit else "lora")
     layer = layer_bytes(architecture_of(model, family), training, shape_of(micro_batch))
@@ -143,9 +166,43 @@ def test_saved_bytes_of_a_layer_are_exact(family, dtype, four_bit, kernels):
     assert saved[0] == layer.kept - layer.first_spared + rotary
     assert saved[1] == layer.kept
     assert saved[2] == layer.input
+    assert saved[3] == layer.input, "what torch keeps of the attention is in no graph"
+    assert kept_results == [layer.attention_results]
 
 
-R, K = "recompute", "keep"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_weights_that_wait_for_the_backward_are_counted(family, monkeypatch):
+    waiting = []
+
+    class Watched(fastdpo_kernels.KeptDenseWeights):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            waiting.append(sum(dense.nbytes for dense in self._by_weight.values()))
+
+    base = random_model(
+        FAMILIES[family](**SIZES), dtype=torch.bfloat16, device="cpu", load_in_4bit=True
+    )
+    model = add_adapter(base, lora_config(4, 8, 0.0, None)).train()
+    monkeypatch.setattr(fastdpo_kernels, "KeptDenseWeights", Watched)
+    apply_activation_plan(model, ("recompute",) * 3, dequantize_once=True)
+    micro_batch = pack_update(groups(), 4096)[0]
+    with packed_attention(base.config):
+        packed_logprobs(model, micro_batch).logps.sum().backward()
+    training = training_of(model, "adamw_torch", "sdpa", "eager")
+    layer = layer_bytes(architecture_of(model, family), training, shape_of(micro_batch))
+    assert waiting == [layer.dense_weights] * 3
+    plan = ("recompute",) * 3
+    peaks = [
+        MemoryLayout(
+            architecture_of(model, family), training, shape_of(micro_batch),
+            MemoryStrategy("adamw_torch", dequantize_once=once),
+        ).phases(plan)["backward of a layer"]
+        for once in (False, True)
+    ]  # fmt: skip
+    assert sum(peaks[1].values()) - sum(peaks[0].values()) == layer.dense_weights
+
+
+R, A, K = "recompute", "keep_attention", "keep"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +218,8 @@ R, K = "recompute", "keep"
         ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16, "eager"),
         ("llama-3.1-8b", 4096, (R, R, R, R), (None, None), torch.bfloat16, "fused"),
         ("llama-3.1-8b", 4096, (R, R, K, K), (1024, None), torch.bfloat16, "fused"),
+        ("llama-3.1-8b", 4096, (A, A, A, A), (None, None), torch.bfloat16, "fused"),
+        ("llama-3.1-8b", 8192, (R, A, A, K), (2048, None), torch.bfloat16, "eager"),
         ("qwen3-8b", 4096, (K, K, K, K), (None, None), torch.bfloat16, "fused"),
         ("qwen3-8b", 16384, (R, R, R, R), (2048, None), torch.bfloat16, "fused"),
     ],

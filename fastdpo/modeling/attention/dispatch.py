@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
+from fastdpo.modeling.attention.kept import attention_mode
 from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 from fastdpo.modeling.attention_backends import (
     ATTENTIONS,
@@ -97,7 +98,8 @@ def _attend_packed(
         _needs_of(query, value, packed, params), query.dtype, _capability(query), requested
     )
     _log_choice(backend, reason)
-    out = _kernel(backend)(query, key, value, packed, params)
+    with attention_mode(dropout):
+        out = _kernel(backend)(query, key, value, packed, params)
     return out.transpose(1, 2).contiguous(), None
 
 
