@@ -17,6 +17,7 @@ QUESTIONS = {
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
     "lists": "all pairs of k rated completions: each completion once, against once a pair",
+    "ranks": "an update shared by several processes: time, bytes sent, part of the time in talk",
     "quality": "the learning curve beside TRL's, update by update",
     "merged": "the margin that a merge keeps: bf16, fp16, fp32, to nearest and stochastic",
 }

@@ -1,4 +1,4 @@
-"""fastdpo: Direct Preference Optimization on one GPU.
+"""fastdpo: Direct Preference Optimization on one GPU or a few.
 
 The public names are loaded when they are first used, so that `import fastdpo` costs nothing. Beside
 the trainer they are those that TRL's `scripts/dpo.py` imports.

@@ -5,17 +5,22 @@ import os
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
+import torch
 from transformers import TrainingArguments
 
 from fastdpo.options import PreferenceOptions, TrlOptions
 from fastdpo.options.checks import check_finite, check_keys, check_printable, option
 from fastdpo.options.removed import suggest_option
 from fastdpo.options.running import INHERITED_CHECKS
+from fastdpo.system import ranks
 from fastdpo.system.device import cuda_has_bf16
 
 logger = logging.getLogger(__name__)
 
-_ONE_GPU = "fastdpo trains on one GPU in one process; leave it out"
+_WHOLE_MODEL = (
+    "every GPU holds the whole model, and the ranks share the pairs of an update: leave it out; "
+    "where the model is larger than a GPU, train an adapter over 4-bit weights (--qlora)"
+)
 
 # name, the values that mean "not requested", and why anything else is refused.
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -24,10 +29,9 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         (False,),
         "the update would depend on the GPU; bound the memory with --micro_batch_tokens instead",
     ),
-    ("deepspeed", (None, ""), _ONE_GPU),
-    ("ddp_backend", (None,), _ONE_GPU),
-    ("fsdp", (None, "", False, []), _ONE_GPU),
-    ("parallelism_config", (None,), _ONE_GPU),
+    ("deepspeed", (None, ""), _WHOLE_MODEL),
+    ("fsdp", (None, "", False, []), _WHOLE_MODEL),
+    ("parallelism_config", (None,), _WHOLE_MODEL),
     (
         "label_smoothing_factor",
         (0,),
@@ -79,9 +83,18 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ),
 )
 
+_LAUNCHED_WITH = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "a parallelism config": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}
+"""Ways of accelerate to split a model, each with the variable by which its launcher says so."""
+
 _IN_MEMORY = "pairs lie in memory as token ids and are packed in this process"
 _WITHOUT_LOGITS = "evaluation adds up log-probs and builds no logits"
-_ONE_PROCESS = "there is one process"
+_NO_WRAPPER = "the ranks sum up their gradients themselves, once an update"
+_FIRST_RANK = "the first rank alone prints and saves"
 
 # Options that nothing here reads: setting one logs a warning with this reason.
 _UNUSED: dict[str, str] = {
@@ -118,22 +131,19 @@ _UNUSED: dict[str, str] = {
         ),
         _WITHOUT_LOGITS,
     ),
+    "average_tokens_across_devices": "a loss is always that of the whole update",
+    "local_rank": "the launcher says it in the environment",
+    "fsdp_config": "--fsdp is not built",
     **dict.fromkeys(
         (
-            "average_tokens_across_devices",
             "ddp_find_unused_parameters",
             "ddp_bucket_cap_mb",
             "ddp_broadcast_buffers",
             "ddp_static_graph",
-            "ddp_timeout",
-            "fsdp_config",
-            "local_rank",
-            "log_on_each_node",
-            "log_level_replica",
-            "save_on_each_node",
         ),
-        _ONE_PROCESS,
+        _NO_WRAPPER,
     ),
+    **dict.fromkeys(("log_on_each_node", "log_level_replica", "save_on_each_node"), _FIRST_RANK),
 }
 
 
@@ -143,7 +153,9 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
 
     Names and defaults are those of `trl.DPOConfig` (learning_rate 1e-6, logging_steps 10,
     gradient checkpointing on); where fastdpo differs, `PreferenceOptions` says so. bf16 left
-    unset is on where CUDA supports it and off elsewhere. Of several GPUs one is used.
+    unset is on where CUDA supports it and off elsewhere. Of several GPUs one is used, or one for
+    each process that a launcher (torchrun, accelerate launch) starts; the pairs of an update are
+    `per_device_train_batch_size * gradient_accumulation_steps`, however many GPUs share them.
 
     Raises:
         TypeError: an option that does not exist; the message has advice or the nearest name.
@@ -211,6 +223,8 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
         self._resolve_checkpointing()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and cuda_has_bf16()
+        if ranks.launched() > 1 and not torch.cuda.is_available():
+            self.use_cpu = True  # or accelerate, which has seen no GPU, joins nobody
         try:
             TrainingArguments.__post_init__(self)
         except (TypeError, AttributeError, KeyError) as error:  # of a value of the wrong kind
@@ -226,6 +240,7 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
                 "which cannot work here: each layer has its own choice, always without reentrance; "
                 "use --activations keep, recompute or offload."
             )
+        self._require_group()
         # Trainer wraps the model in nn.DataParallel where this is above 1.
         self._n_gpu = min(self._n_gpu, 1)
 
@@ -244,12 +259,22 @@ class DPOConfig(PreferenceOptions, TrlOptions, TrainingArguments):
             if value not in unset:
                 raise ValueError(f"--{name} is {value!r}, which cannot work here: {reason}.")
         if "tpu_metrics_debug" in (self.debug or ()):
-            raise ValueError(f"--debug tpu_metrics_debug cannot work here: {_ONE_GPU}.")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes > 1:
+            raise ValueError("--debug tpu_metrics_debug cannot work here: there is no TPU.")
+        for name, variable in _LAUNCHED_WITH.items():
+            if os.environ.get(variable, "").lower() in ("true", "1"):
+                raise ValueError(
+                    f"accelerate was started with {name} ({variable}), which cannot work here: "
+                    f"{_WHOLE_MODEL}, and start it with accelerate launch --multi_gpu."
+                )
+
+    def _require_group(self) -> None:
+        """Refuse processes that know of each other and have not been joined."""
+        if ranks.launched() > 1 and ranks.count() == 1:
             raise ValueError(
-                f"this process is one of {processes} (WORLD_SIZE); fastdpo trains on one GPU in "
-                "one process: start it with python, not with a distributed launcher."
+                f"this process is one of {ranks.launched()} (WORLD_SIZE), and they have no group "
+                "of torch.distributed: start them with torchrun or accelerate launch, which set "
+                "RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too; or take WORLD_SIZE out of the "
+                "environment."
             )
 
     @property

@@ -16,7 +16,7 @@ from fastdpo.options import (
     TokenizationOptions,
 )
 from fastdpo.options.checks import Options, option, whole
-from fastdpo.system import files
+from fastdpo.system import files, ranks
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ def main(argv: Sequence[str]) -> None:
         training=False,
         description="Evaluate a trained model on held-out preference pairs, beside its reference.",
         refused=TRAINING_OPTIONS,
+        shared=True,
     )
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
-    require_new_file(parsed, "--output_file", Path(options.output_file))
+    output = Path(options.output_file)
+    ranks.first_does(lambda: require_new_file(parsed, "--output_file", output))
     evaluation = run(parsed.model, parsed.data, rows, compared, options)
     print_line(evaluation.describe())
-    files.write_json(Path(options.output_file), evaluation.as_json())
+    ranks.first_does(lambda: files.write_json(output, evaluation.as_json()))
     print_line(f"\nwritten to {options.output_file}")
     _draw_curves(Path(compared.adapter or parsed.model.model_name_or_path or ""), options)
 
@@ -98,8 +100,10 @@ def run(
 
     def work(scorer: "PreTrainedModel | PeftModel", side: str) -> tuple[ScoredPairs, list[str]]:
         scored = score_finite(scorer, read, pairs, side)
-        texts = generate_completions(
-            scorer, tokenizer, prompts, max_new_tokens=options.max_new_tokens
+        texts = ranks.first_does(
+            lambda: generate_completions(
+                scorer, tokenizer, prompts, max_new_tokens=options.max_new_tokens
+            )
         )
         return scored, texts
 

@@ -16,6 +16,7 @@ from fastdpo.options import (
     TokenizationOptions,
 )
 from fastdpo.options.checks import Options, option
+from fastdpo.system import ranks
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -57,9 +58,11 @@ def main(argv: Sequence[str]) -> None:
         description="Write a data set's rows with log-probs, rewards and margin of a trained "
         "model beside its reference; row i of the result is row i of the data.",
         refused=TRAINING_OPTIONS,
+        shared=True,
     )
     options = parsed.group(ScoringOptions)
-    require_new_file(parsed, "--output_file", Path(options.output_file))
+    output = Path(options.output_file)
+    ranks.first_does(lambda: require_new_file(parsed, "--output_file", output))
     scored = run(
         parsed.model,
         parsed.data,
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     from fastdpo.evaluation.scored_rows import write_scores
 
     print_line(scored.describe())
-    write_scores(scored, Path(options.output_file), prefix=options.column_prefix)
+    ranks.first_does(lambda: write_scores(scored, output, prefix=options.column_prefix))
     print_line(f"\nwritten to {options.output_file}")
     print_line("The pairs that the policy gets most wrong are those with the smallest margin.")
 

@@ -12,6 +12,7 @@ from fastdpo.cli.parser import Parsed, command, parse
 from fastdpo.demo.run import demonstrate
 from fastdpo.options import DataOptions, ModelOptions, presets
 from fastdpo.options.checks import Options, option
+from fastdpo.system import ranks
 from fastdpo.system.console import print_line, table
 from fastdpo.trainer.from_options import (
     make_trainer,
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         training=True,
         description="Align a model with preference pairs by Direct Preference Optimization.",
     )
-    require_new_folder(parsed, Path(str(parsed.training.output_dir)))
+    ranks.first_does(lambda: require_new_folder(parsed, Path(str(parsed.training.output_dir))))
     if parsed.group(TrainOptions).dry_run:
         with without_output(parsed.training) as config:
             trainer = make_trainer(parsed.model, parsed.data, config)

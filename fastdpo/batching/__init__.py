@@ -1,5 +1,6 @@
 """Pairs to packed micro-batches: groups, their layout, bin packing, and the order of an epoch."""
 
+from fastdpo.batching.dealing import deal
 from fastdpo.batching.groups import (
     PairGroups,
     PromptGroup,
@@ -16,6 +17,7 @@ __all__ = [
     "MicroBatch",
     "PairGroups",
     "Segment",
+    "deal",
     "default_micro_batch_tokens",
     "group_tokens",
     "lists_of",

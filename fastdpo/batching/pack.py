@@ -44,7 +44,7 @@ def pack_update(
     """Lay the groups of one update into as few micro-batches as will do, evenly filled.
 
     Args:
-        groups: the update's groups, at least one.
+        groups: the update's groups; of none, no micro-batch is made.
         micro_batch_tokens: T, the most tokens of a micro-batch; only a group that is longer by
             itself makes a longer one, which holds nothing else.
         shared_prefix: compute the prefix of a group once; off, once per completion.

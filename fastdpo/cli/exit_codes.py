@@ -8,11 +8,13 @@ import errno
 import sys
 from typing import NamedTuple
 
+from fastdpo.system.ranks import LostRankError
 from fastdpo.version import __version__
 
 EXIT_NOT_FINITE = 1
 EXIT_BAD_OPTION = 2
 EXIT_DOES_NOT_FIT = 3
+EXIT_LOST_RANK = 4
 EXIT_OWN_FAULT = 70
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -59,6 +61,8 @@ def outcome_of(error: BaseException) -> Outcome:
     """Tell bad input, too little memory and faults of ours apart."""
     if isinstance(error, FloatingPointError):
         return Outcome(EXIT_NOT_FINITE, str(error))
+    if isinstance(error, LostRankError):
+        return Outcome(EXIT_LOST_RANK, str(error))
     if (line := _memory_line(error)) is not None:
         return Outcome(EXIT_DOES_NOT_FIT, line)
     if isinstance(error, ValueError | OSError):

@@ -32,6 +32,7 @@ from fastdpo.options import (
     TrainerDefaults,
     presets,
 )
+from fastdpo.system import ranks
 from fastdpo.system.console import LineHandler, print_error
 from fastdpo.version import __version__
 
@@ -85,8 +86,9 @@ def parse(
     training: bool,
     description: str = "",
     refused: Collection[str] = (),
+    shared: bool = False,
 ) -> Parsed:
-    """Parse the arguments of `python -m fastdpo.<command>`.
+    """Parse the arguments of `python -m fastdpo.<command>`, and join the ranks that share it.
 
     Args:
         command: the command's name, as in `train`.
@@ -95,6 +97,7 @@ def parse(
         training: whether the command takes a DPOConfig with the presets below the user's values.
         description: one sentence above the help.
         refused: options of the groups that change nothing here: left out of the help, and an error.
+        shared: whether several processes can share the work, as they can wherever `training` is.
 
     Returns:
         An instance of every group, of DPOConfig if `training`, and the names the user set.
@@ -120,10 +123,19 @@ def parse(
                 f"--{useless[0]} changes nothing here: leave it out. The adapter's folder says how "
                 "it was made; --qlora loads the base in 4 bits as in training."
             )
+        if ranks.launched() > 1 and not (training or shared):
+            raise ValueError(
+                f"fastdpo.{command} is the work of one process, and a launcher has started "
+                f"{ranks.launched()}: start it with python."
+            )
         built = _build(groups, training, values)
+        ranks.join()
+        if not ranks.is_first():
+            _silence_transformers()
         return Parsed(built, frozenset(values), parser.config_file)
     except (ValueError, OSError) as error:
-        print_error(f"error: {' '.join(format_error(error).split())}")
+        if ranks.is_first():
+            print_error(f"error: {' '.join(format_error(error).split())}")
         raise SystemExit(EXIT_BAD_OPTION) from None
 
 
@@ -134,21 +146,24 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
         The exit code: 0; 1 where the loss, a gradient or a weight is not finite; 2 after one line
         about bad input, a bad option, a missing package or a disk that does not take what is
         written; 3 where the memory does not suffice; 70 after a traceback, where the fault is
-        ours; 130 after Ctrl-C; 143 after SIGTERM. With FASTDPO_DEBUG set, every error shows its
-        traceback.
+        ours; 4 where another process of the run was lost; 130 after Ctrl-C; 143 after SIGTERM.
+        Of several processes the one that has the first error tells it. With FASTDPO_DEBUG set,
+        every error shows its traceback.
     """
     logger = logging.getLogger("fastdpo")
     handler = LineHandler()
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if ranks.is_first() else logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
     if not sys.stderr.isatty():  # bars are redrawn, and a file keeps each drawing
         for library in ("HF_HUB", "HF_DATASETS"):  # the first is that of transformers too
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of one library to another
+            # What one library tells another; and the first rank's are enough.
+            warnings.simplefilter("ignore", FutureWarning if ranks.is_first() else Warning)
             main(sys.argv[1:])
+            ranks.leave()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except SystemExit as stop:
@@ -164,11 +179,21 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
 
 def _report(error: BaseException) -> int:
     """Write what an error means to standard error; returns the exit code."""
-    outcome = outcome_of(error)
-    if outcome.is_own_fault or os.environ.get("FASTDPO_DEBUG"):
+    outcome, debugs = outcome_of(error), bool(os.environ.get("FASTDPO_DEBUG"))
+    is_first = ranks.is_first_error()
+    if debugs or (outcome.is_own_fault and is_first):
         print_error("".join(traceback.format_exception(error)).rstrip())
-    print_error(f"error: {outcome.line}")
+    if debugs or is_first:
+        print_error(f"error: {outcome.line}")
     return outcome.code
+
+
+def _silence_transformers() -> None:
+    """Show neither its warnings nor its progress bars: the first rank does."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:

@@ -78,7 +78,7 @@ class ModelConfig(Options):
         if self.bnb_4bit_quant_storage not in (None, "uint8"):
             raise ValueError(
                 f"--bnb_4bit_quant_storage is {self.bnb_4bit_quant_storage!r}, which serves FSDP; "
-                "fastdpo trains on one GPU: leave it out."
+                "fastdpo keeps the whole model on each GPU: leave it out."
             )
         if self.lora_task_type != "CAUSAL_LM":
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastdpo.options import DataOptions, ModelOptions
+from fastdpo.system import ranks
 from fastdpo.system.console import print_line
 from fastdpo.trainer.from_options import run
 
@@ -30,7 +31,8 @@ def demonstrate(folder: Path) -> "Evaluation":
         "No arguments: the demo. It makes a tiny Llama, teaches it a small language, lets it write"
     )
     print_line("answers, and aligns it with preferences between them. --help shows the options.\n")
-    demo = make_demo(folder, report=print_line)
+    ranks.join()
+    demo = ranks.first_does(lambda: make_demo(folder, report=print_line))
     model = ModelOptions(model_name_or_path=str(demo.model_dir), lora=True)
     data = DataOptions(dataset_name=str(demo.train_file), eval_dataset=str(demo.dev_file))
     config = DPOConfig(

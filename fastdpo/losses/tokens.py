@@ -4,7 +4,7 @@ A loss that weighs tokens is added here: its formula, and its term in `completio
 `pair_logps`. Policy, reference, updates and evaluations all pass through these functions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -51,13 +51,13 @@ def completion_terms(scored: TokenLogps, options: LossOptions) -> dict[str, Tens
         (C,) float64 by name, differentiable in the log-probs unless a formula says otherwise. They
         go to `pair_logps`, gathered over the two completions of each pair.
     """
-    terms = {"logps": weighted_logps(scored, options)}
-    if options.weighs_tokens:
-        terms["sums"] = scored.logps
-    if options.use_weighting:
-        squares = scored.outputs["log_sum_sq_probs"]
-        terms["alignment"] = wpo_alignment(scored.token_logps, squares, scored.tokens)
-    return terms
+    return {name: _TERMS[name](scored, options) for name in term_names(options)}
+
+
+def term_names(options: LossOptions) -> tuple[str, ...]:
+    """The names of the terms that `completion_terms` returns, in its order."""
+    sums = ("sums",) if options.weighs_tokens else ()
+    return ("logps", *sums, *(("alignment",) if options.use_weighting else ()))
 
 
 def pair_logps(terms: Mapping[str, Tensor], ref_logps: Tensor, tokens: Tensor) -> PairLogps:
@@ -136,6 +136,18 @@ def wpo_weights(alignment: Tensor) -> Tensor:
     Source: WPO, arXiv:2406.11827, equation 2.
     """
     return alignment.detach().sum(dim=1).exp()
+
+
+def _alignment(scored: TokenLogps, options: LossOptions) -> Tensor:
+    squares = scored.outputs["log_sum_sq_probs"]
+    return wpo_alignment(scored.token_logps, squares, scored.tokens)
+
+
+_TERMS: dict[str, Callable[[TokenLogps, LossOptions], Tensor]] = {
+    "logps": weighted_logps,
+    "sums": lambda scored, options: scored.logps,
+    "alignment": _alignment,
+}
 
 
 def _sums(per_token: Tensor, lengths: Tensor) -> Tensor:

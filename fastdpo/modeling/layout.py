@@ -22,6 +22,7 @@ from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
+from fastdpo.system import ranks
 from fastdpo.system.oom import DoesNotFitError, free_cached_memory, oom_message
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,15 @@ class ExecutionLayout:
         """Take over all values of another layout; whoever holds this one sees them."""
         for entry in fields(self):
             setattr(self, entry.name, getattr(other, entry.name))
+
+    def agree(self) -> None:
+        """Lower the layout to the least of all ranks, after passes that each has done alone."""
+        if ranks.count() == 1:
+            return
+        lowest = ranks.gathered([(self.micro_batch_tokens, self.most_group_tokens)])
+        self.micro_batch_tokens = min(tokens for tokens, _ in lowest)
+        limits = [limit for _, limit in lowest if limit is not None]
+        self.most_group_tokens = min(limits, default=None)
 
     def apply(self, policy: PreTrainedModel | PeftModel) -> None:
         """Set the model up for this layout, whatever layout it had before."""

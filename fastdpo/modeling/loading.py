@@ -83,7 +83,7 @@ def load_model(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
-        "device_map": {"": 0} if torch.cuda.is_available() else {"": "cpu"},
+        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     }
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(

@@ -1,7 +1,8 @@
 """Log-probs of many groups without gradients: the reference pass and every evaluation."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -9,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, longest_sequence, pack_in_order
+from fastdpo.batching import (
+    MicroBatch,
+    PairGroups,
+    PromptGroup,
+    deal,
+    lists_of,
+    longest_sequence,
+    pack_in_order,
+)
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import (
@@ -23,6 +32,7 @@ from fastdpo.modeling.loading import eval_mode
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.positions import require_positions
+from fastdpo.system import ranks, signals
 from fastdpo.system.console import progress_bar
 
 
@@ -56,11 +66,24 @@ def score_pairs(
 ) -> ScoredPairs:
     """Score all groups, each with the same number of completions, and collect the log-probs.
 
-    Takes the arguments of `score_groups`.
+    Takes the arguments of `score_groups`. Several ranks share the groups, and all get the result.
+
+    Raises:
+        SystemExit, KeyboardInterrupt: after a signal to one of several ranks, if one may end this.
     """
-    scored = sorted(
-        score_groups(model, groups, layout, outputs=outputs, **options), key=lambda s: s.index
-    )
+    layout = ExecutionLayout.default(model) if layout is None else layout
+    mine = share_of(groups, options.get("mode") or choose_packing(model))
+    found = []
+    with closing(
+        score_groups(model, [groups[i] for i in mine], layout, outputs=outputs, **options)
+    ) as scores:
+        for each in scores:
+            found.append(replace(each, index=mine[each.index]))
+            if ranks.count() > 1 and signals.hurries():
+                break
+    signals.meet()
+    layout.agree()
+    scored = sorted(ranks.gathered(found), key=lambda s: s.index)
     metrics = {
         name: torch.from_numpy(np.concatenate([part for s in scored for part in s.extras[name]]))
         for name in outputs
@@ -69,6 +92,18 @@ def score_pairs(
     token_logps = np.concatenate([part for s in scored for part in s.token_logps])
     logps = np.stack([s.logps for s in scored])
     return ScoredPairs(logps, tokens, torch.from_numpy(token_logps), metrics)
+
+
+def share_of(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]:
+    """The indices of the groups that this rank scores: all of them in a single process.
+
+    Groups that share completions stay together, so none is computed by two ranks.
+    """
+    if ranks.count() == 1:
+        return list(range(len(groups)))
+    lists = groups.lists if isinstance(groups, PairGroups) else lists_of(groups)
+    lengths = [group_length(group, mode) for group in groups]
+    return deal(lengths, ranks.count(), lists.tolist())[ranks.index()]
 
 
 def score_groups(

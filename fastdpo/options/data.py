@@ -233,8 +233,8 @@ class ScriptArguments(Options):
         super().__post_init__()
         if self.ignore_bias_buffers:
             raise ValueError(
-                "--ignore_bias_buffers served distributed runs, and fastdpo trains in one process; "
-                "leave it out."
+                "--ignore_bias_buffers served a wrapper of distributed runs that fastdpo does not "
+                "use; leave it out."
             )
 
 

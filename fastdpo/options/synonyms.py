@@ -93,7 +93,7 @@ _OPTION_OF = {
 SYNONYMS = {name: option for option, names in _OPTION_OF.items() for name in names}
 """Another trainer's name -> our option."""
 
-_ONE_PROCESS = "there is one process on one GPU; leave it out."
+_LAUNCHER = "the launcher decides it: torchrun --nproc_per_node NUMBER -m fastdpo.train ..."
 _OWN_KERNELS = "attention and log-probs are fastdpo's own; leave it out."
 _TEMPLATE = "the tokenizer's own chat template is used; set it in the tokenizer's folder."
 _PACKED = "completions are always packed, whatever is given; leave it out."
@@ -158,7 +158,7 @@ FOREIGN_OPTIONS = {
     **dict.fromkeys(("bias", "lora_bias"), "adapters train no bias; leave it out."),
     **dict.fromkeys(("loftq_config", "init_lora_weights", "lora_init"), _PLAIN_LORA),
     "device_map": "the GPU is used if there is one; leave it out.",
-    **dict.fromkeys(("gpus", "num_gpus", "num_processes", "world_size", "devices"), _ONE_PROCESS),
+    **dict.fromkeys(("gpus", "num_gpus", "num_processes", "world_size", "devices"), _LAUNCHER),
     **dict.fromkeys(("fp32", "float32"), "use dtype float32."),
     **dict.fromkeys(("use_8bit", "load_8bit"), "8-bit weights are not built; use qlora."),
     "bits": "4 bits are what is built: use qlora.",

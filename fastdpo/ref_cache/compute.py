@@ -13,11 +13,11 @@ from fastdpo.batching import PromptGroup
 from fastdpo.modeling.layout import ExecutionLayout, group_length
 from fastdpo.modeling.packing import PackingMode, choose_packing
 from fastdpo.modeling.reference_model import ReferenceModel
-from fastdpo.modeling.scoring import score_groups
+from fastdpo.modeling.scoring import score_groups, share_of
 from fastdpo.ref_cache.run_notes import explain_miss, record_request
 from fastdpo.ref_cache.spot_check import SpotCheck, spot_check
 from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys
-from fastdpo.system import signals
+from fastdpo.system import ranks, signals
 from fastdpo.system.console import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,9 @@ def reference_logps(
 ) -> np.ndarray:
     """Reference log-probs of all groups, each computed once in its life.
 
+    Several ranks share what is missing and fill one store, which they all have to see; the first
+    alone looks things up and checks.
+
     Args:
         reference: the model, and how it is run as the reference; it is left as it was.
         groups: n groups of k completions each.
@@ -61,33 +64,38 @@ def reference_logps(
         OSError: the store cannot be written; what is on the disk stays whole.
     """
     keys = [group_keys(group) for group in groups]
-    logps = _lookup(store, keys)
-    known = np.asarray(np.isfinite(logps).all(axis=1))
-    hits = np.flatnonzero(known).tolist()
     mode = choose_packing(reference.model) if mode is None else mode
     options: dict[str, Any] = {"layout": layout, "mode": mode}
-    _log_hits(store, keys, known, name, requested)
-    if requested is not None:
-        record_request(store, {"name": name, **requested})
-    store.touch()
-    checked = spot_check(
-        reference,
-        [groups[i] for i in hits],
-        [keys[i] for i in hits],
-        store,
-        compute_dtype=compute_dtype,
-        **options,
-    )
-    _log_spot_check(checked)
-    missing = _unique_groups(keys, np.flatnonzero(~known))
+
+    def look_up_and_check() -> tuple[np.ndarray, list[int]]:
+        logps = _lookup(store, keys)
+        known = np.asarray(np.isfinite(logps).all(axis=1))
+        _log_hits(store, keys, known, name, requested)
+        if requested is not None:
+            record_request(store, {"name": name, **requested})
+        store.touch()
+        hits = np.flatnonzero(known).tolist()
+        checked = spot_check(
+            reference,
+            [groups[i] for i in hits],
+            [keys[i] for i in hits],
+            store,
+            compute_dtype=compute_dtype,
+            **options,
+        )
+        _log_spot_check(checked)
+        return logps, _unique_groups(keys, np.flatnonzero(~known))
+
+    logps, missing = ranks.first_does(look_up_and_check)
     if not missing:
         return logps
     _compute(reference, groups, keys, missing, store, name=name, **options)
-    logps = _lookup(store, keys)
+    logps = ranks.first_does(lambda: _lookup(store, keys))
     if np.isnan(logps).any():
         raise RuntimeError(
             f"{int(np.isnan(logps).any(axis=1).sum())} pairs have no reference log-prob although "
-            f"the pass is over: something else removes shards from {store.folder}."
+            f"the pass is over: something else removes shards from {store.folder}"
+            f"{', or the machines of this run do not share it' if ranks.count() > 1 else ''}."
         )
     return logps
 
@@ -103,7 +111,9 @@ def _compute(
     layout: ExecutionLayout,
     mode: PackingMode,
 ) -> None:
-    """Score the missing groups and keep them, shard by shard."""
+    """Score this rank's part of the missing groups and keep it, shard by shard."""
+    all_missing = len(missing)
+    missing = [missing[i] for i in share_of([groups[i] for i in missing], mode)]
     sizes = [group_length(groups[i], mode) for i in missing]
     all_scored = score_groups(
         reference.model,
@@ -136,15 +146,19 @@ def _compute(
                 if len(waiting) >= SHARD_COMPLETIONS or now - closed >= SHARD_SECONDS:
                     shard, waiting, closed = waiting, [], now
                     store.append(shard)
+                if ranks.count() > 1 and stop.received is not None:
+                    break
                 stop.raise_if_requested()
     finally:  # also after Ctrl-C, SIGTERM or out of memory
         store.append(waiting)
+    stop.agree()  # all shards are written
+    stop.raise_if_requested()
     took = max(time.monotonic() - began, 1e-9)
     logger.info(
         "Computed the reference log-probs of %s distinct pairs in %.1f s: %s tokens/s",
-        f"{len(missing):,}",
+        f"{all_missing:,}",
         took,
-        f"{sum(sizes) / took:,.0f}",
+        f"{ranks.total(sum(sizes)) / took:,.0f}",
     )
 
 

@@ -19,6 +19,7 @@ from fastdpo.ref_cache.compute import reference_logps
 from fastdpo.ref_cache.hash_cache import HASH_CACHE_FILE
 from fastdpo.ref_cache.identity import reference_identity
 from fastdpo.ref_cache.store import ReferenceStore, StoreOptions, group_keys
+from fastdpo.system import ranks
 from fastdpo.system.versions import numeric_versions
 
 
@@ -110,12 +111,14 @@ class RefLogpsProvider:
         """The store of this reference in `root`; the weights are hashed once."""
         if self._store is None or self._store.root != root:
             model = self.reference.model
-            identity = reference_identity(
-                model,
-                self.compute_dtype,
-                root / HASH_CACHE_FILE,
-                self.reference,
-                self.mode.attention,
+            identity = ranks.first_does(
+                lambda: reference_identity(
+                    model,
+                    self.compute_dtype,
+                    root / HASH_CACHE_FILE,
+                    self.reference,
+                    self.mode.attention,
+                )
             )
             versions = numeric_versions(unwrap_model(model).device)
             self._store = ReferenceStore(

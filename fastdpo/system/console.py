@@ -9,6 +9,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from fastdpo.system import ranks
+
 LOG_INTERVAL_S = 30
 """Seconds between two lines of a progress bar that goes to a log file or a pipe."""
 
@@ -60,11 +62,15 @@ class ProgressLog:
 def progress_bar(total: int, description: str | None, unit: str) -> "tqdm | ProgressLog":
     """A progress bar with rate and time left; in a log, a line every `LOG_INTERVAL_S`.
 
+    Of several ranks only the first shows it.
+
     Args:
         total: units of the whole work.
         description: label of the bar; None shows no bar.
         unit: name of a unit, for the rate.
     """
+    if not ranks.is_first():
+        description = None
     if not sys.stderr.isatty():
         return ProgressLog(total, description, unit)
     return tqdm(
@@ -95,7 +101,7 @@ def printable(text: str) -> str:
 
 
 def print_line(text: str = "", *, colored: bool = False) -> None:
-    """Write one line to standard output and flush it.
+    """Write one line to standard output and flush it; of several ranks only the first does.
 
     Args:
         text: names of files and columns in it may hold anything: it is made `printable`.
@@ -103,6 +109,8 @@ def print_line(text: str = "", *, colored: bool = False) -> None:
 
     A character that the console's encoding lacks is written as `?`.
     """
+    if not ranks.is_first():
+        return
     line = (text if colored else printable(text)) + "\n"
     try:
         sys.stdout.write(line)

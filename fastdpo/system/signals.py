@@ -3,35 +3,56 @@
 The first signal is recorded, and the work checks for it where it can stop; the second one stops at
 once. Nested contexts share the request: a reference pass within a training run ends between two
 groups, and the run then saves.
+
+Several ranks stop together: what has come to one of them counts from the moment at which all have
+agreed on it.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
+
+from fastdpo.system import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NOTICE = (
     b"\nStopping as soon as the work in hand is safe on the disk; the same signal again stops at "
     b"once.\n"
 )
+REPEATED_S = 5.0
+"""A launcher passes a signal on that its ranks may have had already: soon after it is no second."""
 
 
 class Stop:
     """A request to stop, once a signal has come.
 
     Attributes:
-        signal: the number of the first signal, or None.
-        signals: how many signals have come.
+        received: the number of the first signal that came to this process, or None.
+        signals: how many signals have come to it.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.received: int | None = None
         self.signals = 0
+        self._received_s = 0.0
+        self._agreed: int | None = None
         self._waits = True
+
+    @property
+    def signal(self) -> int | None:
+        """The number of the first signal, or None; of several ranks, what they have agreed on."""
+        return self.received if ranks.count() == 1 else self._agreed
+
+    def agree(self) -> int | None:
+        """`signal`, after the ranks have told each other; all call it at the same point."""
+        if self._agreed is None:
+            self._agreed = ranks.highest(self.received or 0) or None
+        return self.signal
 
     def raise_if_requested(self) -> None:
         """Raise if a signal has come.
@@ -45,7 +66,10 @@ class Stop:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A context in which the first signal raises immediately, wherever it comes."""
+        """A context in which the first signal raises immediately, wherever it comes.
+
+        With several ranks it raises where these next `meet`.
+        """
         with self._waiting(False):
             self.raise_if_requested()
             yield
@@ -59,12 +83,15 @@ class Stop:
             self._waits = before
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        alone, now = ranks.count() == 1, time.monotonic()
+        if not alone and self.received is not None and now - self._received_s < REPEATED_S:
+            return
         self.signals += 1
-        if self.signals > 1 or not self._waits:
-            self.signal = self.signal or number
+        self.received, self._received_s = self.received or number, now
+        if self.signals > 1 or (alone and not self._waits):
             _exit(number)
-        self.signal = number
-        os.write(2, _NOTICE)  # print and logging are not safe inside a handler
+        if ranks.is_first():
+            os.write(2, _NOTICE)  # print and logging are not safe inside a handler
 
 
 _active: Stop | None = None
@@ -94,7 +121,21 @@ def graceful_shutdown() -> Iterator[Stop]:
         finally:
             _active = None
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) == stop._handle:  # nobody has put another in its place
+                    signal.signal(number, handler)
+
+
+def hurries() -> bool:
+    """Tell whether a rank should leave the rest of its part undone and go where they `meet`."""
+    return _active is not None and _active.received is not None and not _active._waits
+
+
+def meet() -> None:
+    """Agree on signals where ranks come together, and raise if the work may be cut short here."""
+    if _active is not None and ranks.count() > 1:
+        _active.agree()
+        if not _active._waits:
+            _active.raise_if_requested()
 
 
 @contextmanager
@@ -110,6 +151,7 @@ def deferred() -> Iterator[Stop]:
     with graceful_shutdown() as stop:
         yield stop
     if outermost:
+        stop.agree()
         stop.raise_if_requested()
 
 

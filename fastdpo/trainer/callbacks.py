@@ -30,7 +30,8 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Drop the lines after the checkpoint: the resumed run will write them again."""
-        drop_later_lines(output_path(args, METRICS_FILE), state.global_step)
+        if state.is_world_process_zero:
+            drop_later_lines(output_path(args, METRICS_FILE), state.global_step)
 
     def on_log(
         self,
@@ -41,6 +42,8 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one line in one write, so that a killed run cuts at most the last line."""
+        if not state.is_world_process_zero:
+            return
         line = json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n"
         try:
             files.append_text(output_path(args, METRICS_FILE), line)

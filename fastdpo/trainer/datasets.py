@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from fastdpo.batching import PairGroups, longest_sequence
 from fastdpo.batching.sampler import UpdateSampler
 from fastdpo.config import DPOConfig
 from fastdpo.data.template_date import today
+from fastdpo.system import ranks
 from fastdpo.trainer.prepare import tokenize_dataset
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class PreferenceDatasets:
         eval_dataset: Any,
     ) -> None:
         self.args = copy.copy(args)
-        self.args.template_date = args.template_date or today()
+        self.args.template_date = args.template_date or ranks.first_does(today)
         self.tokenizer, self.vocabulary_size = tokenizer, vocabulary_size
         self._given = train_dataset, eval_dataset
         self._tokenize(train_dataset, eval_dataset)
@@ -134,12 +136,14 @@ class PreferenceDatasets:
         )
 
     def train_loader(self) -> DataLoader:
-        """A loader of batches of B groups, one batch for each update."""
+        """A loader of batches of B groups, one batch for each update; accelerate resumes it."""
         if self.train is None:
             raise ValueError("there is no train_dataset: pass one to DPOTrainer.")
-        return DataLoader(
+        loader = DataLoader(
             self.train, batch_sampler=self.sampler(), collate_fn=list, generator=torch.Generator()
         )
+        # Every rank gets whole updates.
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def sampler(self) -> UpdateSampler:
         """The updates of an epoch over the training pairs, of which there are some."""

@@ -39,7 +39,7 @@ from fastdpo.modeling.trainable import check_trainable
 from fastdpo.options import LossOptions
 from fastdpo.planner import compare
 from fastdpo.ref_cache import describe_request
-from fastdpo.system import files
+from fastdpo.system import files, ranks
 from fastdpo.trainer.arguments import check_arguments, refuse_arguments
 from fastdpo.trainer.callbacks import CurveNotes, MetricsFile
 from fastdpo.trainer.curves import CURVES_FILE, draw_curves
@@ -64,6 +64,7 @@ from fastdpo.trainer.prepare import (
     prepare_policy,
     prepare_reference,
     reference_provider,
+    share_model,
 )
 from fastdpo.trainer.progress import ProgressLines
 from fastdpo.trainer.requirements import require_all
@@ -174,6 +175,7 @@ class DPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
+        share_model(self.accelerator, policy)
         if follows_metric(optimizers[1]) and self.args.metric_for_best_model is None:
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         with_bar = self.pop_callback(ProgressCallback) is not None  # notebooks keep their own
@@ -188,8 +190,12 @@ class DPOTrainer(ResumableTrainer):
         )
         logger.info("%s", self.mode.describe())
         reference = prepare_reference(policy, ref_model, args)  # before the plan: it takes memory
-        self.plan = plan_memory(policy, args, self.train_groups, self.mode, self.pairs_per_update)
-        self.layout = choose_layout(policy, args, self.train_groups, self.mode, self.plan)
+        share = -(-self.pairs_per_update // ranks.count())
+        self.plan = plan_memory(policy, args, self.train_groups, self.mode, share)
+        # The ranks deal an update out by its layout, which has to be one.
+        self.layout = ranks.first_does(
+            lambda: choose_layout(policy, args, self.train_groups, self.mode, self.plan)
+        )
         self.layout.apply(policy)
         self.layout.apply_to_reference(reference.model)
         self.reference = reference_provider(
@@ -227,7 +233,7 @@ class DPOTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """A loader of batches of B groups, one batch for each update."""
-        return self.accelerator.prepare(self.sets.train_loader())
+        return self.sets.train_loader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """A loader of one evaluation set's groups; `evaluation_loop` packs them itself."""
@@ -300,7 +306,10 @@ class DPOTrainer(ResumableTrainer):
         self.reference.on_train_begin()
         self.policy.train()  # a loaded base is in eval mode below its PeftModel
         if self.plan is not None and self.train_groups is not None:
-            self._probe_memory(worst_case_batch(self.train_groups, self.mode, self.layout))
+            fullest = worst_case_batch(self.train_groups, self.mode, self.layout)
+            with ranks.alone():  # each rank probes its own GPU
+                self._probe_memory(fullest)
+        self.layout.agree()
 
     def _probe_memory(self, groups: list[PromptGroup]) -> None:
         """Run the update that takes the most memory, so that a lack of it shows at once."""
@@ -325,6 +334,8 @@ class DPOTrainer(ResumableTrainer):
                 update is 0 and nothing would ever be trained; the weights are as before.
         """
         self.record.start()
+        if self.first_update_margin is None:
+            self._require_same_update(inputs)
         self._follow_policy()
         if not model.training:  # of all modules since `on_before_train`, unless a callback did it
             model.train()
@@ -345,6 +356,18 @@ class DPOTrainer(ResumableTrainer):
         if self.state.global_step == 0 and self.needs_reference:
             logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
         return result.loss
+
+    def _require_same_update(self, groups: list[PromptGroup]) -> None:
+        """Refuse a loader of the user's own that gives each rank other pairs."""
+        first, *others = ranks.gathered([[group.row for group in groups]])
+        for rank, rows in enumerate(others, 1):
+            if rows != first:
+                raise ValueError(
+                    f"rank {rank} was given other pairs for the first update than rank 0: every "
+                    "rank takes the whole update, and its pairs are dealt out here. A "
+                    "get_train_dataloader of your own must not split its batches over processes, "
+                    "as accelerator.prepare does."
+                )
 
     def _check_first_margin(self, groups: list[PromptGroup], result: UpdateResult) -> None:
         """Look at the first update of a run whose policy and reference are one at its start."""

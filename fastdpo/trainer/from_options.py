@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
-from fastdpo.system import files, signals
+from fastdpo.system import files, ranks, signals
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def run(model: ModelOptions, data: DataOptions, config: "DPOConfig") -> "DPOTrai
     """
     from fastdpo.trainer.checkpoint import claimed
 
-    with claimed(Path(str(config.output_dir))):  # from before the loading until all is saved
+    folder = claimed(Path(str(config.output_dir)))
+    with ranks.held_by_first(folder):  # from before the loading until all is saved
         trainer = make_trainer(model, data, config)
         trainer.dataset_name = data.dataset_name
         with signals.deferred():

@@ -34,7 +34,7 @@ _REFERENCE = (
 _METRICS = "override log, or add a callback with on_log"
 _PRECISION = "the backbone and the head are run on their own: override autocast"
 _GENERATION = "nothing is generated in training: do so in a callback, or after it with evaluate"
-_ONE_PROCESS = "there is one process on one GPU, and model.forward is never called"
+_WHOLE_SEQUENCES = "no sequence is split over GPUs, and model.forward is never called"
 
 NEVER_CALLED: dict[str, str] = {
     # transformers.Trainer
@@ -52,7 +52,7 @@ NEVER_CALLED: dict[str, str] = {
         _DATA,
     ),
     **dict.fromkeys(("_prepare_input", "_prepare_inputs"), _PADDING),
-    "_prepare_context_parallel_inputs": _ONE_PROCESS,
+    "_prepare_context_parallel_inputs": _WHOLE_SEQUENCES,
     "create_optimizer_and_scheduler": "override create_optimizer and create_scheduler",
     # trl.DPOTrainer, 1.16 and before
     **dict.fromkeys(

@@ -4,9 +4,12 @@ import copy
 import logging
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -46,6 +49,7 @@ from fastdpo.modeling.trainable import (
 )
 from fastdpo.options import reference_folder
 from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
+from fastdpo.system import ranks
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,9 @@ def one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
     """A copy of the arguments for transformers' Trainer, each of whose steps is a whole update.
 
     It must neither accumulate gradients nor checkpoint activations a second time. Adapters train
-    without autocast: the frozen base has its dtype, the adapters theirs (fp32).
+    without autocast: the frozen base has its dtype, the adapters theirs (fp32). Where several ranks
+    share an update, each one's Trainer takes the whole update as that of one process: it must
+    neither split batches nor average losses.
     """
     args = copy.copy(args)
     args.per_device_train_batch_size *= args.gradient_accumulation_steps
@@ -66,7 +72,27 @@ def one_update_per_step(args: DPOConfig, trains_adapter: bool) -> DPOConfig:
     if trains_adapter:
         args.bf16 = args.fp16 = False
         args.mixed_precision = "no"  # what transformers 5.23 reads, settled in __post_init__
+    if ranks.count() > 1:
+        args.log_level_replica = "error"
+        args.log_on_each_node = args.save_on_each_node = False
+        args.distributed_state = SimpleNamespace(  # pyrefly: ignore
+            num_processes=1,
+            process_index=ranks.index(),
+            local_process_index=args.local_process_index,
+            distributed_type=DistributedType.NO,
+            device=args.device,
+        )
     return args
+
+
+def share_model(accelerator: Accelerator, policy: Model) -> None:
+    """Keep accelerate from wrapping a policy whose gradients the ranks sum up themselves.
+
+    It does not wrap a model that it has prepared for evaluation, nor prepare one twice.
+    """
+    if ranks.count() > 1:
+        accelerator.prepare_model(policy, evaluation_mode=True)
+        policy._is_accelerate_prepared = True  # pyrefly: ignore
 
 
 def prepare_policy(
@@ -118,6 +144,7 @@ def prepare_policy(
         model = add_adapter(model, peft_config)
     check_base_frozen(model)
     check_policy_start(model)
+    ranks.sent_by_first([each for each in model.parameters() if each.requires_grad])
     return model
 
 

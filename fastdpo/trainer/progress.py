@@ -7,6 +7,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from fastdpo.system import ranks
 from fastdpo.system.console import duration, print_line
 
 SHOWN = (
@@ -77,7 +78,8 @@ class ProgressLines(TrainerCallback):
                 initial=state.global_step,
                 desc="Training",
                 leave=False,
-                disable=None,  # where there is no terminal
+                # None: where there is no terminal.
+                disable=None if ranks.is_first() else True,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
             )
 

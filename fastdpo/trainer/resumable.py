@@ -33,7 +33,7 @@ from fastdpo.modeling.dropout import configured_dropout
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import reference_folder
 from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
-from fastdpo.system import files, results, signals
+from fastdpo.system import files, ranks, results, signals
 from fastdpo.trainer import checkpoint as checkpoints
 from fastdpo.trainer.nonfinite import require_finite_step, require_finite_weights
 from fastdpo.trainer.optimizers import show_averaged_weights
@@ -73,9 +73,13 @@ class ResumableTrainer(Trainer):
         """`resume_signature` and the identity of the base weights before the first update."""
         store = reference_folder(self.user_args.ref_cache)
         hash_cache = None if store is None else store / HASH_CACHE_FILE
-        identity = reference_identity(self.policy, torch.float32, hash_cache)
+        identity = ranks.after_first(  # which leaves the hash in the cache
+            lambda: reference_identity(self.policy, torch.float32, hash_cache)
+        )
         base = {name: identity[name] for name in ("weights", "config")}
-        return {**self.resume_signature(), "base": base}
+        run = {**self.resume_signature(), "base": base}
+        checkpoints.require_same_on_ranks(run)
+        return run
 
     def layout_state(self) -> dict[str, Any]:
         """The layout of this run's work, which a resumed run has to take over; JSON-ready."""
@@ -129,11 +133,13 @@ class ResumableTrainer(Trainer):
         """
         output_dir = Path(str(self.args.output_dir))
         checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
-        with checkpoints.claimed(output_dir), signals.graceful_shutdown() as self._stop:
+        claimed = ranks.held_by_first(checkpoints.claimed(output_dir))
+        with claimed, signals.graceful_shutdown() as self._stop:
             self._run = self._describe_run()
             self.resumed_from = folder = self.checkpoint_to_resume(resume_from_checkpoint)
             self._require_place(output_dir, starts_anew=folder is None)
             self.on_before_train()
+            self._stop.agree()
             self._stop.raise_if_requested()
             self._saved_update = None
             boundary = _StepCallback(self, folder)
@@ -167,7 +173,7 @@ class ResumableTrainer(Trainer):
             CheckpointError: as `train`.
         """
         checkpoints.require_other_folder(output_dir, unwrap_model(self.policy).name_or_path)
-        with checkpoints.claimed(output_dir):
+        with ranks.held_by_first(checkpoints.claimed(output_dir)):
             if resume_from_checkpoint:
                 self._run = self._describe_run()
                 self.checkpoint_to_resume(resume_from_checkpoint, output_dir)
@@ -175,10 +181,15 @@ class ResumableTrainer(Trainer):
 
     def _require_place(self, output_dir: Path, *, starts_anew: bool) -> None:
         """Refuse a folder that holds another run's checkpoints, or has no room for one."""
-        if self.args.save_strategy != SaveStrategy.NO:
+        if self.args.save_strategy == SaveStrategy.NO:
+            return
+
+        def check() -> None:
             if starts_anew:
                 checkpoints.require_unused(output_dir)
             checkpoints.require_room(output_dir, self._checkpoint_bytes())
+
+        ranks.first_does(check)
 
     def checkpoint_to_resume(
         self, requested: str | bool | None, output_dir: Path | None = None
@@ -194,16 +205,20 @@ class ResumableTrainer(Trainer):
         """
         if not requested:
             return None
-        if requested is True:
-            folder = checkpoints.newest_verified(output_dir or Path(str(self.args.output_dir)))
-        else:
-            folder = Path(requested)
-            if not folder.is_dir():
-                raise checkpoints.CheckpointError(
-                    f"nothing to resume from: there is no folder {folder}. Name a checkpoint-* "
-                    "folder, or pass true for the newest whole one in --output_dir."
-                )
-        manifest = checkpoints.verify(folder)
+
+        def find() -> tuple[Path, checkpoints.Manifest]:
+            if requested is True:
+                folder = checkpoints.newest_verified(output_dir or Path(str(self.args.output_dir)))
+            else:
+                folder = Path(requested)
+                if not folder.is_dir():
+                    raise checkpoints.CheckpointError(
+                        f"nothing to resume from: there is no folder {folder}. Name a checkpoint-* "
+                        "folder, or pass true for the newest whole one in --output_dir."
+                    )
+            return folder, checkpoints.verify(folder)
+
+        folder, manifest = ranks.first_does(find)
         self.adopt_run(manifest.run)
         self._run = {**self._run, **self.resume_signature()}
         allowed = self.user_args.allow_config_change or []
@@ -243,10 +258,10 @@ class ResumableTrainer(Trainer):
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *others, **named)
         except (SystemExit, KeyboardInterrupt):
-            if self._stop.signals != 1:
+            if self._stop.signals > 1:
                 raise
             logger.info("The evaluation was cut short")
-        if self._stop.signal is not None:
+        if self._stop.agree() is not None:
             self.control.should_training_stop = True
             self._save_checkpoint(model, trial)
 
@@ -256,7 +271,7 @@ class ResumableTrainer(Trainer):
         Weights that were taken from the best checkpoint are in that one.
         """
         assert self._stop is not None, "inside train()"
-        if self._stop.signal is not None and not self.args.load_best_model_at_end:
+        if self._stop.agree() is not None and not self.args.load_best_model_at_end:
             self._save_checkpoint(self.policy, trial)
 
     # Writing
@@ -275,7 +290,7 @@ class ResumableTrainer(Trainer):
         if stops and self._saved_update == self.state.global_step:
             return
         try:
-            self._write_checkpoint(model, trial)
+            best = ranks.first_does(lambda: self._write_checkpoint(model, trial))
         except OSError as error:
             if stops or self.state.global_step >= self.state.max_steps:
                 raise
@@ -293,12 +308,16 @@ class ResumableTrainer(Trainer):
             )
         else:
             self._saved_update = self.state.global_step
+            self.state.best_model_checkpoint = best
 
-    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> str | None:
         """Write a folder under a temporary name and its manifest, rename it, then rotate.
 
         Trainer itself rotates before it returns, which would delete the last whole checkpoint
         before the new one has its manifest; in the temporary folder it finds nothing to rotate.
+
+        Returns:
+            The best checkpoint so far, None without one.
         """
         output_dir = Path(super()._get_output_dir(trial))
         final = output_dir / f"checkpoint-{self.state.global_step}"
@@ -318,6 +337,7 @@ class ResumableTrainer(Trainer):
         checkpoints.rotate(
             output_dir, self.args.save_total_limit, final, Path(best) if best else None
         )
+        return best
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write model or adapter, tokenizer with chat template, and the options as JSON.
@@ -336,9 +356,14 @@ class ResumableTrainer(Trainer):
         if self._saving_into is not None:
             self._write_model(folder, state_dict)
             return
-        checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path)
-        with signals.deferred(), checkpoints.claimed(folder):
-            results.publish(folder, lambda staged: self._write_model(staged, state_dict))
+
+        def publish() -> None:
+            checkpoints.require_other_folder(folder, unwrap_model(self.policy).name_or_path)
+            with checkpoints.claimed(folder):
+                results.publish(folder, lambda staged: self._write_model(staged, state_dict))
+
+        with signals.deferred():
+            ranks.first_does(publish)
 
     def _write_model(self, folder: Path, state_dict: Any) -> None:
         require_finite_weights(self.policy, self.state.global_step)
@@ -410,9 +435,10 @@ class ResumableTrainer(Trainer):
             checkpoints.load_rng_state(Path(checkpoint))
 
 
-def update_seed(seed: int, update: int) -> int:
-    """The seed of torch's generators in one update; updates are counted from 0."""
-    digest = hashlib.sha256(f"update {update} of {seed}".encode()).digest()
+def update_seed(seed: int, update: int, rank: int = 0) -> int:
+    """The seed of torch's generators in one update on one rank; all are counted from 0."""
+    name = f"update {update} of {seed}" + (f" on rank {rank}" if rank else "")
+    digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
@@ -441,7 +467,7 @@ class _StepCallback(TrainerCallback):
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        torch.manual_seed(update_seed(args.seed, state.global_step))
+        torch.manual_seed(update_seed(args.seed, state.global_step, ranks.index()))
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -464,5 +490,5 @@ class _StepCallback(TrainerCallback):
     def _stop_if_requested(self, control: TrainerControl) -> None:
         """After a signal, have `_maybe_log_save_evaluate`, which comes next, save only."""
         assert self.trainer._stop is not None, "inside train()"
-        if self.trainer._stop.signal is not None:
+        if self.trainer._stop.agree() is not None:
             control.should_evaluate, control.should_save = False, True

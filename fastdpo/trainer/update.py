@@ -15,6 +15,10 @@ A completion that several pairs hold is computed once: its derivative is the sum
 
 Out of memory, the update starts again from no gradient and the same random state in smaller
 micro-batches (`run_within_memory`). It stays the same update.
+
+Several ranks share an update: each computes its part of the groups with coefficients of the whole
+update, and the gradients are summed up. After that every rank has the gradient and the results of
+the whole update.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batching import MicroBatch, PromptGroup, pack_update
+from fastdpo.batching import MicroBatch, PromptGroup, deal, pack_update
 from fastdpo.losses import (
     LossFunction,
     TokenLogps,
@@ -35,6 +39,7 @@ from fastdpo.losses import (
     needs_reference,
     pair_logps,
     pair_losses,
+    term_names,
     token_outputs,
     weighted_logps,
 )
@@ -44,6 +49,7 @@ from fastdpo.modeling.layout import (
     ExecutionLayout,
     WorkItem,
     distinct_items,
+    group_length,
     run_within_memory,
 )
 from fastdpo.modeling.loading import eval_mode
@@ -51,9 +57,11 @@ from fastdpo.modeling.logprobs import PackedLogprobs, packed_logprobs
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.options import LossOptions
+from fastdpo.system import ranks
 from fastdpo.system.device import to_device
 from fastdpo.system.oom import free_cached_memory
 from fastdpo.system.rng import RNGState
+from fastdpo.trainer.gradient_sum import GradientSum
 from fastdpo.trainer.metrics import UpdateResult
 
 
@@ -96,7 +104,7 @@ class Update:
         """Add the gradient of the mean loss of B pairs to parameters that have none yet.
 
         Args:
-            groups: B groups of a chosen and a rejected completion.
+            groups: B groups of a chosen and a rejected completion, the same on every rank.
             outputs: extra per-token metrics, as `linear_logprobs` names them.
 
         Raises:
@@ -144,7 +152,8 @@ class _Batch:
 class _StepAttempt:
     """One try at one update; a completion's index in it is 2 x pair + (0 chosen, 1 rejected).
 
-    Completions of equal content have an index each, and are computed as one.
+    Completions of equal content have an index each, and are computed as one. Until `_join_ranks`
+    the results are those of this rank's part alone.
     """
 
     def __init__(
@@ -158,23 +167,38 @@ class _StepAttempt:
         self.update, self.options = update, update.options
         self.groups, self.outputs = groups, outputs
         self.device = unwrap_model(update.policy).device
+        self.tokens, self.sums = ranks.agreed(lambda: self._load(self._own(items), held))
+        self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
+        self.token_completions: list[Tensor] = []
+        computed = sum(batch.micro_batch.num_tokens for batch in self.batches)
+        self.computed_tokens = ranks.total(computed)
+
+    def _own(self, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """This rank's part of the items, by their tokens: whole lists, and so whole pairs."""
+        lengths = [group_length(item.group, self.update.mode) for item in items]
+        shares = deal(lengths, ranks.count(), [item.list for item in items])
+        return [items[index] for index in shares[ranks.index()]]
+
+    def _load(
+        self, items: Sequence[WorkItem], held: Sequence[tuple[int, ...]]
+    ) -> tuple[Tensor, Tensor]:
+        """Pack the items and bring them to the device.
+
+        Returns:
+            (B, 2) int64 tokens of all completions; (2 B + 2,) float64 zeros for the results.
+        """
         micro_batches = pack_update(
             [item.group for item in items],
-            update.layout.micro_batch_tokens,
-            shared_prefix=update.mode.shared_prefix,
-            packing=update.mode.packing,
+            self.update.layout.micro_batch_tokens,
+            shared_prefix=self.update.mode.shared_prefix,
+            packing=self.update.mode.packing,
             lists=[item.list for item in items],
         )
         distinct = [completion for pair in held for completion in pair]
         self.batches = [self._batch(each, items, distinct) for each in micro_batches]
-        lengths = [group.scored_tokens for group in groups]
-        self.tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
-        self.logps = torch.zeros(2 * len(groups), dtype=torch.float64, device=self.device)
-        self.token_metrics: dict[str, list[Tensor]] = {name: [] for name in outputs}
-        self.token_completions: list[Tensor] = []
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.aux_loss = torch.zeros_like(self.loss)
-        self.computed_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        lengths = [group.scored_tokens for group in self.groups]
+        tokens = to_device(torch.tensor(lengths), self.device)  # (B, 2)
+        return tokens, torch.zeros(tokens.numel() + 2, dtype=torch.float64, device=self.device)
 
     def _batch(
         self, micro_batch: MicroBatch, items: Sequence[WorkItem], distinct: Sequence[int]
@@ -190,18 +214,31 @@ class _StepAttempt:
             {index ^ 1 for index in indices} == set(indices),
         )
 
+    @property
+    def logps(self) -> Tensor:
+        """(2 B,) float64 of all completions; 0 for those of other ranks."""
+        return self.sums[:-2]
+
+    @property
+    def loss(self) -> Tensor:
+        """() float64."""
+        return self.sums[-2]
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """() float64."""
+        return self.sums[-1]
+
     def run(self) -> UpdateResult:
         """Compute the gradient, in one pass where that is enough, else by GradCache."""
         self.ref_logps = self._ref_logps()
-        coupled = couples_pairs(self.options, self.update.loss_function)
         config = unwrap_model(self.update.policy).config
         with packed_attention(config, self.update.mode.attention):
-            cached = [b for b in self.batches if coupled or not b.holds_whole_pairs]
-            for batch in self.batches:
-                if batch not in cached:
-                    self._direct(batch)
-            if cached:
-                self._grad_cache(cached)
+            if couples_pairs(self.options, self.update.loss_function):
+                gradients = self._coupled()
+            else:
+                gradients = ranks.agreed(self._uncoupled)
+        self._join_ranks(gradients)
         aux_coef = self.update.aux_loss_coef
         return UpdateResult(
             loss=self.loss + aux_coef * self.aux_loss,
@@ -214,39 +251,99 @@ class _StepAttempt:
             aux_loss=self.aux_loss if aux_coef else None,
         )
 
+    def _uncoupled(self) -> GradientSum:
+        """Run each micro-batch once if it holds whole pairs, the others twice."""
+        cached = [batch for batch in self.batches if not batch.holds_whole_pairs]
+        for batch in self.batches:
+            if batch not in cached:
+                self._direct(batch)
+        if cached:
+            state, aux_loss_before = RNGState.capture(), self.aux_loss.clone()
+            everything = torch.cat([batch.indices for batch in cached]).sort().values
+            derivatives = self._derivatives(self._terms(cached), everything)
+            self.aux_loss.copy_(aux_loss_before)
+            state.restore()  # the second pass must drop out what the first one did
+            self._second_pass(cached, derivatives)
+        return GradientSum(self.update.parameters)
+
+    def _coupled(self) -> GradientSum:
+        """Run each micro-batch twice, and between the passes the loss of all ranks' pairs."""
+        state = RNGState.capture()
+        # Each rank has zeros for the others' completions.
+        terms = ranks.summed(ranks.agreed(lambda: self._terms(self.batches)))
+        everything = torch.arange(self.tokens.numel(), device=self.device)
+        derivatives = self._derivatives(terms, everything)
+        if not ranks.is_first():  # every rank has the whole loss, which is summed up later
+            self.loss.zero_()
+        self.aux_loss.zero_()
+        state.restore()
+
+        def second_pass() -> GradientSum:
+            self._second_pass(self.batches, derivatives)
+            return GradientSum(self.update.parameters)
+
+        return ranks.agreed(second_pass)
+
     def _direct(self, batch: _Batch) -> None:
         """Forward and backward of one micro-batch that holds whole pairs."""
         terms, aux_loss = self._forward(batch.micro_batch, batch.indices, self.outputs)
         loss = self._loss(terms, batch.indices)
         self.update.backward(loss + aux_loss)
-        self.loss += loss.detach()
+        self.loss.add_(loss.detach())
 
-    def _grad_cache(self, batches: Sequence[_Batch]) -> None:
-        """Both passes of GradCache, arXiv:2101.06983; together the batches hold whole pairs."""
-        state, aux_loss_before = RNGState.capture(), self.aux_loss.clone()
-        terms: dict[str, Tensor] = {}
+    def _terms(self, batches: Sequence[_Batch]) -> Tensor:
+        """The first pass of GradCache, arXiv:2101.06983: the terms of completions.
+
+        Returns:
+            (names, 2 B) float64 without gradient; 0 for completions of other micro-batches.
+        """
+        names = term_names(self.options)
+        size = (len(names), self.tokens.numel())
+        found = torch.zeros(size, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in batches:
-                found, _ = self._forward(batch.micro_batch, batch.indices, self.outputs)
-                for name, values in found.items():
-                    empty = torch.zeros_like(self.logps, dtype=values.dtype)
-                    terms.setdefault(name, empty)[batch.indices] = values
-        leaves = {name: values.requires_grad_() for name, values in terms.items()}
-        everything = torch.cat([batch.indices for batch in batches]).sort().values
-        loss = self._loss({n: leaf[everything] for n, leaf in leaves.items()}, everything)
+                terms, _ = self._forward(batch.micro_batch, batch.indices, self.outputs)
+                found[:, batch.indices] = torch.stack([terms[name] for name in names])
+        return found
+
+    def _derivatives(self, terms: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Add the loss of some pairs; its derivatives by the terms of all completions, by name."""
+        names = term_names(self.options)
+        leaves = dict(zip(names, (each.requires_grad_() for each in terms.unbind()), strict=True))
+        loss = self._loss({name: leaf[indices] for name, leaf in leaves.items()}, indices)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        derivatives = {
+        self.loss.add_(loss.detach())
+        return {
             name: gradient
             for name, gradient in zip(leaves, gradients, strict=True)
             if gradient is not None
         }
-        self.loss += loss.detach()
-        self.aux_loss = aux_loss_before
-        state.restore()  # the second pass must drop out what the first one did
+
+    def _second_pass(self, batches: Sequence[_Batch], derivatives: dict[str, Tensor]) -> None:
+        """The second pass of GradCache: backward from the derivatives by the terms, (2 B,) each."""
         for batch in batches:
             terms, aux_loss = self._forward(batch.micro_batch, batch.indices, ())
             parts = [(terms[n] * each[batch.indices]).sum() for n, each in derivatives.items()]
             self.update.backward(torch.stack(parts).sum() + aux_loss)
+
+    def _join_ranks(self, gradients: GradientSum) -> None:
+        """Give every rank the gradient and the results of the whole update."""
+        if ranks.count() == 1:
+            return
+        self.sums, used = ranks.summed(torch.cat([self.sums, gradients.used])).split(
+            [len(self.sums), len(gradients.used)]
+        )
+        gradients.run(used)
+        if not self.outputs:
+            return
+        columns = [self.token_completions, *self.token_metrics.values()]
+        empty = [self.tokens.new_empty(0)]
+        mine = torch.stack([torch.cat(parts or empty).double() for parts in columns], dim=1)
+        completions, *metrics = ranks.joined(mine).unbind(dim=1)
+        self.token_completions = [completions.long()]
+        self.token_metrics = {
+            name: [each] for name, each in zip(self.outputs, metrics, strict=True)
+        }
 
     def _forward(
         self, micro_batch: MicroBatch, indices: Tensor, outputs: tuple[str, ...]
@@ -277,7 +374,7 @@ class _StepAttempt:
         if scored.aux_loss is None:
             return terms, 0.0
         share = micro_batch.num_tokens / self.computed_tokens
-        self.aux_loss += share * scored.aux_loss.detach()
+        self.aux_loss.add_(share * scored.aux_loss.detach())
         return terms, coef * share * scored.aux_loss
 
     def _token_logps(
@@ -313,6 +410,11 @@ class _StepAttempt:
         if known:
             assert len(known) == len(self.groups), "known for all groups or for none"
             return to_device(torch.from_numpy(np.stack(known)), self.device)
+        logps = ranks.summed(ranks.agreed(self._computed_ref_logps))
+        return logps.view(-1, 2)
+
+    def _computed_ref_logps(self) -> Tensor:
+        """(2 B,) float64 under the reference of this rank's completions; 0 for the others."""
         reference = self.update.reference
         logps = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.device)
         with (
@@ -326,4 +428,4 @@ class _StepAttempt:
                 scored = packed_logprobs(reference.model, batch.micro_batch)
                 token_logps = self._token_logps(scored, batch.micro_batch, batch.indices)
                 logps[batch.indices] = weighted_logps(token_logps, self.options)
-        return logps.view(-1, 2)
+        return logps

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from fastdpo.evaluation.evaluate_pairs import generate_completions
-from fastdpo.system import files
+from fastdpo.system import files, ranks
 from fastdpo.system.console import print_line
 from fastdpo.trainer.callbacks import drop_later_lines, output_path
 
@@ -83,7 +83,7 @@ class CompletionLog(TrainerCallback):
     ) -> None:
         """Let a reference write that the first update would change; drop what is done again."""
         path = output_path(args, COMPLETIONS_FILE)
-        drop_later_lines(path, state.global_step)
+        ranks.first_does(lambda: drop_later_lines(path, state.global_step))
         self._references, self._evaluated = [], []
         if self._frozen:
             return
@@ -144,6 +144,8 @@ class CompletionLog(TrainerCallback):
             {"step": step, "prompt": str(decode(prompt)), "reference": written, "policy": policy}
             for prompt, written, policy in zip(self._prompts(), references, policies, strict=True)
         ]
+        if not ranks.is_first():
+            return lines
         try:
             files.append_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:  # a run is worth more than its completions

@@ -46,8 +46,9 @@ def refused(told: str, value: Any) -> Row:
 
 _NO_LOGITS = "evaluation adds up log-probs and builds no logits"
 _MEMORY = "pairs lie in memory as token ids"
-_ONE = "there is one process"
-_ONE_GPU = "one GPU in one process"
+_SUMS = "the ranks sum up their gradients themselves"
+_FIRST = "the first rank alone prints and saves"
+_WHOLE = "every GPU holds the whole model"
 
 TABLE: dict[str, Row] = {
     # TRL's own
@@ -81,6 +82,11 @@ TABLE: dict[str, Row] = {
     "sync_ref_model": Row("same", "with adapters too", True),
     "ref_model_mixup_alpha": Row("same", "refused without sync_ref_model"),
     "ref_model_sync_steps": Row("same", "refused without sync_ref_model"),
+    "per_device_train_batch_size": Row(
+        "same", "times gradient_accumulation_steps: the pairs of an update of all GPUs together"
+    ),
+    "ddp_backend": Row("same", "nccl on GPUs, gloo on CPUs"),
+    "ddp_timeout": Row("same", "seconds to wait for a rank that does not answer"),
     "precompute_ref_log_probs": Row(
         "mapped", "what happens anyway: ref_cache stores and reuses them", True, {"ref_cache": None}
     ),
@@ -95,7 +101,6 @@ TABLE: dict[str, Row] = {
     **dict.fromkeys(
         (
             "output_dir",
-            "per_device_train_batch_size",
             "num_train_epochs",
             "max_steps",
             "lr_scheduler_type",
@@ -182,22 +187,20 @@ TABLE: dict[str, Row] = {
     "eval_use_gather_object": unused(_NO_LOGITS, True),
     "include_for_metrics": unused(_NO_LOGITS, ["loss"]),
     "batch_eval_metrics": unused(_NO_LOGITS, True),
-    "average_tokens_across_devices": unused(_ONE, False),
-    "ddp_find_unused_parameters": unused(_ONE, True),
-    "ddp_bucket_cap_mb": unused(_ONE, 25),
-    "ddp_broadcast_buffers": unused(_ONE, True),
-    "ddp_static_graph": unused(_ONE, True),
-    "ddp_timeout": unused(_ONE, 60),
-    "fsdp_config": unused(_ONE, UNSAID),
-    "local_rank": unused(_ONE, UNSAID),
-    "log_on_each_node": unused(_ONE, False),
-    "log_level_replica": unused(_ONE, "info"),
-    "save_on_each_node": unused(_ONE, True),
+    "average_tokens_across_devices": unused("a loss is always that of the whole update", False),
+    "ddp_find_unused_parameters": unused(_SUMS, True),
+    "ddp_bucket_cap_mb": unused(_SUMS, 25),
+    "ddp_broadcast_buffers": unused(_SUMS, True),
+    "ddp_static_graph": unused(_SUMS, True),
+    "fsdp_config": unused("--fsdp is not built", UNSAID),
+    "local_rank": unused("the launcher says it", UNSAID),
+    "log_on_each_node": unused(_FIRST, False),
+    "log_level_replica": unused(_FIRST, "info"),
+    "save_on_each_node": unused(_FIRST, True),
     "auto_find_batch_size": refused("the update would depend on the GPU", True),
-    "ddp_backend": refused(_ONE_GPU, "gloo"),
-    "deepspeed": refused(_ONE_GPU, {"zero_optimization": {}}),
-    "fsdp": refused(_ONE_GPU, "full_shard"),
-    "parallelism_config": refused(_ONE_GPU, {"tp_size": 2}),
+    "deepspeed": refused(_WHOLE, {"zero_optimization": {}}),
+    "fsdp": refused(_WHOLE, "full_shard"),
+    "parallelism_config": refused(_WHOLE, {"tp_size": 2}),
     "label_smoothing_factor": refused("which DPO does not have", 0.1),
     "torch_compile": refused("it compiles model.forward, which is never called", True),
     "torch_compile_backend": refused("it turns --torch_compile on", "inductor"),

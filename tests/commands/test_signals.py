@@ -42,6 +42,23 @@ def test_the_first_signal_waits_and_the_second_does_not(capfd):
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, capfd):
+    monkeypatch.setattr(signals.ranks, "count", lambda: 2)
+    monkeypatch.setattr(signals.ranks, "index", lambda: 0)
+    monkeypatch.setattr(signals.ranks, "highest", lambda number: max(number, signal.SIGTERM))
+    now = iter((100.0, 101.0, 120.0))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(now))
+    with signals.graceful_shutdown() as stop, stop.interruptible():
+        send(signal.SIGINT, times=2)  # the terminal's, and the launcher's
+        assert (stop.signals, stop.signal) == (1, None)
+        assert signals.hurries()
+        with pytest.raises(SystemExit, match="143"):
+            signals.meet()  # where the ranks agree; one of them has had another signal
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
 def test_what_is_worth_nothing_stops_at_the_first_signal():
     for number, (kind, _) in SIGNALS.items():
         with signals.graceful_shutdown() as stop:

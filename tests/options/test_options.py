@@ -426,9 +426,18 @@ def test_config_refuses_by_name(config, options):
         config(**options)
 
 
-def test_config_refuses_a_distributed_launch(config, monkeypatch):
+def test_config_refuses_processes_without_a_group(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one GPU"):
+    # LOCAL_RANK, which the launchers set, is missing: on a GPU accelerate would train alone.
+    monkeypatch.setattr("fastdpo.config.TrainingArguments.__post_init__", lambda self: None)
+    with pytest.raises(ValueError, match=r"one of 2 \(WORLD_SIZE\).* torchrun"):
+        config(bf16=False)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_config_refuses_what_would_shard_the_model(config, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match="every GPU holds the whole model"):
         config()
 
 

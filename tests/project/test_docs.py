@@ -3,6 +3,7 @@
 A block's info string says what happens to it:
     bash, python       run in turn, in a folder with my-model, pairs.jsonl and held_out.jsonl
     bash no-run        parsed only; its first line is `# needs ` and one of `NEEDS`
+    bash ranks         parsed here, and run by as many processes in tests/trainer/test_ranks.py
     yaml               an options file: one update is trained with it
     json               a row of data, given to the reader
     text output        what the block before it printed, to the letter
@@ -45,9 +46,10 @@ from tests.taught_llama import taught_llama
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 NEEDS = (
-    "a model of the hub", "a GPU", "a network", "an installation of llama.cpp",
+    "a model of the hub", "a GPU", "several GPUs", "a network", "an installation of llama.cpp",
     "an installation of Ollama", "an installation of vLLM",
 )  # fmt: skip
+LAUNCHERS = ("torchrun", "accelerate")
 ACTIONS = ("make_trainer", "run", "demonstrate")
 """What a command calls once its options are parsed."""
 
@@ -89,6 +91,8 @@ def run_command(line):
 def parse_command(line):
     """The options of a command exist and fit together; nothing is loaded."""
     words = shlex.split(line)
+    if words[0] in LAUNCHERS:
+        words = ["python", *words[words.index("-m") :]]
     if words[:2] != ["python", "-m"] or not words[2].startswith("fastdpo."):
         return
     module = importlib.import_module(words[2])
@@ -153,6 +157,10 @@ def outputs_of(page):
                 said.write(as_read(json.loads(block.text)))
             elif block.info == "text real":
                 continue
+            elif block.info == "bash ranks":
+                for line in lines_of(block.text):
+                    assert shlex.split(line)[0] in LAUNCHERS, line
+                    parse_command(line)
             elif block.info == "bash no-run":
                 needs = block.text.splitlines()[0].removeprefix("# needs ")
                 assert needs in NEEDS, f"say in the first line what it needs: {block.text}"
@@ -256,7 +264,8 @@ def known_options():
         for entry in fields(kind)
         for alias in entry.metadata.get("aliases", ())
     }
-    return names | aliases | {"config", "help", "help_all", "version", "quick"}
+    launchers = {"nproc_per_node", "num_processes", "multi_gpu"}
+    return names | aliases | launchers | {"config", "help", "help_all", "version", "quick"}
 
 
 def test_every_page_is_in_the_table_of_pages():

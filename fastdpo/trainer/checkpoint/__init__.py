@@ -22,7 +22,7 @@ from fastdpo.trainer.checkpoint.preflight import (
     require_room,
     require_unused,
 )
-from fastdpo.trainer.checkpoint.same_run import require_same_run
+from fastdpo.trainer.checkpoint.same_run import require_same_on_ranks, require_same_run
 from fastdpo.trainer.checkpoint.training_state import (
     load_extra_state,
     load_optimizer,
@@ -46,6 +46,7 @@ __all__ = [
     "claimed",
     "remove_stale_tmp",
     "require_same_run",
+    "require_same_on_ranks",
     "require_room",
     "require_unused",
     "require_savable",

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from fastdpo.system import ranks
 from fastdpo.trainer.checkpoint.errors import CheckpointError
 
 
@@ -47,6 +48,32 @@ def require_same_run(
             f"all the same, pass --allow_config_change {' '.join(refused)}."
         )
     return list(lines.values())
+
+
+def require_same_on_ranks(current: Mapping[str, Any]) -> None:
+    """Refuse ranks that would each train something else.
+
+    Args:
+        current: the settings of this rank's run, nested to any depth.
+
+    Raises:
+        ValueError: lists what is not the first rank's.
+    """
+    if ranks.count() == 1:
+        return
+    first, *others = ranks.gathered([current])
+    lines = [
+        f"{name}: rank {rank} has {_shown(theirs)}, rank 0 {_shown(ours)}"
+        for rank, other in enumerate(others, 1)
+        for name, ours, theirs in _differences(first, other)
+    ]
+    if lines:
+        raise ValueError(
+            "the processes of this run do not train the same:\n  "
+            + "\n  ".join(lines)
+            + "\nGive every process the whole data set, the same model and the same options; the "
+            "pairs of an update are dealt out to them later."
+        )
 
 
 def _covers(allowed: str, name: str) -> bool:
