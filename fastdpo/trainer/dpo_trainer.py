@@ -51,9 +51,11 @@ from fastdpo.trainer.metrics import TrainingMetrics, UpdateResult, num_input_tok
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
 from fastdpo.trainer.nonfinite import nonfinite_reason, require_finite_step, require_gradient
 from fastdpo.trainer.optimizers import (
+    OPTIMIZER_OPTIONS,
     check_evaluates,
     check_own_optimizer,
     follows_metric,
+    plain,
     refuse_optimizer,
     show_averaged_weights,
     show_training_weights,
@@ -520,6 +522,7 @@ class DPOTrainer(ResumableTrainer):
             "sampling": self.sets.sampling,
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
+            "optimizer": {name: plain(getattr(args, name)) for name in OPTIMIZER_OPTIONS},
             "reference": self.reference.reference.description,
         }
 

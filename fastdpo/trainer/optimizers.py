@@ -1,10 +1,14 @@
 """Optimizers as the trainer sees them: which cannot work here, and those with averaged weights."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
@@ -12,6 +16,48 @@ from fastdpo.config import DPOConfig
 
 WITHIN_BACKWARD = ("lomo", "adalomo", "layerwise")
 """How the names end of those that update weights inside the backward of every micro-batch."""
+
+
+OPTIMIZER_OPTIONS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+"""Options of the optimizer and its schedule that a resumed run shares, or says it changes."""
+
+GROUP_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
+"""Names under which options stand in an optimizer's groups; some optimizers keep state there too."""
+
+
+def plain(value: Any) -> Any:
+    """An option's value as JSON has it: of an enumeration its value."""
+    return value.value if isinstance(value, Enum) else value
+
+
+@contextmanager
+def following_options(optimizer: Optimizer, scheduler: Any) -> Iterator[None]:
+    """Let this run's options hold after the state of a checkpoint was loaded in the context.
+
+    They are those of the checkpoint, unless a change was allowed; and the schedule may have another
+    length now, of which the learning rate in the checkpoint knows nothing. Only for schedules of
+    transformers: others keep the rate and more in the optimizer.
+    """
+    present = [{k: g[k] for k in GROUP_OPTIONS if k in g} for g in optimizer.param_groups]
+    yield
+    if not isinstance(scheduler, LambdaLR) or any("initial_lr" not in each for each in present):
+        return
+    for group, options in zip(optimizer.param_groups, present, strict=True):
+        group.update(options)
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def refuse_optimizer(optimizer: Optimizer | OptimizerNames | str | None) -> None:

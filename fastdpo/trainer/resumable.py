@@ -36,7 +36,7 @@ from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
 from fastdpo.system import files, ranks, results, signals
 from fastdpo.trainer import checkpoint as checkpoints
 from fastdpo.trainer.nonfinite import require_finite_step, require_finite_weights
-from fastdpo.trainer.optimizers import show_averaged_weights
+from fastdpo.trainer.optimizers import following_options, show_averaged_weights
 
 logger = logging.getLogger(__name__)
 
@@ -413,9 +413,10 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             assert self.optimizer is not None, "training is about to begin"
             assert self.lr_scheduler is not None, "training is about to begin"
-            checkpoints.load_optimizer(
-                Path(checkpoint), self.optimizer, self.lr_scheduler, self.policy
-            )
+            with following_options(self.optimizer, self.lr_scheduler):
+                checkpoints.load_optimizer(
+                    Path(checkpoint), self.optimizer, self.lr_scheduler, self.policy
+                )
             checkpoints.load_extra_state(Path(checkpoint), self.extra_state())
 
     def _save_scaler(self, output_dir: str) -> None:

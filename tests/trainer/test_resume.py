@@ -102,6 +102,50 @@ def test_resumed_at_every_boundary(run, whole, tmp_path, cut):
     assert rest == order[cut:]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "there"),
+    [
+        ("learning_rate", 4e-3, "0.01"),
+        ("weight_decay", 0.1, "0.0"),
+        ("lr_scheduler_type", "constant", "'cosine'"),
+        ("warmup_steps", 4, "2"),
+    ],
+)
+def test_a_changed_option_of_the_optimizer_is_refused_or_holds(
+    run, whole, tmp_path, name, value, there
+):
+    whole_dir, all_losses, _ = whole
+    cut = str(whole_dir / "checkpoint-6")
+    said = rf"optimizer\.{name}: the checkpoint has {there}, this run {value!r}"
+    with pytest.raises(CheckpointError, match=said):
+        run(tmp_path / "out", cut, **{name: value})
+    allowed = [f"optimizer.{name}"]
+    trainer, _ = run(tmp_path / "out", cut, allow_config_change=allowed, **{name: value})
+    rates, before = (
+        [line["learning_rate"] for line in log] for log in (losses(trainer), all_losses)
+    )
+    if name == "learning_rate":
+        assert rates[6:] == pytest.approx([0.4 * rate for rate in before[6:]])
+    elif name == "weight_decay":
+        assert rates == before
+        assert {g["weight_decay"] for g in trainer.optimizer.param_groups} >= {0.1}
+    elif name == "lr_scheduler_type":
+        assert rates[6:] == [0.01] * 6
+    else:
+        assert rates[6:] != before[6:]
+
+
+def test_more_updates_go_on_with_the_rate_of_the_longer_schedule(run, tmp_path):
+    """The first of them had the rate with which the shorter run ended: none."""
+    run(tmp_path / "out", max_steps=4, save_steps=4, lr_scheduler_type="linear", warmup_steps=0)
+    trainer, _ = run(
+        tmp_path / "out", True, max_steps=8, save_steps=8, lr_scheduler_type="linear",
+        warmup_steps=0,
+    )  # fmt: skip
+    rates = [line["learning_rate"] for line in losses(trainer)]
+    assert rates[4:] == pytest.approx([0.01 * (8 - done) / 8 for done in (4, 5, 6, 7)])
+
+
 def test_interrupted_thrice_and_moved_between(run, whole, tmp_path):
     """Within an epoch, at its end, and again; what is there by then lies elsewhere."""
     place = tmp_path / "0"
