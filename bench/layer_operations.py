@@ -137,10 +137,12 @@ def _pretended(noting: _Noting) -> Iterator[None]:
             mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
             mock.patch.object(JITFunction, "run", launched),
             *(
-                mock.patch.object(
-                    sys.modules[f"fastdpo_kernels.{name}"], "dense_weight", dequantized
+                mock.patch.object(sys.modules[f"fastdpo_kernels.{module}"], name, dequantized)
+                for module, name in (
+                    ("lora_linear", "dense_weight"),  # gated_lora_linear calls this one too
+                    ("lora_linear", "kept_dense_weight"),
+                    ("lora_linears", "kept_dense_weight"),
                 )
-                for name in ("lora_linear", "lora_linears")  # gated_lora_linear calls the first
             ),
         ):
             stack.enter_context(patch)

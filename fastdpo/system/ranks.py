@@ -5,8 +5,8 @@ torch.distributed. What communicates here is called by every rank at the same po
 a single process each function returns what it was given, and torch.distributed is never touched.
 """
 
+import copy
 import os
-import pickle
 import re
 import signal
 import sys
@@ -179,7 +179,7 @@ def after_first(work: Callable[[], T]) -> T:
 
 def _sendable(error: BaseException) -> BaseException:
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # made again from its arguments, as another process would
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -32,7 +32,7 @@ OPTIMIZER_OPTIONS = (
 """Options of the optimizer and its schedule that a resumed run shares, or says it changes."""
 
 GROUP_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
-"""Names under which options stand in an optimizer's groups; some optimizers keep state there too."""
+"""Names of options in an optimizer's groups, where some optimizers keep state of theirs too."""
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from fastdpo.batching import PairGroups, group_tokens
 from fastdpo.data import Pair, PairDataset
@@ -388,14 +389,14 @@ def test_files_that_change_while_they_are_loaded_are_not_noted(tmp_path, monkeyp
     folder, cache = tmp_path / "model", tmp_path / HASH_CACHE_FILE
     base().save_pretrained(folder)
 
-    real = loading.AutoModelForCausalLM.from_pretrained
+    real = transformers.AutoModelForCausalLM.from_pretrained
 
     def from_pretrained(*args, **options):
         model = real(*args, **options)
         (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
         return model
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model = loading.load_model(str(folder), dtype=torch.float32)
     reference_identity(model, torch.float32, cache)
     assert not cache.exists()

@@ -50,7 +50,10 @@ def training_log(trainer):
 
 
 def without_time(log):
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in log]
+    """The log without what each process has its own of."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/"))} for line in log
+    ]
 
 
 class SeenPairs(TrainerCallback):

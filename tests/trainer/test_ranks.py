@@ -40,7 +40,7 @@ GRADIENT, WEIGHTS = 1e-6, 1e-4
 
 TIMED = {
     "perf/pairs_per_second", "perf/tokens_per_second", "train_runtime", "train_samples_per_second",
-    "train_steps_per_second",
+    "train_steps_per_second", "memory/peak_gib",
 }  # fmt: skip
 
 PAGE = Path(__file__).parents[2] / "docs" / "several-gpus.md"
