@@ -13,8 +13,9 @@ from fastdpo.planner.architecture import (
 from fastdpo.planner.from_model import pinnable_host_bytes, plan_for_run, training_of
 from fastdpo.planner.gpus import GPUSpec, current_gpu, gpu_spec
 from fastdpo.planner.plan import Plan, compare
-from fastdpo.planner.search import Workload, longest_pair, make_plan
+from fastdpo.planner.search import longest_pair, make_plan
 from fastdpo.planner.terms import Training
+from fastdpo.planner.workload import Workload
 
 __all__ = [
     "Architecture",

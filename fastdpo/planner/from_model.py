@@ -13,8 +13,9 @@ from fastdpo.modeling.head import unwrap_model
 from fastdpo.planner.architecture import adapted_modules, architecture_of, is_of_adapter
 from fastdpo.planner.gpus import GPUSpec, current_gpu
 from fastdpo.planner.plan import Plan
-from fastdpo.planner.search import Workload, make_plan
+from fastdpo.planner.search import make_plan
 from fastdpo.planner.terms import GIB, Training
+from fastdpo.planner.workload import Workload
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig

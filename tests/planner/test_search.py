@@ -23,7 +23,8 @@ from fastdpo.planner import (
     training_of,
 )
 from fastdpo.planner.gpus import KNOWN, SIZES_GIB
-from fastdpo.planner.search import MemoryLayout, MemoryStrategy, allocatable_bytes
+from fastdpo.planner.memory_layout import MemoryLayout, MemoryStrategy
+from fastdpo.planner.search import allocatable_bytes
 from fastdpo.planner.speed import LAUNCH_SECONDS, LAYER_LAUNCHES
 from fastdpo.planner.terms import GIB
 from tests.planner.test_terms import SIZES, groups

@@ -34,8 +34,8 @@ from fastdpo.planner import (
 )
 from fastdpo.planner.activations import MicroBatchShape, layer_bytes
 from fastdpo.planner.architecture import architecture_of_config
+from fastdpo.planner.memory_layout import MemoryLayout, MemoryStrategy
 from fastdpo.planner.plan import pinned_bytes
-from fastdpo.planner.search import MemoryLayout, MemoryStrategy
 from fastdpo.planner.terms import GIB, nf4_bytes, optimizer_bytes
 from tests.project.test_bench import InProcessTurns
 
