@@ -21,6 +21,10 @@ ScoredMasks = tuple[np.ndarray | None, np.ndarray | None]
 """Which tokens of chosen and rejected are scored, (C,) and (R,) bool; None: every one."""
 
 
+QUIET_LOSS = 0.01
+"""Share of the rows that may be dropped or cut without a warning."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Pair:
     """One prompt with its two completions, as token ids.
@@ -125,6 +129,13 @@ class PreparationReport:
         entry.count += 1
         if len(entry.locations) < _LOCATIONS_KEPT:
             entry.locations.append(where)
+
+    @property
+    def loses_much(self) -> bool:
+        """True where more than `QUIET_LOSS` of the rows were dropped or cut."""
+        cut = self.truncated_prompts + self.truncated_completions
+        lost = sum(entry.count for entry in self.dropped.values()) + cut
+        return lost > QUIET_LOSS * self.rows_read
 
     def describe(self) -> str:
         """The report as a few plain lines for the screen."""

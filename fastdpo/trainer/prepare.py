@@ -286,7 +286,8 @@ def tokenize_dataset(
             vocabulary_size=vocabulary_size,
             progress=not args.disable_tqdm,
         )
-        logger.info("%s", dataset.report.describe())
+        level = logging.WARNING if dataset.report.loses_much else logging.INFO
+        logger.log(level, "%s", dataset.report.describe())
     return PairGroups(dataset)
 
 

@@ -457,3 +457,15 @@ def test_a_resumed_run_is_laid_out_as_the_one_before(train_with, tmp_path):
     assert [line["num_tokens"] for line in training_log(resumed)] == [
         line["num_tokens"] for line in training_log(first)
     ]
+
+
+@pytest.mark.parametrize(("useless", "warned"), [(0, False), (1, False), (2, True)])
+def test_rows_that_are_lost_are_a_warning_from_one_percent_on(tmp_path, caplog, useless, warned):
+    """From Python nothing below a warning is seen, and rows were lost in silence."""
+    rows = preference_rows(150 - useless)
+    rows += [{"prompt": "Same", "chosen": " one", "rejected": " one"}] * useless
+    with caplog.at_level(logging.INFO, logger="fastdpo"):
+        tiny_trainer(copy.deepcopy(tiny_base()), tmp_path, rows=rows, ref_cache="off")
+    said = [r for r in caplog.records if "150 rows read" in r.getMessage()]
+    assert [record.levelno for record in said] == [logging.WARNING if warned else logging.INFO]
+    assert not useless or "identical" in said[0].getMessage()
