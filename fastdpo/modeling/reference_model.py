@@ -90,9 +90,9 @@ class ReferenceModel:
             trained = get_peft_model_state_dict(policy, adapter_name=active)
         with torch.no_grad():
             for name, tensor in self.tensors().items():
-                if tensor.is_floating_point():
+                if tensor.is_floating_point() and mixup_alpha < 1.0:
                     tensor.lerp_(trained[name].to(tensor.dtype), mixup_alpha)
-                else:  # which entries an adapter changes (SHiRA)
+                else:  # the first copy, onto any memory; which entries an adapter changes (SHiRA)
                     tensor.copy_(trained[name])
 
 

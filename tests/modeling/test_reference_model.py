@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo.modeling.reference_model import FROZEN_ADAPTER
@@ -72,6 +72,18 @@ def test_training_on_from_an_adapter_compares_with_a_frozen_copy(train_on, folde
             assert not parameter.requires_grad
     assert abs(logps(trainer.policy, trainer) - sft).max() > 0.1, "the policy has moved"
     assert trainer.policy.active_adapters == ["default"]
+
+
+def test_a_copy_does_not_depend_on_what_the_memory_held(train_on):
+    """A new adapter is left uninitialized, and x + 0 * NaN is not x."""
+    trainer = train_on("sft")
+    reference = trainer.reference.reference
+    for tensor in reference.tensors().values():
+        tensor.data.fill_(torch.nan)
+    reference.update_ema(trainer.policy, 1.0)
+    policy = get_peft_model_state_dict(trainer.policy, adapter_name="default")
+    for name, tensor in reference.tensors().items():
+        assert torch.equal(tensor, policy[name]), name
 
 
 def test_only_the_policys_adapter_is_saved(train_on, tmp_path, folders):
