@@ -115,8 +115,7 @@ FAMILIES = {
     **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), Family(state_layers="Mixer", **_MAMBA)),
     **dict.fromkeys(("bamba", "zamba2"), Family(state_layers="Mixer")),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), _DELTA),
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLVED),
-    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), Family(state_layers="DeltaAttention")),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _CONVOLVED),
     "granitemoehybrid": Family(state_layers="MambaLayer"),
     "cohere": Family(
         fused=FusedForms(
