@@ -133,7 +133,7 @@ def test_prefixes_and_suffixes_of_every_length(family):
 
 @pytest.mark.parametrize("family", FORKED)
 def test_rejected_never_changes_chosen(family):
-    """The derivative by its embeddings is 0; by bits two runs of these layers may differ."""
+    """The derivative by its embeddings is exactly 0."""
     model = forking_model(family)
     (micro_batch,) = pack_update([of_lengths(13, 11, 14)], 512)
     embedded = []
