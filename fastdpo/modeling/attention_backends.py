@@ -180,6 +180,23 @@ def select_backend(
     return Selected("sdpa", reason) if reason else Selected(requested, "requested")
 
 
+def why_not_kept(needs: AttentionNeeds, backend: str) -> str:
+    """Why a layer that keeps its attention runs it again all the same, or an empty string.
+
+    Args:
+        needs: of the layer.
+        backend: what attends, one of `BACKENDS`.
+    """
+    if needs.dropout:
+        return "attention dropout is on"
+    if BACKENDS[backend].returns_results:
+        return ""
+    if not BACKENDS[backend].takes_all:
+        return f"{backend} does not hand out what it returned"
+    features = {"scores are capped": needs.softcap, "attention has sinks": needs.sinks}
+    return next((f"{name} and no kernel does that" for name, on in features.items() if on), "")
+
+
 def _unsupported_reason(
     name: str,
     needs: AttentionNeeds,

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.batching import pack_update
 from fastdpo.modeling import activations
 from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, decoder_layers
 from fastdpo.modeling.adapters import add_adapter, lora_config
-from fastdpo.modeling.attention import packed_attention
+from fastdpo.modeling.attention import dispatch, packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.loading import load_model
@@ -27,11 +27,11 @@ from tests.modeling.test_packed_pairs import random_groups
 from tests.tiny_trainer import ROWS, TOKENIZER
 
 LAYERS = 3
-CONFIG = LlamaConfig(
-    vocab_size=131, hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    attention_dropout=0.1,
-)  # fmt: skip
+CONFIG_SIZES = {
+    "vocab_size": 131, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+CONFIG = LlamaConfig(**CONFIG_SIZES, attention_dropout=0.1)
 GROUPS = random_groups(count=4)
 KEEP_ALL = ("keep",) * LAYERS
 
@@ -241,6 +241,19 @@ def test_a_layer_that_keeps_its_attention_does_not_run_it_again(tmp_path):
         with pytest.raises(RuntimeError, match="backward an extra time"):
             total.backward()
     assert_equal(gradients(model), wanted)
+
+
+def test_what_no_kernel_returns_is_run_again_and_said_once(caplog):
+    torch.manual_seed(0)
+    config = Gemma2Config(**CONFIG_SIZES, head_dim=16, attn_logit_softcapping=5.0, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    wanted = gradients(model)
+    dispatch._log_not_kept.cache_clear()
+    apply_activation_plan(model, ("keep_attention",) * LAYERS)
+    assert_equal(gradients(model), wanted)
+    said = [r.getMessage() for r in caplog.records if "attention is run again" in r.message]
+    assert len(said) == 1
+    assert "since scores are capped" in said[0]
 
 
 @pytest.mark.parametrize("kernels", ["eager", "fused"])

@@ -28,9 +28,10 @@ from fastdpo.modeling.attention import (
     sdpa,
     varlen,
 )
+from fastdpo.modeling.attention.kept import keep_attention
 from fastdpo.modeling.attention.sdpa import attend_segments
 from fastdpo.modeling.attention.segments import AttentionParams
-from fastdpo.modeling.attention_backends import AttentionNeeds, select_backend
+from fastdpo.modeling.attention_backends import AttentionNeeds, select_backend, why_not_kept
 from fastdpo.options.passes import ATTENTION_BACKENDS
 from tests.modeling.test_packed_pairs import FAMILIES, model_of, packed, random_groups
 
@@ -253,6 +254,98 @@ def test_grouped_heads_are_tried_wherever_the_first_call_comes_from(where, monke
     assert heads_seen[-1] == heads, "keys are handed over as they are, not repeated"
 
 
+RUNS = []
+
+
+@torch.library.custom_op("fastdpo_tests::varlen_attn", mutates_args=())
+def varlen_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_ends: list[int], key_ends: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An operator of the kind of torch's: the output (Tq, H, D) and the log-sum-exp (H, Tq)."""
+    RUNS.append(q.shape[0])
+    found = [
+        (scores.softmax(-1) @ v, scores.logsumexp(-1))
+        for q, k, v in sequences_of(q, k, v, query_ends, key_ends)
+        for scores in [scores_of(q, k)]
+    ]
+    outs, sums = zip(*found, strict=True)
+    return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(sums, dim=1)
+
+
+def sequences_of(q, k, v, query_ends, key_ends):
+    queries, keys = (torch.tensor(ends).diff().tolist() for ends in (query_ends, key_ends))
+    cut = zip((q, k, v), (queries, keys, keys), strict=True)
+    return zip(*(x.transpose(0, 1).split(sizes, dim=1) for x, sizes in cut), strict=True)
+
+
+def scores_of(q, k):
+    queries, keys = q.shape[1], k.shape[1]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+
+
+def save_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.ends = inputs[3:]
+
+
+def varlen_backward(ctx, gradient, _):
+    """As flash attention: the weights are those of the kept sums, the output gives their mean."""
+    *inputs, out, sums = ctx.saved_tensors
+    queries = ctx.ends[0]
+    found = []
+    for (q, k, v), (mean, slope, lse) in zip(
+        sequences_of(*inputs, *ctx.ends),
+        sequences_of(out, gradient, sums.mT[..., None], queries, queries),
+        strict=True,
+    ):
+        weights = (scores_of(q, k) - lse).exp()
+        slopes = weights * (slope @ v.mT - (slope * mean).sum(-1, keepdim=True))
+        slopes = slopes * q.shape[-1] ** -0.5
+        found.append((slopes @ k, slopes.mT @ q, weights.mT @ slope))
+    return *(torch.cat(x, dim=1).transpose(0, 1) for x in zip(*found, strict=True)), None, None
+
+
+varlen_op.register_autograd(varlen_backward, setup_context=save_for_backward)
+
+
+def varlen_2_11_as_operator(q, k, v, query_ends, key_ends, *_, scale=None, window_size=(-1, -1)):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return varlen_op(q, k, v, query_ends.tolist(), key_ends.tolist())[0]
+
+
+@pytest.mark.parametrize("tried_before", [False, True])
+def test_kept_results_of_the_kernel_are_those_of_the_layer(monkeypatch, tried_before):
+    """Up to torch 2.11 the first call tries grouped heads, which is no part of any layer."""
+    monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_2_11_as_operator)
+    varlen.torch_kernel.cache_clear()
+
+    def gradients(segments=ROWS["pairs"], **options):
+        leaves, layer = inputs_of(segments), PackedSegments(segments)
+
+        def attend(*tensors):
+            out = varlen.attend_torch(*tensors, layer, AttentionParams())
+            return out.square()
+
+        if not options:
+            out = attend(*leaves)
+        else:
+            out = checkpoint(attend, *leaves, use_reentrant=False, **options)
+        return torch.autograd.grad(out.sum(), leaves)
+
+    try:
+        if tried_before:
+            gradients()
+        RUNS.clear()
+        kept = gradients(context_fn=keep_attention)
+        tokens = sum(segment.tokens for segment in ROWS["pairs"])
+        assert RUNS.count(tokens) == 1
+        for found, wanted in zip(kept, gradients(), strict=True):
+            assert torch.equal(found, wanted)
+    finally:
+        varlen.torch_kernel.cache_clear()
+
+
 def test_the_installed_varlen_takes_what_it_is_given():
     names = inspect.signature(torch_varlen.varlen_attn).parameters
     assert {"scale", "window_size"} <= set(names)
@@ -342,6 +435,24 @@ def test_masks_and_layouts_are_made_once_a_micro_batch():
 
 
 NEEDS, HALF = AttentionNeeds(128, 128), torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("needs", "backend", "reason"),
+    [
+        ({}, "varlen", ""),
+        ({}, "sdpa", ""),
+        ({"softcap": True}, "flash_attention_2", ""),
+        ({"softcap": True}, "sdpa", "scores are capped"),
+        ({"sinks": True}, "sdpa", "attention has sinks"),
+        ({"dropout": True}, "sdpa", "attention dropout is on"),
+        ({"softcap": True}, "flex", "flex does not hand out"),
+    ],
+)
+def test_attention_that_no_layer_can_keep_is_known(needs, backend, reason):
+    found = why_not_kept(replace(NEEDS, **needs), backend)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
 
 
 @pytest.mark.parametrize(

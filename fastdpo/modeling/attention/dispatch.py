@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from fastdpo.modeling.attention.kept import attention_mode
+from fastdpo.modeling.attention.kept import keeps_attention
 from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 from fastdpo.modeling.attention_backends import (
     ATTENTIONS,
@@ -25,6 +25,7 @@ from fastdpo.modeling.attention_backends import (
     MODEL_ATTENTION,
     AttentionNeeds,
     select_backend,
+    why_not_kept,
 )
 from fastdpo.modeling.families import masked_window
 
@@ -94,12 +95,12 @@ def _attend_packed(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    backend, reason = select_backend(
-        _needs_of(query, value, packed, params), query.dtype, _capability(query), requested
-    )
+    needs = _needs_of(query, value, packed, params)
+    backend, reason = select_backend(needs, query.dtype, _capability(query), requested)
     _log_choice(backend, reason)
-    with attention_mode(dropout):
-        out = _kernel(backend)(query, key, value, packed, params)
+    if keeps_attention():
+        _log_not_kept(why_not_kept(needs, backend))
+    out = _kernel(backend)(query, key, value, packed, params)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -149,6 +150,17 @@ def _refuse_unknown(
 def _log_choice(backend: str, reason: str) -> None:
     """Log each choice once in a process."""
     logger.info("Attention over packed pairs: %s%s", backend, f" ({reason})" if reason else "")
+
+
+@cache
+def _log_not_kept(reason: str) -> None:
+    """Log once in a process why attention is run again in a layer that was to keep it."""
+    if reason:
+        logger.warning(
+            "keep_attention keeps less than planned: attention is run again for its backward, "
+            "since %s. Gradients are the same; --activations recompute does the same work.",
+            reason,
+        )
 
 
 for _requested, _name in ATTENTIONS.items():

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from fastdpo.batching import Segment
 from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
+from fastdpo.system.device import to_device
 
 BLOCK_TOKENS = 128
 MAX_KERNELS = 256
@@ -32,7 +33,7 @@ def allowed_by(segments: tuple[Segment, ...], window: int | None, device: torch.
     A query sees the keys of its prefix and of its own suffix that do not come after it.
     """
     group, suffix, position = (
-        torch.from_numpy(values).to(device, non_blocking=True) for values in _coordinates(segments)
+        to_device(torch.from_numpy(values), device) for values in _coordinates(segments)
     )
 
     def allowed(_batch: Any, _head: Any, query: Any, key: Any) -> Tensor:
@@ -114,8 +115,7 @@ def _ordered(seen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     indices = np.argsort(~seen, axis=1, kind="stable").astype(np.int32)
     counts = seen.sum(axis=1, dtype=np.int32)
     return tuple(  # pyrefly: ignore[bad-return]
-        torch.from_numpy(each)[None, None].to(device, non_blocking=True)
-        for each in (counts, indices)
+        to_device(torch.from_numpy(each)[None, None], device) for each in (counts, indices)
     )
 
 

@@ -26,10 +26,17 @@ def keep_attention() -> tuple[AbstractContextManager[None], AbstractContextManag
     return _AttendIn(leaving), _AttendIn(returning)
 
 
-def attention_mode(dropout: float) -> AbstractContextManager[Any]:
-    """The context in which an attention kernel is to be called.
+def keeps_attention() -> bool:
+    """Tell whether the layer that runs keeps its attention, in its first run or the second."""
+    return _mode.get() is not None
 
-    One with dropout is run again always, since the random numbers drawn after it depend on it.
+
+def attention_mode(dropout: float) -> AbstractContextManager[Any]:
+    """The context in which a backend is to call its kernel, entered once by a layer.
+
+    Nothing may be called in it that the recomputation does not call again, since what is kept is
+    found by its order. Attention with dropout is always run again: the random numbers drawn after
+    it depend on it.
     """
     mode = _mode.get()
     return nullcontext() if mode is None or dropout else mode

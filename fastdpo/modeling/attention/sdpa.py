@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from fastdpo.modeling.attention.kept import attention_mode
 from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
 
 
@@ -24,6 +25,13 @@ def attend_segments(
     Returns:
         (R, Hq, T, Dv); R is 1 unless the sequences are padded ones.
     """
+    with attention_mode(params.dropout):
+        return _attend_each(query, key, value, packed, params)
+
+
+def _attend_each(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, params: AttentionParams
+) -> Tensor:
     if not packed.segments:
         return _attend(query, key, value, packed, params)
     lengths = packed.split_tokens

@@ -35,7 +35,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastdpo.batching import Segment
+from fastdpo.modeling.attention.kept import attention_mode
 from fastdpo.modeling.attention.segments import AttentionParams, PackedSegments
+from fastdpo.system.device import to_device
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "VarlenLayout", AttentionParams], Tensor]
 """From (Tq, Hq, D), (Tk, Hkv, D), (Tk, Hkv, D), the layout and the params to (Tq, Hq, D)."""
@@ -97,7 +99,7 @@ def layout_of(segments: tuple[Segment, ...], device: torch.device) -> VarlenLayo
     first_index[key_tokens[::-1]] = np.arange(placed)[::-1]
 
     def put(array: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(array).to(dtype).to(device, non_blocking=True)
+        return to_device(torch.from_numpy(array).to(dtype), device)
 
     def ends(lengths: list[int]) -> Tensor:
         return put(np.cumsum([0, *lengths]), torch.int32)
@@ -204,10 +206,11 @@ def torch_kernel(device: torch.device) -> Kernel:
                 options["enable_gqa"] = True
             elif not _takes_groups(device):
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(
-            q, k, v, layout.query_ends, layout.key_ends, layout.max_seqlen_q, layout.max_seqlen_k,
-            **options,
-        )  # fmt: skip
+        with attention_mode(params.dropout):
+            return varlen_attn(
+                q, k, v, layout.query_ends, layout.key_ends,
+                layout.max_seqlen_q, layout.max_seqlen_k, **options,
+            )  # fmt: skip
 
     @cache
     def _takes_groups(device: torch.device) -> bool:
@@ -268,10 +271,11 @@ def package_kernel(name: str) -> Kernel:
             options["softcap"] = params.softcap
         if "deterministic" in known:
             options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        out = function(
-            q, k, v, cu_seqlens_q=layout.query_ends, cu_seqlens_k=layout.key_ends,
-            max_seqlen_q=layout.max_seqlen_q, max_seqlen_k=layout.max_seqlen_k, **options,
-        )  # fmt: skip
+        with attention_mode(params.dropout):
+            out = function(
+                q, k, v, cu_seqlens_q=layout.query_ends, cu_seqlens_k=layout.key_ends,
+                max_seqlen_q=layout.max_seqlen_q, max_seqlen_k=layout.max_seqlen_k, **options,
+            )  # fmt: skip
         return out[0] if isinstance(out, tuple) else out
 
     return call
