@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -451,8 +452,12 @@ class DPOTrainer(ResumableTrainer):
 
     def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
         """6 FLOPs per parameter and token, as transformers counts them: the prompt twice."""
-        parameters = unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
-        return 6 * num_input_tokens(inputs) * parameters
+        return 6 * num_input_tokens(inputs) * self._num_parameters
+
+    @cached_property
+    def _num_parameters(self) -> int:
+        """Entries of the policy's weights, embeddings left out: a walk over all modules."""
+        return unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
 
     def _track_num_input_tokens(self, inputs: list[PromptGroup]) -> None:
         if self.args.include_num_input_tokens_seen != "no":

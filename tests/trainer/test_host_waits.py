@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from fastdpo.trainer.dpo_trainer import METRIC_OUTPUTS
 from fastdpo.trainer.nonfinite import nonfinite_reason
@@ -57,6 +58,37 @@ def test_an_update_is_read_once_at_its_end(tmp_path, monkeypatch, outputs, kerne
     assert waits.seen == []
     trainer.record.flush()
     assert len(reads) == 2  # all metrics of a log line together
+
+
+def test_a_run_reads_once_an_update(tmp_path, monkeypatch):
+    """transformers' loop included: its clipping, its sums and its bookkeeping."""
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
+    trainer = tiny_trainer(copy.deepcopy(tiny_base()), tmp_path / "out", max_steps=4,
+                           logging_steps=4, max_grad_norm=1.0)  # fmt: skip
+    module = sys.modules["fastdpo_kernels.linear_logprobs"]
+    monkeypatch.setattr(module, "_validate_range", lambda *_: None)
+    reads, walks = [], []
+    tolist, counted = torch.Tensor.tolist, PreTrainedModel.num_parameters
+    monkeypatch.setattr(
+        torch.Tensor, "tolist", lambda t: reads.append(trainer.state.global_step) or tolist(t)
+    )
+    monkeypatch.setattr(
+        PreTrainedModel, "num_parameters", lambda *a, **k: walks.append(1) or counted(*a, **k)
+    )
+
+    class InUpdates(HostWaits):
+        def __torch_dispatch__(self, *args, **kwargs):
+            before = len(self.seen)
+            result = super().__torch_dispatch__(*args, **kwargs)
+            if not 1 <= trainer.state.global_step < 4:  # the first update, and the log line's
+                del self.seen[before:]
+            return result
+
+    with InUpdates() as waits:
+        trainer.train()
+    assert waits.seen == []
+    assert [reads.count(step) for step in (1, 2, 3)] == [1, 1, 1]
+    assert len(walks) == 1
 
 
 def test_the_count_sees_what_it_is_for():
