@@ -69,6 +69,22 @@ def test_values_and_gradients_against_fp64(dtype, rows, outs, ranks):
     assert {t.dtype for t in found[len(outs) + 1 :]} <= {adapter}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs_and_gradients(dtype):
+    modules = group(dtype, torch.float32, (9, 5), (4, 3))
+    x = normal(5, 7, 30, dtype=dtype)[..., 3:27:2].transpose(0, 1)
+    upstream = [normal(5, 7, 2 * out, dtype=dtype)[..., ::2].transpose(0, 1) for out in (9, 5)]
+
+    def run(x, upstream):
+        leaf = x.detach().requires_grad_()
+        outs = lora_linears(leaf, modules)
+        return [*outs, *torch.autograd.grad(outs, [leaf, *adapters_of(modules)], upstream)]
+
+    wanted = run(x.contiguous(), [t.contiguous() for t in upstream])
+    for got, want in zip(run(x, upstream), wanted, strict=True):
+        assert error(got, want) <= BOUNDS[dtype]
+
+
 def test_gradcheck():
     modules = group(torch.float64, torch.float64, (4, 3), (2, 2))
     x = normal(5, 12).requires_grad_()
