@@ -3,16 +3,13 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -24,21 +21,19 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput
 
-from fastdpo.batching import PairGroups, PromptGroup
+from fastdpo.batching import PairGroups
 from fastdpo.config import DPOConfig
-from fastdpo.losses import LossFunction, needs_reference
+from fastdpo.losses import LossFunction
 from fastdpo.modeling.head import get_lm_head, unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_tokenizer
-from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.moe import aux_loss_coef
 from fastdpo.modeling.packing import choose_packing
 from fastdpo.modeling.positions import warn_of_positions
 from fastdpo.modeling.trainable import check_trainable
 from fastdpo.options import LossOptions
-from fastdpo.planner import compare
 from fastdpo.ref_cache import describe_request
 from fastdpo.system import files, ranks
 from fastdpo.trainer.arguments import check_arguments, refuse_arguments
@@ -46,11 +41,9 @@ from fastdpo.trainer.callbacks import CurveNotes, MetricsFile
 from fastdpo.trainer.curves import CURVES_FILE, draw_curves
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
-from fastdpo.trainer.first_margin import check_first_margin, drops_out, is_exact
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
-from fastdpo.trainer.metrics import TrainingMetrics, UpdateResult, num_input_tokens
+from fastdpo.trainer.metrics import TrainingMetrics
 from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
-from fastdpo.trainer.nonfinite import nonfinite_reason, require_finite_step, require_gradient
 from fastdpo.trainer.optimizers import (
     OPTIMIZER_OPTIONS,
     check_evaluates,
@@ -59,7 +52,6 @@ from fastdpo.trainer.optimizers import (
     plain,
     refuse_optimizer,
     show_averaged_weights,
-    show_training_weights,
 )
 from fastdpo.trainer.overrides import refuse_overrides
 from fastdpo.trainer.prepare import (
@@ -71,14 +63,14 @@ from fastdpo.trainer.prepare import (
 )
 from fastdpo.trainer.progress import ProgressLines
 from fastdpo.trainer.requirements import require_all
-from fastdpo.trainer.resumable import ResumableTrainer
 from fastdpo.trainer.update import Update
+from fastdpo.trainer.update_trainer import UpdateTrainer
 from fastdpo.trainer.watching import watching_callbacks
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer(ResumableTrainer):
+class DPOTrainer(UpdateTrainer):
     """Align a causal LM with preference pairs by Direct Preference Optimization.
 
     The policy is the model with its adapter on, or the model all of whose weights are trained. The
@@ -251,23 +243,6 @@ class DPOTrainer(ResumableTrainer):
         """B, from the user's batch size and accumulation steps."""
         return self.sets.pairs_per_update
 
-    @property
-    def first_update_margin(self) -> float | None:
-        """Largest absolute margin of the first update, nats; None before it.
-
-        It is 0, or rounding, unless policy and reference differ from the start.
-        """
-        return self.record.first_update_margin
-
-    @property
-    def needs_reference(self) -> bool:
-        """True where the loss looks at reference log-probs."""
-        return needs_reference(self.user_args, self.loss_function)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A context of mixed precision for backbone and head; accelerate wraps model.forward."""
-        return self.accelerator.autocast()
-
     # The reference
 
     def compute_references(self) -> None:
@@ -314,97 +289,6 @@ class DPOTrainer(ResumableTrainer):
                 self._probe_memory(fullest)
         self.layout.agree()
 
-    def _probe_memory(self, groups: list[PromptGroup]) -> None:
-        """Run the update that takes the most memory, so that a lack of it shows at once."""
-        torch.cuda.reset_peak_memory_stats()
-        self.update.probe_memory(groups)
-        measured = torch.cuda.max_memory_allocated()
-        assert self.plan is not None, "only planned runs are probed"
-        logger.info("The fullest micro-batch fits. %s", compare(self.plan, measured))
-
-    def training_step(  # pyrefly: ignore[bad-override]
-        self, model: nn.Module, inputs: list[PromptGroup], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Add up the gradient of one update of B pairs, micro-batch by micro-batch.
-
-        Returns:
-            () float64: the mean loss of the pairs, detached.
-
-        Raises:
-            FloatingPointError: loss or gradient is not finite; the weights are as before, or made
-                it so since the update before.
-            ValueError: policy and reference differ where they are one, or the gradient of the first
-                update is 0 and nothing would ever be trained; the weights are as before.
-        """
-        self.record.start()
-        if self.first_update_margin is None:
-            self._require_same_update(inputs)
-        self._follow_policy()
-        if not model.training:  # of all modules since `on_before_train`, unless a callback did it
-            model.train()
-        show_training_weights(self.optimizer)
-        result = self.update.run(inputs, METRIC_OUTPUTS if self._logs_this_update() else ())
-        # In fp16 the scaler looks at the gradient, and skips by itself.
-        unscaled = self.accelerator.scaler is None
-        if wrong := nonfinite_reason(
-            self.update.parameters, result, inputs, check_gradient=unscaled
-        ):
-            require_finite_step(self.policy, self.state.global_step)
-            self._skip_update(f"update {self.state.global_step + 1}: the {wrong}")
-            return result.loss.new_zeros(())
-        self._check_first_margin(inputs, result)
-        if self.state.global_step == 0:
-            require_gradient(self.policy)
-        self.record.add(inputs, result, self.user_args.beta)
-        if self.state.global_step == 0 and self.needs_reference:
-            logger.info("Largest margin of the first update: %s nats", self.first_update_margin)
-        return result.loss
-
-    def _require_same_update(self, groups: list[PromptGroup]) -> None:
-        """Refuse a loader of the user's own that gives each rank other pairs."""
-        first, *others = ranks.gathered([[group.row for group in groups]])
-        for rank, rows in enumerate(others, 1):
-            if rows != first:
-                raise ValueError(
-                    f"rank {rank} was given other pairs for the first update than rank 0: every "
-                    "rank takes the whole update, and its pairs are dealt out here. A "
-                    "get_train_dataloader of your own must not split its batches over processes, "
-                    "as accelerator.prepare does."
-                )
-
-    def _check_first_margin(self, groups: list[PromptGroup], result: UpdateResult) -> None:
-        """Look at the first update of a run whose policy and reference are one at its start."""
-        reference = self.reference.reference
-        is_first = self.first_update_margin is None and self.resumed_from is None
-        if not (is_first and self.needs_reference and reference.is_start):
-            return
-        if drops_out(self.policy, adapter_is_zero=reference.adapter is None):
-            return
-        exact = is_exact(self.reference.compute_dtype, unwrap_model(self.policy).device)
-        check_first_margin(groups, result, exact=exact, action=self.user_args.first_margin)
-
-    def _follow_policy(self) -> None:
-        """Move the reference of TR-DPO a step towards the policy, if its turn has come."""
-        args, done = self.user_args, self.state.global_step
-        if args.sync_ref_model and done and done % args.ref_model_sync_steps == 0:
-            show_averaged_weights(self.optimizer)
-            self.reference.reference.update_ema(self.policy, args.ref_model_mixup_alpha)
-
-    def _skip_update(self, wrong: str) -> None:
-        """Leave the weights as they are in an update with a non-finite loss or gradient."""
-        for parameter in self.update.parameters:
-            parameter.grad = None
-        if self.user_args.nonfinite == "stop":
-            raise FloatingPointError(
-                f"{wrong}; no weight has changed in this update. Lower the learning rate, train in "
-                "bfloat16 or float32, or pass --nonfinite skip to go on without such updates."
-            )
-        if self.accelerator.scaler is not None:  # which skips what it finds, and must find some
-            first = next(p for p in self.update.parameters if p.requires_grad)
-            first.grad = torch.full_like(first, torch.inf)
-        self.record.skipped_updates += 1
-        logger.warning("Skipped: %s; no weight has changed.", wrong)
-
     # Evaluation
 
     def evaluation_loop(
@@ -433,35 +317,6 @@ class DPOTrainer(ResumableTrainer):
             )
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in metrics.items()}
         return EvalLoopOutput(np.empty(0), None, metrics, num_samples=len(groups))
-
-    # Metrics
-
-    def _logs_this_update(self) -> bool:
-        """True before an update that a log line follows: costly metrics are computed then."""
-        if self.args.logging_strategy != IntervalStrategy.STEPS:
-            return self.args.logging_strategy == IntervalStrategy.EPOCH
-        step = self.state.global_step + 1
-        first = step == 1 and self.args.logging_first_step
-        return first or step % max(1, int(self.state.logging_steps)) == 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; a training log gets the metrics of the updates since the last one."""
-        if "loss" in logs:
-            logs |= self.record.flush()
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
-        """6 FLOPs per parameter and token, as transformers counts them: the prompt twice."""
-        return 6 * num_input_tokens(inputs) * self._num_parameters
-
-    @cached_property
-    def _num_parameters(self) -> int:
-        """Entries of the policy's weights, embeddings left out: a walk over all modules."""
-        return unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
-
-    def _track_num_input_tokens(self, inputs: list[PromptGroup]) -> None:
-        if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += num_input_tokens(inputs)
 
     # The model card
 

@@ -5,8 +5,6 @@ random numbers of an update depend on the seed and the update's number alone, so
 happens between two updates can change the second.
 """
 
-import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -21,9 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -35,7 +30,8 @@ from fastdpo.options import reference_folder
 from fastdpo.ref_cache import HASH_CACHE_FILE, reference_identity
 from fastdpo.system import files, ranks, results, signals
 from fastdpo.trainer import checkpoint as checkpoints
-from fastdpo.trainer.nonfinite import require_finite_step, require_finite_weights
+from fastdpo.trainer.boundary import UpdateBoundary
+from fastdpo.trainer.nonfinite import require_finite_weights
 from fastdpo.trainer.optimizers import following_options, show_averaged_weights
 
 logger = logging.getLogger(__name__)
@@ -142,7 +138,7 @@ class ResumableTrainer(Trainer):
             self._stop.agree()
             self._stop.raise_if_requested()
             self._saved_update = None
-            boundary = _StepCallback(self, folder)
+            boundary = UpdateBoundary(self, folder)
             self.add_callback(boundary)
             try:
                 resume = None if folder is None else str(folder)
@@ -434,62 +430,3 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.load_rng_state(Path(checkpoint))
-
-
-def update_seed(seed: int, update: int, rank: int = 0) -> int:
-    """The seed of torch's generators in one update on one rank; all are counted from 0."""
-    name = f"update {update} of {seed}" + (f" on rank {rank}" if rank else "")
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-@dataclasses.dataclass(eq=False)
-class _StepCallback(TrainerCallback):
-    """Seeds the generators before each update, checks the first, stops the run after a signal."""
-
-    trainer: ResumableTrainer
-    resumed_from: Path | None
-    is_first: bool = True
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look for the best checkpoint beside this one; train nothing after the last update."""
-        if self.resumed_from is not None and state.best_global_step:
-            best = self.resumed_from.with_name(f"checkpoint-{state.best_global_step}")
-            if best.is_dir():
-                state.best_model_checkpoint = str(best)
-        if state.global_step >= state.max_steps:
-            logger.info(
-                "All %s updates were done before: nothing is left to train", state.max_steps
-            )
-            control.should_training_stop = True
-
-    def on_step_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        torch.manual_seed(update_seed(args.seed, state.global_step, ranks.index()))
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.is_first:
-            self.trainer.require_savable()
-            self.is_first = False
-        self._stop_if_requested(control)
-
-    def on_train_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        require_finite_step(self.trainer.policy, state.global_step)
-
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stop_if_requested(control)
-
-    def _stop_if_requested(self, control: TrainerControl) -> None:
-        """After a signal, have `_maybe_log_save_evaluate`, which comes next, save only."""
-        assert self.trainer._stop is not None, "inside train()"
-        if self.trainer._stop.agree() is not None:
-            control.should_evaluate, control.should_save = False, True

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from fastdpo.trainer.dpo_trainer import METRIC_OUTPUTS
+from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.trainer.nonfinite import nonfinite_reason
 from tests.tiny_trainer import tiny_base, tiny_trainer
 

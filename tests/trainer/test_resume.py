@@ -12,8 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 from fastdpo.trainer import checkpoint
+from fastdpo.trainer.boundary import update_seed
 from fastdpo.trainer.checkpoint import CheckpointError
-from fastdpo.trainer.resumable import update_seed
 from tests.tiny_trainer import preference_rows
 from tests.trainer.small_runs import ADAPTER, adapter_of, build, checkpoint_names
 
