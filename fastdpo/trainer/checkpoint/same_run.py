@@ -18,8 +18,8 @@ def require_same_run(
     Args:
         saved: the settings in the checkpoint, nested to any depth.
         current: the settings of this run.
-        allowed: names that may differ, as the refusal spells them, or all that begin with one
-            ("model" allows "model.dtype").
+        allowed: names that may differ, as the refusal spells them ("loss.beta"), by their last
+            part ("beta"), or all that begin with one ("loss").
 
     Returns:
         A line for each difference that was allowed.
@@ -77,7 +77,7 @@ def require_same_on_ranks(current: Mapping[str, Any]) -> None:
 
 
 def _covers(allowed: str, name: str) -> bool:
-    return name == allowed or name.startswith(f"{allowed}.")
+    return f".{name}".endswith(f".{allowed}") or name.startswith(f"{allowed}.")
 
 
 def _differences(
