@@ -67,8 +67,9 @@ def _draw_curves(trained: Path, options: EvaluationOptions) -> None:
     """Draw the curves of the run that wrote the model beside the metrics, if it left its log."""
     from fastdpo.trainer.curves import draw_curves, read_history
 
-    image = Path(options.output_file).with_suffix(".png")
-    if draw_curves(read_history(trained), image):
+    metrics = Path(options.output_file)
+    image = metrics.with_name(f"{metrics.stem}_curves.png")
+    if ranks.first_does(lambda: draw_curves(read_history(trained), image)):
         print_line(f"the run's curves: {image}")
 
 
