@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from bench.contest import Turns, contest
@@ -54,6 +55,7 @@ class Lesson(TrainerCallback):
 
     def held_out(self) -> dict[str, float]:
         """Metrics of the policy beside its reference on the held-out pairs."""
+        from fastdpo.losses import preference_accuracy
         from fastdpo.modeling.scoring import score_pairs
 
         scored = score_pairs(self.trainer.model, list(self.groups))
@@ -61,7 +63,7 @@ class Lesson(TrainerCallback):
         margins = ratios[:, 0] - ratios[:, 1]
         per_token = (ratios / scored.tokens).mean(axis=0)
         return {
-            "accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()),
+            "accuracy": preference_accuracy(torch.from_numpy(margins)),
             "logp_accuracy": float((scored.logps[:, 0] > scored.logps[:, 1]).mean()),
             "margin_nat": float(margins.mean()),
             "margin_standard_error_nat": float(margins.std(ddof=1) / np.sqrt(len(margins))),

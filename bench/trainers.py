@@ -141,9 +141,8 @@ def _trl(
     import trl
 
     model, tokenizer, rows = model_and_rows(case)
-    torch.manual_seed(
-        case.get("seed", SEED)
-    )  # TRL leaves the adapter's first weights to the caller
+    # TRL leaves the adapter's first weights to the caller.
+    torch.manual_seed(case.get("seed", SEED))
     return trl.DPOTrainer(
         model,
         args=trl.DPOConfig(

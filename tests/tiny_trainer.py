@@ -91,3 +91,13 @@ def tiny_trainer(
         peft_config=lora_config(4, 8, dropout, None) if tuning == "lora" else None,
         loss_function=loss_function,
     )
+
+
+def away_from_reference(trainer):
+    """The trainer, ready to train, its LoRA adapter moved so that policy and reference differ."""
+    drawn = torch.Generator().manual_seed(1)
+    for name, parameter in trainer.policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=drawn)
+    trainer.on_before_train()
+    return trainer

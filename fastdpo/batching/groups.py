@@ -117,19 +117,24 @@ def lists_of(groups: Sequence[PromptGroup]) -> np.ndarray:
     Returns:
         (n,) int64: the index of the first group of each one's list.
     """
+    return linked([group.digests() for group in groups])
+
+
+def linked(digests: Sequence[Sequence[bytes]]) -> np.ndarray:
+    """What `lists_of` returns, from the groups' `digests`."""
     holder: dict[bytes, int] = {}
-    parents = list(range(len(groups)))
+    parents = list(range(len(digests)))
 
     def root(index: int) -> int:
         while parents[index] != index:
             parents[index] = index = parents[parents[index]]
         return index
 
-    for index, group in enumerate(groups):
-        for digest in group.digests():
+    for index, its in enumerate(digests):
+        for digest in its:
             one, other = root(holder.setdefault(digest, index)), root(index)
             parents[max(one, other)] = min(one, other)
-    return np.array([root(index) for index in range(len(groups))], dtype=np.int64)
+    return np.array([root(index) for index in range(len(parents))], dtype=np.int64)
 
 
 def _with_length(ids: np.ndarray) -> bytes:

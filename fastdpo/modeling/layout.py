@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens, lists_of
+from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens, linked
 from fastdpo.modeling.activations import apply_activation_plan, supports_checkpointing
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.fused import use_kernels
@@ -60,9 +60,10 @@ def distinct_items(
     known: dict[bytes, int] = {}
     items: list[WorkItem] = []
     held: list[tuple[int, ...]] = []
-    for group, name in zip(groups, lists_of(groups).tolist(), strict=True):
+    digests = [group.digests() for group in groups]
+    for group, own, name in zip(groups, digests, linked(digests).tolist(), strict=True):
         before = len(known)
-        its = tuple(known.setdefault(digest, len(known)) for digest in group.digests())
+        its = tuple(known.setdefault(digest, len(known)) for digest in own)
         held.append(its)
         fresh = tuple(range(before, len(known)))
         if fresh == its:
@@ -84,11 +85,11 @@ class ExecutionLayout:
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole sequence.
         norm_tile_tokens: tokens of a tile of the norms; None runs them over the whole sequence.
         embeddings_on_host: whether the embeddings are looked up in host memory.
-        dequantize_once: whether a recomputed layer's 4-bit weights are dequantized once for its
-            recomputation and backward.
         most_group_tokens: longer groups run one completion at a time; None splits none.
         attention: kind of the attention computation, from `attention_kind`.
         kernels: fused or eager, from `choose_kernels`; empty leaves the layers as they are.
+        dequantize_once: whether a recomputed layer's 4-bit weights are dequantized once for its
+            recomputation and backward.
     """
 
     micro_batch_tokens: int

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastdpo.modeling.attention_backends import ATTENTIONS, MODEL_ATTENTION
 from fastdpo.modeling.families import attention_softcap, family_of, packing_obstacle
 from fastdpo.modeling.head import get_backbone, unwrap_model
-from fastdpo.modeling.state_forks import takes_states
+from fastdpo.modeling.state_forks import state_layers, takes_states
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def why_not_packable(causal_lm: PreTrainedModel) -> str:
     if obstacle := packing_obstacle(config):
         return obstacle
     forking = family_of(config).state_layers
-    if forking and not all(map(takes_states, _layers_with_state(causal_lm, forking))):
+    layers = state_layers(get_backbone(causal_lm))
+    if forking and not all(takes_states(type(layer)) for layer in layers):
         return (
             f"{config.model_type}'s layers with a state take one up from transformers' cache for "
             "single tokens alone in this release of transformers"
@@ -92,11 +93,6 @@ def why_not_packable(causal_lm: PreTrainedModel) -> str:
     if not causal_lm._supports_attention_backend and not forking:
         return f"{config.model_type} does not attend through transformers' attention interface"
     return ""
-
-
-def _layers_with_state(causal_lm: PreTrainedModel, suffix: str) -> set[type[nn.Module]]:
-    modules = get_backbone(causal_lm).modules()
-    return {type(module) for module in modules if type(module).__name__.endswith(suffix)}
 
 
 def _refuse_not_causal(causal_lm: PreTrainedModel) -> None:

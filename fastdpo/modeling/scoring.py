@@ -4,7 +4,6 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +61,8 @@ def score_pairs(
     layout: ExecutionLayout | None = None,
     *,
     outputs: tuple[str, ...] = (),
-    **options: Any,
+    mode: PackingMode | None = None,
+    description: str | None = None,
 ) -> ScoredPairs:
     """Score all groups, each with the same number of completions, and collect the log-probs.
 
@@ -72,11 +72,18 @@ def score_pairs(
         SystemExit, KeyboardInterrupt: after a signal to one of several ranks, if one may end this.
     """
     layout = ExecutionLayout.default(model) if layout is None else layout
-    mine = share_of(groups, options.get("mode") or choose_packing(model))
+    mode = choose_packing(model) if mode is None else mode
+    mine = share_of(groups, mode)
+    scoring = score_groups(
+        model,
+        [groups[i] for i in mine],
+        layout,
+        outputs=outputs,
+        mode=mode,
+        description=description,
+    )
     found = []
-    with closing(
-        score_groups(model, [groups[i] for i in mine], layout, outputs=outputs, **options)
-    ) as scores:
+    with closing(scoring) as scores:
         for each in scores:
             found.append(replace(each, index=mine[each.index]))
             if ranks.count() > 1 and signals.hurries():

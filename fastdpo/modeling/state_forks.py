@@ -95,7 +95,7 @@ class ForkingLayer:
         if packed is None or not packed.segments:
             return run(hidden_states, *arguments, **options)
         packed.layers_run += 1
-        name = _cache_argument(type(self).__mro__[2])
+        name = _cache_argument(type(self).__bases__[1])
         outputs: list[Tensor] = []
 
         def over(start: int, tokens: int, state: StateFork) -> int:
@@ -122,17 +122,17 @@ def fork_states(backbone: nn.Module) -> None:
     """Let the layers of a backbone that carry a state fork it; does nothing the second time."""
     if backbone in _forking:
         return
-    config: Any = backbone.config
-    for module in backbone.modules():
-        if not isinstance(module, ForkingLayer) and carries_state(module, config):
-            module.__class__ = _forking_class(type(module))
+    for layer in state_layers(backbone):
+        if not isinstance(layer, ForkingLayer):
+            layer.__class__ = _forking_class(type(layer))
     _forking.add(backbone)
 
 
-def carries_state(module: nn.Module, config: Any) -> bool:
-    """Tell whether a module is a layer whose state can be forked, by the table and its code."""
+def state_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The layers of a backbone that carry a state which can be forked, by the table of families."""
+    config: Any = backbone.config
     suffix = family_of(config.get_text_config()).state_layers
-    return bool(suffix) and type(module).__name__.endswith(suffix)
+    return [m for m in backbone.modules() if suffix and type(m).__name__.endswith(suffix)]
 
 
 def takes_states(layer: type[nn.Module]) -> bool:

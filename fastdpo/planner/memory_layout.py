@@ -35,10 +35,7 @@ from fastdpo.planner.activations import (
 )
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.plan import offloaded_bytes, pinned_bytes
-from fastdpo.planner.terms import (
-    Training,
-    resident_bytes,
-)
+from fastdpo.planner.terms import Training, resident_bytes
 
 MIN_SPEEDUP = 1.02
 """A strategy that saves more memory than is needed is taken for at least this much speed."""

@@ -106,15 +106,18 @@ def make_plan(
             if activation_plan is None:
                 continue
             per_token = seconds(activation_plan) / tokens
-            saves = best is not None and best[1].strategy != strategy
-            saves = saves and not strategy.dequantize_once
-            if best is None or per_token * (MIN_SPEEDUP if saves else 1.0) < best[0]:
+            if best is None or per_token * _least_gain(strategy, best[1].strategy) < best[0]:
                 best = (per_token, layout, activation_plan)
     if best is None:
         assert layout is not None, "there is a length and a strategy"
         *_, smallest = layout.activation_plans()
         return _finished(layout, smallest[-1], gpu, workload, host_bytes)
     return _finished(best[1], best[2], gpu, workload, host_bytes)
+
+
+def _least_gain(strategy: MemoryStrategy, taken: MemoryStrategy) -> float:
+    """How much faster a strategy must be than the one taken so far, which saves less memory."""
+    return 1.0 if strategy == taken or strategy.dequantize_once else MIN_SPEEDUP
 
 
 def _seconds(

@@ -14,7 +14,7 @@ LAYER_LAUNCHES = {"eager": 330, "fused": 189}
 Llama-3.1-8B with NF4 weights as `bench.layers` counts them."""
 
 LAUNCH_SECONDS = 5e-6
-"""Seconds that the host takes for a launch, assumed: PyTorch's usual 4 to 8 microseconds."""
+"""Seconds that the host takes for a launch: assumed, not measured."""
 
 NF4_BYTES_READ = 0.516
 """Bytes read for an entry of a 4-bit weight; its dense copy is written and read besides."""

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from fastdpo.planner.activations import (
-    MicroBatchShape,
-)
+from fastdpo.planner.activations import MicroBatchShape
 
 ROUNDING_TOKENS = 128
 """Micro-batch lengths are multiples of it."""
@@ -19,10 +17,10 @@ class Workload:
     Attributes:
         longest_group_tokens: tokens of the longest pair, its shared prefix counted once.
         update_tokens: tokens of an update; a micro-batch of more gains nothing.
-        mean_group_tokens: tokens of the pair that a token belongs to, on average over the tokens;
-            None: those of the longest.
         scored_share: scored tokens over all tokens.
         repeated_share: prefix tokens over all tokens, of groups with a second completion.
+        mean_group_tokens: tokens of the pair that a token belongs to, on average over the tokens;
+            None: those of the longest.
     """
 
     longest_group_tokens: int

@@ -232,7 +232,21 @@ def joined(tensor: "Tensor") -> "Tensor":
     """The (n, ...) tensors of all ranks, n differing, one after another on their device."""
     if count() == 1:
         return tensor
-    return _joined(tensor)
+    import torch
+
+    lengths = summed(
+        torch.tensor(
+            [len(tensor) if each == index() else 0 for each in range(count())], device=_device()
+        )
+    ).tolist()
+    longest = max(lengths)
+    padded = tensor.new_zeros((longest, *tensor.shape[1:]), device=_device())
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    with _collective(padded):
+        torch.distributed.all_gather(parts, padded)
+    pieces = [part[:length] for part, length in zip(parts, lengths, strict=True)]
+    return torch.cat(pieces).to(tensor.device)
 
 
 def agreed(work: Callable[[], T]) -> T:
@@ -326,24 +340,6 @@ def _buckets(tensors: Sequence["Tensor"]) -> list[list["Tensor"]]:
         buckets[-1].append(tensor)
         room -= tensor.nbytes
     return buckets
-
-
-def _joined(tensor: "Tensor") -> "Tensor":
-    import torch
-
-    lengths = summed(
-        torch.tensor(
-            [len(tensor) if each == index() else 0 for each in range(count())], device=_device()
-        )
-    ).tolist()
-    longest = max(lengths)
-    padded = tensor.new_zeros((longest, *tensor.shape[1:]), device=_device())
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in lengths]
-    with _collective(padded):
-        torch.distributed.all_gather(parts, padded)
-    pieces = [part[:length] for part, length in zip(parts, lengths, strict=True)]
-    return torch.cat(pieces).to(tensor.device)
 
 
 def _reduced(tensor: "Tensor", operation: Any) -> "Tensor":

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdpo.system import files
+from fastdpo.system import files, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Drop the lines after the checkpoint: the resumed run will write them again."""
-        if state.is_world_process_zero:
+        if ranks.is_first():
             drop_later_lines(output_path(args, METRICS_FILE), state.global_step)
 
     def on_log(
@@ -42,7 +42,7 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one line in one write, so that a killed run cuts at most the last line."""
-        if not state.is_world_process_zero:
+        if not ranks.is_first():
             return
         line = json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n"
         try:

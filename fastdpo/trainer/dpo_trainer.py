@@ -49,7 +49,6 @@ from fastdpo.trainer.optimizers import (
     check_evaluates,
     check_own_optimizer,
     follows_metric,
-    plain,
     refuse_optimizer,
     show_averaged_weights,
 )
@@ -373,6 +372,7 @@ class DPOTrainer(UpdateTrainer):
     def resume_signature(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one that was stopped."""
         args = self.user_args
+        values = args.to_dict()  # enumerations by their values
         return {
             "pairs_per_update": self.pairs_per_update,
             "seed": args.seed,
@@ -382,7 +382,7 @@ class DPOTrainer(UpdateTrainer):
             "sampling": self.sets.sampling,
             "trains_adapter": self.trains_adapter,
             "loss": {entry.name: getattr(args, entry.name) for entry in fields(LossOptions)},
-            "optimizer": {name: plain(getattr(args, name)) for name in OPTIMIZER_OPTIONS},
+            "optimizer": {name: values[name] for name in OPTIMIZER_OPTIONS},
             "reference": self.reference.reference.description,
         }
 

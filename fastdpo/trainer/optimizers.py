@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -33,11 +32,6 @@ OPTIMIZER_OPTIONS = (
 
 GROUP_OPTIONS = ("initial_lr", "weight_decay", "betas", "eps")
 """Names of options in an optimizer's groups, where some optimizers keep state of theirs too."""
-
-
-def plain(value: Any) -> Any:
-    """An option's value as JSON has it: of an enumeration its value."""
-    return value.value if isinstance(value, Enum) else value
 
 
 @contextmanager

@@ -253,11 +253,10 @@ class _StepAttempt:
 
     def _uncoupled(self) -> GradientSum:
         """Run each micro-batch once if it holds whole pairs, the others twice."""
-        cached = [batch for batch in self.batches if not batch.holds_whole_pairs]
         for batch in self.batches:
-            if batch not in cached:
+            if batch.holds_whole_pairs:
                 self._direct(batch)
-        if cached:
+        if cached := [batch for batch in self.batches if not batch.holds_whole_pairs]:
             state, aux_loss_before = RNGState.capture(), self.aux_loss.clone()
             everything = torch.cat([batch.indices for batch in cached]).sort().values
             derivatives = self._derivatives(self._terms(cached), everything)

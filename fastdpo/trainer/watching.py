@@ -29,7 +29,8 @@ MAX_NEW_TOKENS = 64
 class EarlyEnd(TrainerCallback):
     """Ends a run after so many evaluations in a row that improved nothing.
 
-    It counts in the log history, so that a resumed run counts on.
+    It counts in the log history, so that a resumed run counts on; transformers' own callback of
+    this purpose begins to count again.
 
     Args:
         patience: evaluations without improvement.
@@ -127,13 +128,13 @@ class CompletionLog(TrainerCallback):
     def _write(self, *, reference: bool) -> list[str]:
         """Let the policy or the reference complete each prompt."""
         trainer, source = self.trainer, self.trainer.reference.reference
+        model: Any = source.model if reference else trainer.policy
         active = source.active() if reference else nullcontext()
         with active, trainer.autocast():
-            return generate_completions(
-                source.model if reference else trainer.policy,  # pyrefly: ignore[bad-argument-type]
-                trainer.tokenizer,
-                self._prompts(),
-                max_new_tokens=MAX_NEW_TOKENS,
+            return ranks.first_does(
+                lambda: generate_completions(
+                    model, trainer.tokenizer, self._prompts(), max_new_tokens=MAX_NEW_TOKENS
+                )
             )
 
     def _keep(self, path: Path, step: int, policies: Sequence[str]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from fastdpo.modeling.logprobs import METRIC_OUTPUTS
 from fastdpo.modeling.scoring import score_pairs
 from fastdpo.ref_cache import compute
 from fastdpo.trainer import update as update_room
-from tests.tiny_trainer import preference_rows, tiny_base, tiny_trainer
+from tests.tiny_trainer import away_from_reference, preference_rows, tiny_base, tiny_trainer
 from tests.trainer.test_update import assert_close, fail_at, updated
 
 WORDS = ("good", "bad", "fine", "poor", "sunny", "rainy", "calm", "loud")
@@ -44,12 +44,7 @@ def trainer_of(base, tmp_path, monkeypatch):
             copy.deepcopy(base), tmp_path / "out", rows=rows, held_out=rows,
             **{"micro_batch_tokens": 1024} | options,
         )  # fmt: skip
-        moved = torch.Generator().manual_seed(1)
-        for name, parameter in trainer.policy.named_parameters():
-            if "lora_B" in name:  # the policy is no more the reference
-                parameter.data.normal_(0, 0.05, generator=moved)
-        trainer.on_before_train()
-        return trainer
+        return away_from_reference(trainer)
 
     return build
 

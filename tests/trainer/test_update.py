@@ -11,7 +11,7 @@ from transformers import MixtralConfig
 from fastdpo.losses import PairLogps
 from fastdpo.system.oom import DoesNotFitError
 from fastdpo.trainer import update as update_room
-from tests.tiny_trainer import ROWS, tiny_base, tiny_trainer
+from tests.tiny_trainer import ROWS, away_from_reference, tiny_base, tiny_trainer
 
 T = 512
 
@@ -29,12 +29,7 @@ def trainer_with(base, tmp_path, monkeypatch):
         trainer = tiny_trainer(
             copy.deepcopy(base), tmp_path / "out", micro_batch_tokens=T, **options
         )
-        moved = torch.Generator().manual_seed(1)
-        for name, parameter in trainer.policy.named_parameters():
-            if "lora_B" in name:  # the policy is no more the reference
-                parameter.data.normal_(0, 0.05, generator=moved)
-        trainer.on_before_train()
-        return trainer
+        return away_from_reference(trainer)
 
     return build
 
