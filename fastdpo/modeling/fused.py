@@ -17,7 +17,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -118,7 +118,7 @@ class _Attention(FusedModule):
         if self.backend is None:
             return super().forward(*args, **kwargs)  # pyrefly: ignore
         try:
-            return _with_global(_own_forward(type(self)), ROTARY_FUNCTION, self.turn)(
+            return with_globals(_own_forward(type(self)), {ROTARY_FUNCTION: self.turn})(
                 self, *args, **kwargs
             )
         finally:
@@ -407,9 +407,9 @@ def _own_forward(kind: type[nn.Module]) -> FunctionType:
     return own
 
 
-def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    """Copy a function, for whose code one global name means something else."""
-    names = {**function.__globals__, name: value}
+def with_globals(function: FunctionType, changed: Mapping[str, Any]) -> FunctionType:
+    """Copy a function, for whose code some global names mean something else."""
+    names = {**function.__globals__, **changed}
     copied = FunctionType(
         function.__code__, names, function.__name__, function.__defaults__, function.__closure__
     )

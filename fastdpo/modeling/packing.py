@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastdpo.modeling.attention_backends import ATTENTIONS, MODEL_ATTENTION
 from fastdpo.modeling.families import attention_softcap, family_of, packing_obstacle
 from fastdpo.modeling.head import get_backbone, unwrap_model
-from fastdpo.modeling.state_forks import state_layers, takes_states
+from fastdpo.modeling.state_forks import state_layers, forks_states
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def why_not_packable(causal_lm: PreTrainedModel) -> str:
         return obstacle
     forking = family_of(config).state_layers
     layers = state_layers(get_backbone(causal_lm))
-    if forking and not all(takes_states(type(layer)) for layer in layers):
+    if forking and not all(forks_states(type(layer)) for layer in layers):
         return (
             f"{config.model_type}'s layers with a state take one up from transformers' cache for "
             "single tokens alone in this release of transformers"
