@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastdpo.modeling.attention_backends import ATTENTIONS, MODEL_ATTENTION
 from fastdpo.modeling.families import attention_softcap, family_of, packing_obstacle
 from fastdpo.modeling.head import get_backbone, unwrap_model
-from fastdpo.modeling.state_forks import state_layers, forks_states
+from fastdpo.modeling.state_forks import forks_states, state_layers
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ whose end nobody reads.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from torch import Tensor
 from fastdpo.batching import Segment
 
 CHUNK = 64
-"""Padded sequences are whole chunks long, as the gated delta rule pads them itself; so what is
-computed together does not depend on the neighbors."""
+"""Padded sequences are whole chunks of so many tokens, as the gated delta rule pads its own."""
 
 
 class Span(NamedTuple):
@@ -28,30 +27,36 @@ class Span(NamedTuple):
     tokens: int
     parent: int  # which of the sequences that start it goes on from; -1 where it starts itself
 
+    @property
+    def places(self) -> range:
+        """Where its tokens are."""
+        return range(self.start, self.start + self.tokens)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences that one call runs.
+    """Sequences that one call runs: rows of a batch, or one after another in a single row.
 
     Attributes:
         tokens: (N,) places of their tokens in the packed sequence, sequence by sequence.
-        slots: (N,) where they go in the batch, its rows one after another; None: as they come.
+        slots: (N,) where they go in the batch, its rows one after another.
         shape: rows and tokens of the batch.
-        parents: (sequences,) from which of the states each goes on; None: they start.
-        options: what tells the sequences apart where they are not rows.
+        parents: (sequences,) from which of the states at the ends of what starts each goes on.
+        options: arguments that tell the sequences of a single row apart.
     """
 
     tokens: Tensor
-    slots: Tensor | None
+    slots: Tensor
     shape: tuple[int, int]
-    parents: Tensor | None
-    options: dict[str, Any] = field(default_factory=dict)
+    parents: Tensor
+    options: dict[str, Tensor] = field(default_factory=dict)
 
-    def gathered(self, packed: Tensor) -> Tensor:
+    def gather(self, packed: Tensor) -> Tensor:
         """The batch, (rows, tokens, ...), of a packed (1, T, ...)."""
+        rows, tokens = self.shape
         taken = packed[0].index_select(0, self.tokens)
-        if self.slots is not None:
-            padded = taken.new_zeros(self.shape[0] * self.shape[1], *taken.shape[1:])
+        if len(taken) < rows * tokens:
+            padded = taken.new_zeros(rows * tokens, *taken.shape[1:])
             taken = padded.index_copy(0, self.slots, taken)
         return taken.unflatten(0, self.shape)
 
@@ -88,82 +93,72 @@ class Sequences:
             where its tokens are among them.
         """
         taken: list[int] = []
-        own: list[tuple[int, int]] = []  # (place in the packed sequence, place among the taken)
+        own: dict[int, int] = {}  # where each token of the packed sequence is taken
         for span in (*self.starts, *self.suffixes):
-            if span.parent < 0:
-                before: list[int] = []
-            else:
-                prefix = self.starts[span.parent]
-                end = prefix.start + prefix.tokens
-                before = list(range(max(prefix.start, end - past), end))
+            before: list[int] = []
+            if span.parent >= 0:
+                before = [*self.starts[span.parent].places][-past:] if past else []
             taken += [-1] * (past - len(before)) + before
-            own.append((span.start, len(taken)))
-            taken += range(span.start, span.start + span.tokens)
-        lengths = {span.start: span.tokens for span in (*self.starts, *self.suffixes)}
-        places = [at + i for start, at in sorted(own) for i in range(lengths[start])]
-        return self._indices(taken), self._indices(places)
+            own |= zip(span.places, range(len(taken), len(taken) + span.tokens), strict=True)
+            taken += span.places
+        return self._indices(taken), self._indices([own[place] for place in sorted(own)])
 
     def varlen(self) -> tuple[list[Batch], list[Batch]]:
         """One batch of what starts and one of what goes on, sequences one after another."""
-        parents = self._indices([span.parent for span in self.suffixes])
-        return [self._one_after_another(self.starts, None)], [
-            self._one_after_another(self.suffixes, parents)
-        ] if self.suffixes else []
+        return self._one_after_another(self.starts), self._one_after_another(self.suffixes)
 
     def padded(self) -> tuple[list[Batch], list[Batch]]:
-        """Batches of what starts and of what goes on, sequences of like length together."""
-        starts = _alike(self.starts)
-        ends = {number: at for at, number in enumerate(n for lot in starts for n in lot)}
-        return [self._rows([self.starts[n] for n in lot], None) for lot in starts], [
-            self._rows(spans, self._indices([ends[span.parent] for span in spans]))
-            for lot in _alike(self.suffixes)
-            for spans in [[self.suffixes[n] for n in lot]]
+        """Batches of what starts and of what goes on, sequences of as many chunks together."""
+        starts, suffixes = _alike(self.starts), _alike(self.suffixes)
+        ends = [number for lot in starts for number in lot]
+        place = {number: at for at, number in enumerate(ends)}
+        return [self._rows([self.starts[n] for n in lot], []) for lot in starts], [
+            self._rows(spans, [place[span.parent] for span in spans])
+            for spans in ([self.suffixes[n] for n in lot] for lot in suffixes)
         ]
 
-    @staticmethod
-    def order(batches: list[Batch]) -> Tensor:
-        """(T,) where each token of the packed sequence is among the batches' flat outputs."""
-        firsts = accumulate((rows * tokens for rows, tokens in (b.shape for b in batches)), initial=0)
-        slots = [
-            first + (torch.arange(len(b.tokens), device=b.tokens.device) if b.slots is None else b.slots)
-            for first, b in zip(firsts, batches, strict=False)
-        ]
-        tokens = torch.cat([batch.tokens for batch in batches])
-        return torch.empty_like(tokens).index_copy(0, tokens, torch.cat(slots))
-
-    def _one_after_another(self, spans: Iterable[Span], parents: Tensor | None) -> Batch:
-        places = [place for span in spans for place in range(span.start, span.start + span.tokens)]
+    def _one_after_another(self, spans: tuple[Span, ...]) -> list[Batch]:
+        if not spans:
+            return []
+        places = [place for span in spans for place in span.places]
         ends = [0, *accumulate(span.tokens for span in spans)]
         lengths = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        return Batch(
-            self._indices(places), None, (1, len(places)), parents, {"cu_seqlens": lengths}
-        )
+        parents = self._indices([span.parent for span in spans])
+        taken, slots = self._indices(places), self._indices([*range(len(places))])
+        return [Batch(taken, slots, (1, len(places)), parents, {"cu_seqlens": lengths})]
 
-    def _rows(self, spans: list[Span], parents: Tensor | None) -> Batch:
-        length = _whole_chunks(max(span.tokens for span in spans))
-        places: list[int] = []
-        slots: list[int] = []
-        for row, span in enumerate(spans):
-            first = row * length + (length - span.tokens if parents is None else 0)
-            places += range(span.start, span.start + span.tokens)
-            slots += range(first, first + span.tokens)
-        return Batch(self._indices(places), self._indices(slots), (len(spans), length), parents)
+    def _rows(self, spans: list[Span], parents: list[int]) -> Batch:
+        length = _chunks(spans[0]) * CHUNK
+        places = [place for span in spans for place in span.places]
+        # Padding is behind what goes on, and in front of what starts.
+        firsts = [0 if parents else length - span.tokens for span in spans]
+        slots = [
+            row * length + first + at
+            for row, (span, first) in enumerate(zip(spans, firsts, strict=True))
+            for at in range(span.tokens)
+        ]
+        taken, parents_of = self._indices(places), self._indices(parents)
+        return Batch(taken, self._indices(slots), (len(spans), length), parents_of)
 
     def _indices(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def _whole_chunks(tokens: int) -> int:
-    return -(-tokens // CHUNK) * CHUNK
+def unpacking(batches: list[Batch]) -> Tensor:
+    """(T,) where each token of the packed sequence is among the batches' outputs, one by one."""
+    firsts = accumulate((rows * tokens for rows, tokens in (b.shape for b in batches)), initial=0)
+    slots = [batch.slots + first for batch, first in zip(batches, firsts, strict=False)]
+    tokens = torch.cat([batch.tokens for batch in batches])
+    return torch.empty_like(tokens).index_copy(0, tokens, torch.cat(slots))
+
+
+def _chunks(span: Span) -> int:
+    return -(-span.tokens // CHUNK)
 
 
 def _alike(spans: tuple[Span, ...]) -> list[list[int]]:
-    """Numbers of the sequences, those of like length together."""
+    """Numbers of the sequences, those of as many chunks together."""
     lots: dict[int, list[int]] = {}
     for number, span in enumerate(spans):
-        lots.setdefault(_BUCKET(span.tokens), []).append(number)
+        lots.setdefault(_chunks(span), []).append(number)
     return list(lots.values())
-
-
-import os
-_BUCKET = {"exact": _whole_chunks, "one": lambda n: 0, "pow2": lambda n: (_whole_chunks(n)//CHUNK-1).bit_length()}[os.environ.get("BUCKET","exact")]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastdpo.modeling.attention import PackedSegments
 from fastdpo.modeling.families import family_of
 from fastdpo.modeling.fused import with_globals
-from fastdpo.modeling.sequences import Batch, Sequences
+from fastdpo.modeling.sequences import CHUNK, Batch, Sequences, unpacking
 
 CONVOLUTION = "causal_conv1d_fn"
 """Name by which every layer with a state calls its convolution."""
@@ -39,21 +39,26 @@ class Scan:
     Attributes:
         initial: its argument for the states at the start, one for each sequence.
         final: its argument that asks for those at the end, beside the outputs.
-        pairs: whether it returns outputs and states even where it gives no states.
-        varlen: whether its kernel takes sequences of any length in one, told apart by `cu_seqlens`.
+        package: whose kernel transformers puts in its place where the package is installed.
+        varlen: whether that kernel takes sequences of any length in one, told apart by
+            `cu_seqlens`.
+        pairs: whether it returns a pair even where it is not asked for states.
     """
 
     initial: str
     final: str
-    pairs: bool = False
-    varlen: bool = False
+    package: str
+    varlen: bool
+    pairs: bool
 
 
-DELTA_RULE = Scan("initial_state", "output_final_state", pairs=True, varlen=True)
+DELTA_RULE = Scan("initial_state", "output_final_state", "fla", varlen=True, pairs=True)
 SCANS = {
     "torch_chunk_gated_delta_rule": DELTA_RULE,
     "chunk_kimi_delta_attention": DELTA_RULE,
-    "mamba2_chunk_scan": Scan("initial_states", "return_final_states"),
+    "mamba2_chunk_scan": Scan(
+        "initial_states", "return_final_states", "mamba_ssm", varlen=False, pairs=False
+    ),
 }
 """The functions that carry a state, by the names that transformers' layers call."""
 
@@ -131,66 +136,70 @@ def _cannot(*_: Any, **__: Any) -> None:
     return None
 
 
-def _on_device(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """The form of a function for a tensor: a package's kernel is bound for CPU tensors too."""
-    return function if tensor.is_cuda else inspect.unwrap(function)
+def runs_kernel(package: str, tensor: Tensor) -> bool:
+    """Tell whether a function runs a package's kernel for this tensor, not transformers' torch.
 
-
-def takes_varlen(scan: Scan, tensor: Tensor) -> bool:
-    """Tell whether a scan takes `cu_seqlens` for this tensor: flash-linear-attention's kernels."""
-    return scan.varlen and tensor.is_cuda and find_spec("fla") is not None
-
-
-def _sequences(packed: PackedSegments, device: torch.device) -> Sequences:
-    return packed.cached("sequences", lambda: Sequences.of(packed.segments, device))
+    transformers binds the kernel when it is imported, for tensors on the CPU too.
+    """
+    return tensor.is_cuda and find_spec(package) is not None
 
 
 def _convolve(
     packed: PackedSegments,
-    convolve: Callable[..., Tensor],
+    function: Callable[..., Tensor],
     inputs: Tensor,  # (1, channels, T)
     weight: Tensor,  # (channels, k)
     *arguments: Any,
     **options: Any,
 ) -> Tensor:
-    sequences, past = _sequences(packed, inputs.device), weight.shape[-1] - 1
-    if not past:
-        return convolve(inputs, weight, *arguments, **options)
-    taken, places = packed.cached(("past", past), lambda: sequences.with_past(past))
-    rows = nn.functional.pad(inputs[0].T, (0, 0, 0, 1))  # the last one, zeros, is before the start
-    # Indexing, whose gradient is summed in a fixed order: a prefix's last inputs are taken often.
-    outputs = _on_device(convolve, inputs)(rows[taken].T[None], weight, *arguments, **options)
-    return outputs.index_select(2, places)
+    past = weight.shape[-1] - 1
+    taken, places = packed.cached(
+        ("past", past), lambda: _sequences(packed, inputs.device).with_past(past)
+    )
+    rows = nn.functional.pad(inputs[0].T, (0, 0, 0, 1))  # the last one is before the start
+    # Indexing sums its gradient in a fixed order: the end of a prefix is taken for every suffix.
+    longer = rows[taken].T[None]
+    if not runs_kernel("causal_conv1d", inputs):
+        function = inspect.unwrap(function)
+    return function(longer, weight, *arguments, **options).index_select(2, places)
 
 
 def _scan(
-    packed: PackedSegments, scan: Scan, function: Callable[..., Any], *arguments: Any, **options: Any
-) -> tuple[Tensor, None] | Tensor:
+    packed: PackedSegments,
+    scan: Scan,
+    function: Callable[..., Any],
+    *arguments: Any,
+    **options: Any,
+) -> Any:
     like: Tensor = arguments[0]  # (1, T, heads, size)
-    sequences = _sequences(packed, like.device)
-    if takes_varlen(scan, like):
-        starts, suffixes = packed.cached("varlen", sequences.varlen)
-    else:
-        starts, suffixes = packed.cached("padded", sequences.padded)
+    sequences, kernel = _sequences(packed, like.device), runs_kernel(scan.package, like)
+    layout = sequences.varlen if kernel and scan.varlen else sequences.padded
+    starts, suffixes = packed.cached(layout.__name__, layout)
+    order = packed.cached(("order", layout.__name__), lambda: unpacking([*starts, *suffixes]))
+    if not kernel:
+        function = inspect.unwrap(function)
+        if "chunk_size" in options:  # what it chooses changes the rounding and the cost alone
+            options["chunk_size"] = min(options["chunk_size"], CHUNK)
+
+    def gathered(value: Any, batch: Batch) -> Any:
+        runs_on = isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == like.shape[1]
+        return batch.gather(value) if runs_on else value
 
     def run(batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:
-        def of(value: Any) -> Any:
-            in_time = isinstance(value, Tensor) and value.ndim >= 3 and value.shape[1] == tokens
-            return batch.gathered(value) if in_time else value
+        given = {name: gathered(value, batch) for name, value in options.items()}
+        given |= batch.options | {scan.initial: states, scan.final: True}
+        outputs, ends = function(*(gathered(value, batch) for value in arguments), **given)
+        return outputs.flatten(0, 1), ends
 
-        own = {scan.initial: states, scan.final: True} | batch.options
-        given = {name: of(value) for name, value in options.items()} | own
-        outputs, final = _on_device(function, like)(*map(of, arguments), **given)
-        return outputs.flatten(0, 1), final
+    first, ends = zip(*(run(batch, None) for batch in starts), strict=True)
+    states = torch.cat(ends)
+    second = [run(batch, states[batch.parents])[0] for batch in suffixes]
+    outputs = torch.cat([*first, *second]).index_select(0, order)[None]
+    return (outputs, None) if scan.pairs else outputs
 
-    tokens = like.shape[1]
-    outputs, finals = zip(*(run(batch, None) for batch in starts), strict=True)
-    states = torch.cat(finals)
-    further = [run(batch, states[batch.parents])[0] for batch in suffixes]
-    every = torch.cat([*outputs, *further])
-    order = packed.cached(("order", id(starts)), lambda: Sequences.order([*starts, *suffixes]))
-    found = every.index_select(0, order)[None]
-    return (found, None) if scan.pairs else found
+
+def _sequences(packed: PackedSegments, device: torch.device) -> Sequences:
+    return packed.cached("sequences", lambda: Sequences.of(packed.segments, device))
 
 
 @cache
