@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 from weakref import WeakSet
 
@@ -62,6 +63,9 @@ SCANS = {
 }
 """The functions that carry a state, by the names that transformers' layers call."""
 
+HALF_ONLY = "fla"
+"""The package whose kernels take no fp32."""
+
 SHORTCUTS = ("mamba2_split_conv1d_scan_combined",)
 """Functions that do all of it at once where a kernel is installed; None is their "cannot"."""
 
@@ -77,10 +81,11 @@ class ForkingLayer:
         **options: Any,
     ) -> Any:
         """The layer's outputs, (1, T, H)."""
-        kind = type(self).__bases__[1]
         if packed is None or not packed.segments:
-            return kind.forward(self, hidden_states, *arguments, **options)
+            own: Any = super()
+            return own.forward(hidden_states, *arguments, **options)
         packed.layers_run += 1
+        kind: Any = type(self)
         return packed.cached(("forks", kind), lambda: _forking_forward(kind, packed))(
             self, hidden_states
         )
@@ -111,15 +116,28 @@ def forks_states(layer: type[nn.Module]) -> bool:
 
     In early releases of transformers they were attributes or part of the layers' own code.
     """
-    if issubclass(layer, ForkingLayer):
-        return True
-    own: Any = inspect.unwrap(layer.forward)
+    own = _own_forward(layer)
     return callable(own.__globals__.get(CONVOLUTION)) and CONVOLUTION in own.__code__.co_names
+
+
+def states_kind(backbone: nn.Module, dtype: torch.dtype) -> str:
+    """What carries the states of packed sequences in a model: packages, torch, or nothing.
+
+    Args:
+        backbone: whose layers fork their states, on the device where they run.
+        dtype: what they compute in.
+    """
+    kinds = {type(layer) for layer in state_layers(backbone)}
+    names = {name for kind in kinds for name in _own_forward(kind).__code__.co_names}
+    packages = {scan.package for name, scan in SCANS.items() if name in names}
+    device = next(backbone.parameters()).device
+    carry = {each if runs_kernel(each, device, dtype) else "torch" for each in packages}
+    return "+".join(sorted(carry))
 
 
 def _forking_forward(kind: type[nn.Module], packed: PackedSegments) -> Callable[..., Any]:
     """The forward of a class of layers, for which tokens of one sequence alone meet."""
-    own: Any = inspect.unwrap(kind.forward)
+    own = _own_forward(kind)
     replaced: dict[str, Callable[..., Any]] = {
         CONVOLUTION: partial(_convolve, packed),
         **{name: partial(_scan, packed, scan) for name, scan in SCANS.items()},
@@ -136,12 +154,13 @@ def _cannot(*_: Any, **__: Any) -> None:
     return None
 
 
-def runs_kernel(package: str, tensor: Tensor) -> bool:
-    """Tell whether a function runs a package's kernel for this tensor, not transformers' torch.
+def runs_kernel(package: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a function runs a package's kernel for such tensors, not transformers' torch.
 
-    transformers binds the kernel when it is imported, for tensors on the CPU too.
+    transformers binds a kernel when it is imported, for tensors that it does not take too.
     """
-    return tensor.is_cuda and find_spec(package) is not None
+    takes_it = device.type == "cuda" and (package != HALF_ONLY or dtype != torch.float32)
+    return takes_it and find_spec(package) is not None
 
 
 def _convolve(
@@ -159,7 +178,7 @@ def _convolve(
     rows = nn.functional.pad(inputs[0].T, (0, 0, 0, 1))  # the last one is before the start
     # Indexing sums its gradient in a fixed order: the end of a prefix is taken for every suffix.
     longer = rows[taken].T[None]
-    if not runs_kernel("causal_conv1d", inputs):
+    if not runs_kernel("causal_conv1d", inputs.device, inputs.dtype):
         function = inspect.unwrap(function)
     return function(longer, weight, *arguments, **options).index_select(2, places)
 
@@ -172,7 +191,8 @@ def _scan(
     **options: Any,
 ) -> Any:
     like: Tensor = arguments[0]  # (1, T, heads, size)
-    sequences, kernel = _sequences(packed, like.device), runs_kernel(scan.package, like)
+    sequences = _sequences(packed, like.device)
+    kernel = runs_kernel(scan.package, like.device, like.dtype)
     layout = sequences.varlen if kernel and scan.varlen else sequences.padded
     starts, suffixes = packed.cached(layout.__name__, layout)
     order = packed.cached(("order", layout.__name__), lambda: unpacking([*starts, *suffixes]))
@@ -200,6 +220,13 @@ def _scan(
 
 def _sequences(packed: PackedSegments, device: torch.device) -> Sequences:
     return packed.cached("sequences", lambda: Sequences.of(packed.segments, device))
+
+
+@cache
+def _own_forward(kind: type[nn.Module]) -> FunctionType:
+    """The forward of a class of transformers, or of the one that a class of ours is put on."""
+    own: Any = kind.__bases__[1] if issubclass(kind, ForkingLayer) else kind
+    return inspect.unwrap(own.forward)
 
 
 @cache
