@@ -222,7 +222,6 @@ def _sequences(packed: PackedSegments, device: torch.device) -> Sequences:
     return packed.cached("sequences", lambda: Sequences.of(packed.segments, device))
 
 
-@cache
 def _own_forward(kind: type[nn.Module]) -> FunctionType:
     """The forward of a class of transformers, or of the one that a class of ours is put on."""
     own: Any = kind.__bases__[1] if issubclass(kind, ForkingLayer) else kind
