@@ -114,10 +114,12 @@ def state_layers(backbone: nn.Module) -> list[nn.Module]:
 def forks_states(layer: type[nn.Module]) -> bool:
     """Tell whether the functions of a class of layers through which tokens meet are those known.
 
-    In early releases of transformers they were attributes or part of the layers' own code.
+    In early releases of transformers they were attributes or part of the layers' own code, and
+    some layers are not handed the arguments of the model.
     """
     own = _own_forward(layer)
-    return callable(own.__globals__.get(CONVOLUTION)) and CONVOLUTION in own.__code__.co_names
+    known = callable(own.__globals__.get(CONVOLUTION)) and CONVOLUTION in own.__code__.co_names
+    return known and bool(own.__code__.co_flags & inspect.CO_VARKEYWORDS)
 
 
 def states_kind(backbone: nn.Module, dtype: torch.dtype) -> str:
