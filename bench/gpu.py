@@ -80,7 +80,7 @@ def plan(rows: Path) -> list[Step]:
         Step("compile", (python, "-m", "bench.compile_ahead"), 30),
         tests("kernel tests", 75, kernel_tests),
         bench("kernel ours", 85, "--part", "ours"),
-        bench("kernel rest", 65, "--part", "rest"),
+        bench("kernel rest", 60, "--part", "rest"),
         bench("step", 75),
         bench("hybrids", 35),
         bench("memory", 50),

@@ -70,7 +70,7 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
 
 
 def beside_trl(recorder: Recorder) -> None:
-    """One update with an adapter of a Qwen3.5 shape; missing without the kernels it is meant for."""
+    """One update of a Qwen3.5 shape with an adapter; missing without the kernels that it needs."""
     case = {
         "tuning": "lora", "checkpointing": True, "model": "qwen3.5-0.8b", "dtype": "bfloat16",
         "device": "cuda", "pairs": 16, "longest_row_tokens": 1024,

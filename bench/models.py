@@ -63,8 +63,8 @@ def model_and_rows(
 
     Its `model` is "stories260K", which brings its real pairs, one of `MODEL_SIZES`, or an alias,
     whose config is bundled; a case with a `folder` takes the real model there, with real pairs.
-    Synthetic pairs are all `pair_tokens` long, or as `ladder_tokens` says one by one (half prompt, a quarter
-    each completion), or drawn from the histogram.
+    Synthetic pairs are all `pair_tokens` long, or as `ladder_tokens` says one by one (half prompt,
+    a quarter each completion), or drawn from the histogram.
     """
     if "folder" in case:
         return load_real(case, case.get("seed", SEED))

@@ -86,9 +86,8 @@ class ForkingLayer:
             return own.forward(hidden_states, *arguments, **options)
         packed.layers_run += 1
         kind: Any = type(self)
-        return packed.cached(("forks", kind), lambda: _forking_forward(kind, packed))(
-            self, hidden_states
-        )
+        run = packed.cached(("forks", kind), lambda: forking_forward(kind, packed))
+        return run(self, hidden_states)
 
 
 _forking: WeakSet[nn.Module] = WeakSet()
@@ -100,7 +99,7 @@ def fork_states(backbone: nn.Module) -> None:
         return
     for layer in state_layers(backbone):
         if not isinstance(layer, ForkingLayer):
-            layer.__class__ = _forking_class(type(layer))
+            layer.__class__ = forking_class(type(layer))
     _forking.add(backbone)
 
 
@@ -137,12 +136,23 @@ def states_kind(backbone: nn.Module, dtype: torch.dtype) -> str:
     return "+".join(sorted(carry))
 
 
-def _forking_forward(kind: type[nn.Module], packed: PackedSegments) -> Callable[..., Any]:
-    """The forward of a class of layers, for which tokens of one sequence alone meet."""
+def forking_forward(
+    kind: type[nn.Module], packed: PackedSegments, kernel: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The forward of a class of layers, in which tokens of one sequence alone meet.
+
+    Args:
+        kind: a class of transformers or of `fork_states`.
+        packed: the segments of the micro-batch that it is for.
+        kernel: runs in the place of scans that have a kernel which takes `cu_seqlens`.
+    """
     own = _own_forward(kind)
     replaced: dict[str, Callable[..., Any]] = {
         CONVOLUTION: partial(_convolve, packed),
-        **{name: partial(_scan, packed, scan) for name, scan in SCANS.items()},
+        **{
+            name: partial(_scan, packed, scan, kernel if scan.varlen else None)
+            for name, scan in SCANS.items()
+        },
     }
     names = {
         name: partial(replace, own.__globals__[name])
@@ -188,20 +198,21 @@ def _convolve(
 def _scan(
     packed: PackedSegments,
     scan: Scan,
+    kernel: Callable[..., Any] | None,
     function: Callable[..., Any],
     *arguments: Any,
     **options: Any,
 ) -> Any:
     like: Tensor = arguments[0]  # (1, T, heads, size)
     sequences = _sequences(packed, like.device)
-    kernel = runs_kernel(scan.package, like.device, like.dtype)
+    if kernel is None and runs_kernel(scan.package, like.device, like.dtype):
+        kernel = function
     layout = sequences.varlen if kernel and scan.varlen else sequences.padded
     starts, suffixes = packed.cached(layout.__name__, layout)
     order = packed.cached(("order", layout.__name__), lambda: unpacking([*starts, *suffixes]))
-    if not kernel:
-        function = inspect.unwrap(function)
-        if "chunk_size" in options:  # what it chooses changes the rounding and the cost alone
-            options["chunk_size"] = min(options["chunk_size"], CHUNK)
+    run_scan = kernel or inspect.unwrap(function)
+    if not kernel and "chunk_size" in options:  # which changes the rounding and the cost alone
+        options["chunk_size"] = min(options["chunk_size"], CHUNK)
 
     def gathered(value: Any, batch: Batch) -> Any:
         runs_on = isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == like.shape[1]
@@ -210,7 +221,7 @@ def _scan(
     def run(batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:
         given = {name: gathered(value, batch) for name, value in options.items()}
         given |= batch.options | {scan.initial: states, scan.final: True}
-        outputs, ends = function(*(gathered(value, batch) for value in arguments), **given)
+        outputs, ends = run_scan(*(gathered(value, batch) for value in arguments), **given)
         return outputs.flatten(0, 1), ends
 
     first, ends = zip(*(run(batch, None) for batch in starts), strict=True)
@@ -231,5 +242,6 @@ def _own_forward(kind: type[nn.Module]) -> FunctionType:
 
 
 @cache
-def _forking_class(layer: type[nn.Module]) -> type[nn.Module]:
+def forking_class(layer: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a class of layers whose instances fork their state."""
     return type(layer.__name__, (ForkingLayer, layer), {"__module__": layer.__module__})

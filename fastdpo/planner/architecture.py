@@ -28,7 +28,9 @@ from fastdpo.modeling.families import (
 )
 from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.modeling.multimodal import auto_class, other_towers
+from fastdpo.modeling.state_forks import state_layers
 from fastdpo.options import MODEL_ALIASES, resolve_model
+from fastdpo.planner.states import StateLayers, count_states
 
 CONFIGS = "model_configs"
 """Folder beside this file: config.json values of every aliased model, for planning offline."""
@@ -77,6 +79,7 @@ class Architecture:
             formulas are written.
         has_fused_layers: whether `fastdpo_kernels` can compute its norms and MLPs.
         tower_bytes: bytes of what it sees or hears with, which lie on the GPU and are not trained.
+        states: its layers that carry a state which can be forked; None where there are none.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Architecture:
     is_standard: bool
     has_fused_layers: bool
     tower_bytes: int = 0
+    states: StateLayers | None = None
 
     @property
     def linear_parameters(self) -> int:
@@ -198,6 +202,9 @@ def architecture_of_config(
     return architecture_of(model, name)
 
 
+_UNCOUNTABLE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
+
+
 class UnplannableError(ValueError):
     """A model that cannot be counted, so that its memory cannot be planned."""
 
@@ -214,7 +221,7 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     """
     try:
         return _counted(unwrap_model(model), name)
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except _UNCOUNTABLE as error:
         raise UnplannableError(
             f"the memory of {name} cannot be planned ({type(error).__name__}: {error}). Pass "
             "--micro_batch_tokens yourself."
@@ -266,6 +273,7 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
         embedding_parameters=embeddings.weight.numel(),
         other_parameters=other,
         tower_bytes=sum(parameter.nbytes for parameter in in_towers),
+        states=count_states(state_layers(decoder), config),
         norms=max(2, sum(width == hidden for width in norms)),
         query_key_norms=any(width != hidden for width in norms),
         attention=attention_needs(config),

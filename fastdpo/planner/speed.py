@@ -35,7 +35,8 @@ def update_flops(
     Per token 2 FLOPs a weight in the forward and as many for the gradient of the input, again for
     that of a trained weight, and again where a layer is recomputed (of a kept layer with a tiled
     MLP, the MLP). Attention: a query sees half of its group on average; backward is 2.5 forwards,
-    and layers that keep their attention do not run it again.
+    and layers that keep their attention do not run it again. A layer with a state convolves and
+    scans in its place, in time that grows with the tokens alone.
     The head: 4 N H V, 6 where it is trained.
     """
     passes = 2 if training.trains_adapter else 3
@@ -44,7 +45,11 @@ def update_flops(
     again += kept * architecture.mlp_parameters if tiled else 0
     weights = 2 * shape.tokens * (passes * architecture.linear_parameters + again)
     seen = min(group_tokens, shape.tokens) / 2
-    attention = 4 * architecture.query_width * seen * shape.tokens * architecture.layers
+    states = architecture.states
+    attending = architecture.layers - (states.count if states else 0)
+    attention = 4 * architecture.query_width * seen * shape.tokens * attending
+    if states:
+        weights += (3 + 1 - kept) * states.flops * states.count * shape.tokens
     head = 2 * architecture.hidden * architecture.vocabulary * shape.scored_tokens
     attended_again = 1 - kept - kept_attentions / architecture.layers
     return weights + attention * (3.5 + attended_again) + head * passes

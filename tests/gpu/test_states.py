@@ -47,7 +47,9 @@ def test_forked_by_the_kernels_as_near_the_truth_as_each_sequence_alone():
     truth = run(model, groups)
     half = copy.deepcopy(model).bfloat16()
     shared, alone = run(half, groups), run(half, groups, shared_prefix=False)
-    for name, wanted, found, usual in zip(("log-probs", "gradients"), truth, shared, alone):
+    for name, wanted, found, usual in zip(
+        ("log-probs", "gradients"), truth, shared, alone, strict=True
+    ):
         size = wanted.norm()
         error, apart = (found - wanted).norm() / size, (usual - wanted).norm() / size
         assert error <= 0.1, f"{name} are {error:.1e} off"
