@@ -17,7 +17,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fastdpo.modeling.families import FusedForms, family_of
 from fastdpo.modeling.head import get_backbone, unwrap_model
+from fastdpo.modeling.rebinding import with_globals
 from fastdpo.modeling.shared_input import SharedInput
 
 logger = logging.getLogger(__name__)
@@ -405,13 +406,3 @@ def _own_forward(kind: type[nn.Module]) -> FunctionType:
     beneath = next(c for c in kind.__mro__ if c.__module__.startswith(TRANSFORMERS))
     own: Any = inspect.unwrap(beneath.forward)  # pyrefly: ignore
     return own
-
-
-def with_globals(function: FunctionType, changed: Mapping[str, Any]) -> FunctionType:
-    """Copy a function, for whose code some global names mean something else."""
-    names = {**function.__globals__, **changed}
-    copied = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastdpo.modeling.attention import PackedSegments
 from fastdpo.modeling.families import family_of
-from fastdpo.modeling.fused import with_globals
+from fastdpo.modeling.rebinding import with_globals
 from fastdpo.modeling.sequences import CHUNK, Batch, Sequences, unpacking
 
 CONVOLUTION = "causal_conv1d_fn"

@@ -28,7 +28,6 @@ from fastdpo.modeling.families import (
 )
 from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.modeling.multimodal import auto_class, other_towers
-from fastdpo.modeling.state_forks import state_layers
 from fastdpo.options import MODEL_ALIASES, resolve_model
 from fastdpo.planner.states import StateLayers, count_states
 
@@ -273,7 +272,7 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
         embedding_parameters=embeddings.weight.numel(),
         other_parameters=other,
         tower_bytes=sum(parameter.nbytes for parameter in in_towers),
-        states=count_states(state_layers(decoder), config),
+        states=count_states(decoder, config),
         norms=max(2, sum(width == hidden for width in norms)),
         query_key_norms=any(width != hidden for width in norms),
         attention=attention_needs(config),

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdpo.batching import Segment
-from fastdpo.modeling.attention import PackedSegments
+from fastdpo.modeling.families import family_of
 from fastdpo.modeling.sequences import CHUNK
-from fastdpo.modeling.state_forks import forking_forward, forks_states, runs_kernel
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 """What layers compute in, by the bytes of an entry."""
@@ -70,13 +69,19 @@ class StateLayers:
         return each.token * padded + each.start * starts + each.suffix * suffixes
 
 
-def count_states(layers: list[nn.Module], config: Any) -> StateLayers | None:
+def count_states(backbone: nn.Module, config: Any) -> StateLayers | None:
     """Count the layers with a state of a model; None where there are none that fork it.
 
     Args:
-        layers: those of `state_layers`.
+        backbone: of a model, on the meta device or loaded, with adapters or without.
         config: the text config.
     """
+    if not family_of(config).state_layers:
+        return None
+    # Only here: a plan of any other model imports no model code.
+    from fastdpo.modeling.state_forks import forks_states, state_layers
+
+    layers = state_layers(backbone)
     if not layers or not all(forks_states(type(layer)) for layer in layers):
         return None
     layer = _on_meta(layers[0])
@@ -104,15 +109,21 @@ def _on_meta(layer: nn.Module) -> nn.Module:
     tensors = [*layer.parameters(), *layer.buffers()]
     memo = {id(each): torch.empty_like(each, device="meta") for each in tensors}
     copied: Any = copy.deepcopy(layer, memo)
-    for name, part in list(copied.named_modules()):
-        if hasattr(part, "in_features"):
-            dense = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
-            copied.set_submodule(name, dense)
+    dense: dict[str, nn.Module] = {}
+    for name, part in copied.named_modules():
+        within = any(name.startswith(f"{other}.") for other in dense)
+        if hasattr(part, "in_features") and not within:
+            dense[name] = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
+    for name, linear in dense.items():
+        copied.set_submodule(name, linear)
     return copied.requires_grad_(requires_grad=False)
 
 
 def _run(layer: nn.Module, hidden: int, segment: Segment) -> tuple[int, int]:
     """Bytes that autograd saves for one group, those of weights left out, and FLOPs."""
+    from fastdpo.modeling import state_forks
+    from fastdpo.modeling.attention import PackedSegments
+
     weights = {part.untyped_storage()._cdata for part in [*layer.parameters(), *layer.buffers()]}
     held: dict[int, Tensor] = {}
     dtype = next(layer.parameters()).dtype
@@ -124,8 +135,8 @@ def _run(layer: nn.Module, hidden: int, segment: Segment) -> tuple[int, int]:
 
     states = torch.empty(1, segment.tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    kernel = _kernel if runs_kernel("fla", torch.device("cuda"), dtype) else None
-    run = forking_forward(type(layer), PackedSegments((segment,)), kernel)
+    kernel = _kernel if state_forks.runs_kernel("fla", torch.device("cuda"), dtype) else None
+    run = state_forks.forking_forward(type(layer), PackedSegments((segment,)), kernel)
     with FlopCounterMode(display=False) as counter, hooks, torch.enable_grad():
         run(layer, states * 1)
     return sum(each.untyped_storage().nbytes() for each in held.values()), counter.get_total_flops()
