@@ -122,11 +122,14 @@ def forks_states(layer: type[nn.Module]) -> bool:
 
 
 def states_kind(backbone: nn.Module, dtype: torch.dtype) -> str:
-    """What carries the states of packed sequences in a model: packages, torch, or nothing.
+    """Name the packages, or torch, by which a model carries the states of packed sequences.
 
     Args:
         backbone: whose layers fork their states, on the device where they run.
         dtype: what they compute in.
+
+    Returns:
+        The names in order, joined by "+"; empty for a model that carries none.
     """
     kinds = {type(layer) for layer in state_layers(backbone)}
     names = {name for kind in kinds for name in _own_forward(kind).__code__.co_names}

@@ -1,4 +1,4 @@
-"""What layers with a state save and compute, counted where tensors have shapes and no bytes.
+"""Layers with a state: the bytes that they save and their FLOPs, counted without any of either.
 
 Their insides differ from family to family and from kernel to kernel. So a layer is copied to the
 meta device and run forward there, forked as in a run, and what autograd saves is counted; in the
@@ -21,7 +21,7 @@ from fastdpo.modeling.families import family_of
 from fastdpo.modeling.sequences import CHUNK
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-"""What layers compute in, by the bytes of an entry."""
+"""The dtypes that layers compute in, by the bytes of an entry."""
 
 
 _GROUPS = (
@@ -149,7 +149,7 @@ def _kernel(
 
 
 class _Kept(torch.autograd.Function):
-    """What flash-linear-attention's gated delta rule saves, and the shapes that it returns.
+    """A stand-in for flash-linear-attention's gated delta rule: it saves and returns as much.
 
     Queries and keys of length 1 with their norms, values, the sums of the decay in a chunk, beta,
     the inverse of each chunk's matrix, and the states at the start. Nothing is computed.
