@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
@@ -62,6 +63,9 @@ SCANS = {
     ),
 }
 """The functions that carry a state, by the names that transformers' layers call."""
+
+HANDING_ON = (5, 17)
+"""The release from which transformers' models hand their arguments on to such layers."""
 
 HALF_ONLY = "fla"
 """The package whose kernels take no fp32."""
@@ -116,16 +120,19 @@ def forks_states(layer: type[nn.Module]) -> bool:
     In early releases of transformers they were attributes or part of the layers' own code, and
     some layers are not handed the arguments of the model.
     """
+    if tuple(map(int, version("transformers").split(".")[:2])) < HANDING_ON:
+        return False
     own = _own_forward(layer)
     known = callable(own.__globals__.get(CONVOLUTION)) and CONVOLUTION in own.__code__.co_names
     return known and bool(own.__code__.co_flags & inspect.CO_VARKEYWORDS)
 
 
-def states_kind(backbone: nn.Module, dtype: torch.dtype) -> str:
+def states_kind(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
     """Name the packages, or torch, by which a model carries the states of packed sequences.
 
     Args:
-        backbone: whose layers fork their states, on the device where they run.
+        backbone: whose layers fork their states.
+        device: where they run.
         dtype: what they compute in.
 
     Returns:
@@ -134,7 +141,6 @@ def states_kind(backbone: nn.Module, dtype: torch.dtype) -> str:
     kinds = {type(layer) for layer in state_layers(backbone)}
     names = {name for kind in kinds for name in _own_forward(kind).__code__.co_names}
     packages = {scan.package for name, scan in SCANS.items() if name in names}
-    device = next(backbone.parameters()).device
     carry = {each if runs_kernel(each, device, dtype) else "torch" for each in packages}
     return "+".join(sorted(carry))
 

@@ -24,6 +24,11 @@ def notes_on(plan: Plan, architecture: Architecture, training: Training) -> tupl
             f"{architecture.model_type} layers are not attention and one gated MLP: what a layer "
             "takes is a guess, and the first update will tell."
         )
+    if architecture.states is not None and architecture.states.by == "torch":
+        notes.append(
+            "Its layers with a state are counted as torch runs them: the kernels of "
+            "flash-linear-attention or mamba-ssm are not installed here, and save less."
+        )
     if not training.trains_adapter:
         notes.append("Of full fine-tuning what a layer takes is known to about 10 percent.")
     return tuple(notes)

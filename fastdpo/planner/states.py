@@ -55,12 +55,15 @@ class StateLayers:
         saved: what one of them saves, by the bytes of an entry.
         outputs: entries for each token that its last linear layer reads.
         flops: of its convolution and scan for each token, in the forward.
+        by: what scans on CUDA in bf16: torch, or the package whose kernels do; empty where
+            nothing does.
     """
 
     count: int
     saved: Mapping[int, SavedStates]
     outputs: int
     flops: int
+    by: str
 
     def saved_bytes(self, entry_bytes: int, tokens: int, starts: int, suffixes: int) -> int:
         """Bytes that one layer saves for a micro-batch; sequences are half a chunk from whole."""
@@ -79,7 +82,7 @@ def count_states(backbone: nn.Module, config: Any) -> StateLayers | None:
     if not family_of(config).state_layers:
         return None
     # Only here: a plan of any other model imports no model code.
-    from fastdpo.modeling.state_forks import forks_states, state_layers
+    from fastdpo.modeling.state_forks import forks_states, state_layers, states_kind
 
     layers = state_layers(backbone)
     if not layers or not all(forks_states(type(layer)) for layer in layers):
@@ -101,6 +104,7 @@ def count_states(backbone: nn.Module, config: Any) -> StateLayers | None:
         saved=MappingProxyType(saved),
         outputs=linears[-1].in_features,
         flops=flops - 2 * sum(part.weight.numel() for part in linears),
+        by=states_kind(backbone, torch.device("cuda"), torch.bfloat16),
     )
 
 

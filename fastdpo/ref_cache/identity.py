@@ -74,8 +74,9 @@ def reference_identity(
         "attention": attention_kind(causal_lm.config, causal_lm.device, attention),
         "head_numerics": NUMERICS_VERSION,
     }
-    if attention != MODEL_ATTENTION and (kind := states_kind(get_backbone(model), compute_dtype)):
-        identity["states"] = kind
+    states = states_kind(get_backbone(model), causal_lm.device, compute_dtype)
+    if states and attention != MODEL_ATTENTION:
+        identity["states"] = states
     if kernels_of(model) != "eager":
         identity["layers"] = kernels_of(model)  # stores from before there were fused ones stand
     if reference is not None and (tensors := reference.adapter_tensors()):

@@ -42,8 +42,9 @@ def test_forked_by_the_kernels_as_near_the_truth_as_each_sequence_alone():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_5_text"](**SIZES)).cuda()
     groups = [*random_groups(7), of_lengths(200, 90, 150), of_lengths(3, 70, 1)]
-    assert states_kind(get_backbone(model), torch.float32) == "torch"
-    assert states_kind(get_backbone(model), torch.bfloat16) == "fla"
+    backbone = get_backbone(model)
+    assert states_kind(backbone, model.device, torch.float32) == "torch"
+    assert states_kind(backbone, model.device, torch.bfloat16) == "fla"
     truth = run(model, groups)
     half = copy.deepcopy(model).bfloat16()
     shared, alone = run(half, groups), run(half, groups, shared_prefix=False)

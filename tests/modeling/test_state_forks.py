@@ -122,7 +122,7 @@ def forking_model(family, std=0.15):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     reason = choose_packing(model).reason
-    if reason and Version(transformers.__version__) < Version("5.19"):
+    if reason and Version(transformers.__version__) < Version("5.22"):
         pytest.skip(reason)
     return model
 
