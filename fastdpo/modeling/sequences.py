@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.batching import Segment
+from fastdpo.system.device import to_device
 
 CHUNK = 64
 """Padded sequences are whole chunks of so many tokens, as the gated delta rule pads its own."""
@@ -122,7 +123,7 @@ class Sequences:
             return []
         places = [place for span in spans for place in span.places]
         ends = [0, *accumulate(span.tokens for span in spans)]
-        lengths = torch.tensor(ends, dtype=torch.int32, device=self.device)
+        lengths = to_device(torch.tensor(ends, dtype=torch.int32), self.device)
         parents = self._indices([span.parent for span in spans])
         taken, slots = self._indices(places), self._indices([*range(len(places))])
         return [Batch(taken, slots, (1, len(places)), parents, {"cu_seqlens": lengths})]
@@ -141,7 +142,7 @@ class Sequences:
         return Batch(taken, self._indices(slots), (len(spans), length), parents_of)
 
     def _indices(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
 
 
 def unpacking(batches: list[Batch]) -> Tensor:

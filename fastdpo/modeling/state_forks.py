@@ -181,7 +181,12 @@ def runs_kernel(package: str, device: torch.device, dtype: torch.dtype) -> bool:
     transformers binds a kernel when it is imported, for tensors that it does not take too.
     """
     takes_it = device.type == "cuda" and (package != HALF_ONLY or dtype != torch.float32)
-    return takes_it and find_spec(package) is not None
+    return takes_it and _is_installed(package)
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def _convolve(
