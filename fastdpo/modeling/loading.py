@@ -16,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.modeling.base_weights import weights_to_host
 from fastdpo.modeling.multimodal import auto_class
 from fastdpo.modeling.weight_hash import record_load, weight_files
-from fastdpo.system.device import cuda_has_bf16
+from fastdpo.system.device import compute_device, cuda_has_bf16
 from fastdpo.system.oom import oom_message
 
 HUB_HINT = (
@@ -54,6 +55,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     load_in_4bit: bool = False,
+    base_on_host: bool = False,
     revision: str = "main",
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
@@ -67,6 +69,9 @@ def load_model(
         dtype: of everything that is not 4-bit: embeddings, norms and head too.
         load_in_4bit: NF4 with double quantization; weights that are stored in 4 bits by
             bitsandbytes stay as they are, with and without it.
+        base_on_host: freeze the decoder layers' matrices and serve them from host memory
+            (`HostWeights`). They are read there and moved into its blocks layer by layer, never lie
+            on the GPU all at once, and are quantized by the CPU.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that the repository brings.
         options: more arguments for `from_pretrained`; they win over the above.
@@ -78,12 +83,13 @@ def load_model(
         ImportError: a package is missing that this model needs.
         MemoryError: it does not fit into memory.
     """
+    device = compute_device()
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
-        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        "device_map": {"": "cpu" if base_on_host or device.type == "cpu" else device.index},
     }
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -109,6 +115,8 @@ def load_model(
             "by bitsandbytes: choose the repository that it was made from, or leave 4-bit loading "
             "out (--lora in place of --qlora)."
         )
+    if base_on_host:
+        weights_to_host(model, device)
     record_load(model, name, files, arguments)
     return model
 
