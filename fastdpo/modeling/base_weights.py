@@ -1,51 +1,57 @@
 """Frozen weights in host memory: a decoder layer's matrices are on the GPU while it computes.
 
-LoRA never changes the base, so the base need not lie on the GPU. The matrices of layer i are copied
-into buffer i mod S of S buffers, on a stream of their own beside the computation. With two buffers
-and four layers, F being the forward of a layer, B its backward (its recomputation included) and c
-the copy of its matrices:
+LoRA never changes the base, so the base need not lie on the GPU. The matrices of a layer (of a few
+consecutive ones, where they are small) are a block. Block i is copied into buffer i mod S of S
+buffers, on a stream of its own beside the computation. With two buffers and four layers of a block
+each, F being the forward of a layer, B its backward (its recomputation included) and c the copy of
+its block:
 
     compute stream        F0    F1    F2    F3    B3    B2    B1    B0
     copy stream     c0    c1    c2    c3                c1    c0
     buffer 0        0     0     2     2     2     2     2     0     0
     buffer 1              1     1     3     3     3     1     1     1
 
-A copy begins when the layer begins that follows the buffer's last user, so S buffers are filled
-S - 1 layers ahead, and the last S layers of a forward need no copy for their backward, nor the
-first S for the next forward. S buffers thus do what S resident layers would.
+A copy is begun when the layer is that follows the buffer's last user, and waits for all that was
+queued until then. So S buffers are filled S - 1 blocks ahead, and the last S blocks of a forward
+need no copy for their backward, nor the first S for the next forward. S buffers thus do what S
+resident blocks would.
 
 This is a property of the decoder layer: a hook before its forward asks for its matrices, which a
 recomputation repeats, and one before the last node of its forward asks for them in the backward;
 the autograd engine runs nodes in the reverse order of their making, so everything of the layer
-above has run by then. Every activation plan works with it as it is. A layer has the same buffer
+above has run by then. Every activation plan works with it as it is. A block has the same buffer
 all the time: whatever autograd saved of its matrices, a transposed view for example, holds them
 again when its backward begins.
 
-The model's tensors stay the objects that they are. Each points to the layer's buffer as long as the
-buffer holds the layer, and else to host memory; so whoever reads them, at any time and after any
-failure, reads the weights.
+The model's tensors stay the objects that they are. Each points to the block's buffer as long as the
+buffer holds the block, and else to host memory; so whoever reads them, at any time and after any
+failure, reads the weights. Whoever writes to them in place (PEFT's merging does) must release the
+buffers first, which are copies: `writable_weights`.
 """
 
+import logging
+import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fastdpo.modeling.activations import decoder_layers
+from fastdpo.modeling.activations import decoder_layers, supports_checkpointing
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.host_blocks import (
+    LEAST_BUFFERS,
+    Buffer,
+    Copies,
+    HostBlock,
+    aligned,
+    layers_per_block,
+    offsets_in_block,
+)
 
-LEAST_BUFFERS = 2
-"""One holds the layer that computes, one takes the next."""
-
-ALIGNMENT = 256
-"""Bytes to whose multiples a tensor begins within a block: what GPU kernels read fastest."""
-
-PAGE = 4096
+logger = logging.getLogger(__name__)
 
 FORWARD, BACKWARD = 1, -1
 
@@ -58,24 +64,33 @@ class HostWeights:
             (they say nothing about where the model computes, and `.to(device)` must not move them),
             but keep their names, and their places in the state dict.
         device: where the layers compute.
+
+    Attributes:
+        device: where the layers compute.
+
+    Raises:
+        MemoryError: the host cannot pin so much memory.
     """
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
         self.device = device
-        self.layers: list[_LayerWeights] = []
-        self._copies = _Copies(device)
-        self._buffers: list[_Buffer] = []
+        self._copies = Copies(device)
+        self._buffers: list[Buffer] = []
         self._last = (-1, FORWARD)
         shared = _in_several(layers)
+        count = layers_per_block(_largest_layer(layers, shared))
+        self._blocks = [
+            _Block(layers[first : first + count], device, shared)
+            for first in range(0, len(layers), count)
+        ]
         for index, layer in enumerate(layers):
-            self.layers.append(_LayerWeights(layer, device, shared))
-            layer.register_forward_pre_hook(_BeforeForward(self, index))
-            layer.register_forward_hook(_AfterForward(self, index))
+            layer.register_forward_pre_hook(_BeforeForward(self, index // count))
+            layer.register_forward_hook(_AfterForward(self, index // count))
 
     @property
     def host_bytes(self) -> int:
         """Bytes in host memory."""
-        return sum(layer.block.nbytes for layer in self.layers)
+        return sum(block.host.nbytes for block in self._blocks)
 
     @property
     def buffer_bytes(self) -> int:
@@ -83,65 +98,67 @@ class HostWeights:
         return sum(buffer.memory.nbytes for buffer in self._buffers)
 
     def use_buffers(self, count: int) -> None:
-        """Take so many buffers, at least two and at most one a layer; the former ones are freed."""
-        count = min(max(count, LEAST_BUFFERS), len(self.layers))
+        """Take so many buffers, at least two and at most one a block; the former ones are freed.
+
+        Not between a forward and its backward, which needs what was saved of the buffers.
+        """
+        count = min(max(count, LEAST_BUFFERS), len(self._blocks))
         if count == len(self._buffers):
             return
         self.release()
+        sizes = [max(b.host.nbytes for b in self._blocks[first::count]) for first in range(count)]
         with torch.inference_mode(False):
-            for first in range(count):
-                those = self.layers[first::count]
-                size = max(layer.block.nbytes for layer in those)
-                memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-                self._buffers.append(_Buffer(memory))
-                for layer in those:
-                    layer.take_buffer(memory)
+            buffers = [Buffer(torch.empty(n, dtype=torch.uint8, device=self.device)) for n in sizes]
+            for number, block in enumerate(self._blocks):
+                block.take_buffer(buffers[number % count].memory)
+        for buffer in buffers:
+            self._copies.own(buffer.memory)
+        self._buffers = buffers
 
     def release(self) -> None:
         """Free the buffers; the next layer that computes takes two."""
-        for layer in self.layers:
-            layer.leave_buffer()
-        self._copies.finish()
+        for block in self._blocks:
+            block.drop_buffer()
         self._buffers, self._last = [], (-1, FORWARD)
 
-    def before_forward(self, layer: int) -> None:
-        """Have a layer's matrices on the device for its forward, or for its recomputation."""
-        if self._last != (layer, BACKWARD):
-            self._use(layer, FORWARD)
+    def before_forward(self, block: int) -> None:
+        """Have a block's matrices on the device for a layer's forward, or for its recomputation."""
+        if self._last != (block, BACKWARD):
+            self._use(block, FORWARD)
 
-    def before_backward(self, layer: int) -> None:
-        """Have a layer's matrices on the device for its recomputation and backward."""
-        self._use(layer, BACKWARD)
+    def before_backward(self, block: int) -> None:
+        """Have a block's matrices on the device for a layer's recomputation and backward."""
+        self._use(block, BACKWARD)
 
-    def _use(self, layer: int, direction: int) -> None:
+    def _use(self, block: int, direction: int) -> None:
         if not self._buffers:
             self.use_buffers(LEAST_BUFFERS)
-        self._last = layer, direction
-        buffer = self._buffer_of(layer)
-        if buffer.layer != layer:
-            self._fetch(layer)
+        buffer = self._buffer_of(block)
+        if buffer.block != block:
+            self._fetch(block)
         if not buffer.is_in_use:
             self._copies.wait(buffer.copied)
-            self.layers[layer].enter_buffer()
+            self._blocks[block].enter_buffer()
             buffer.is_in_use = True
+        self._last = block, direction  # only now: it says that the block is there
         wanted = {id(buffer)}
-        for following in self._following(layer, direction):
+        for following in self._following(block, direction):
             buffer = self._buffer_of(following)
             if id(buffer) in wanted:
-                break  # of a layer that comes before it
+                break  # of a block that comes before it
             wanted.add(id(buffer))
-            if buffer.layer != following:
+            if buffer.block != following:
                 self._fetch(following)
 
-    def _following(self, layer: int, direction: int) -> Iterator[int]:
-        """The layers that come next, one for each further buffer.
+    def _following(self, block: int, direction: int) -> Iterator[int]:
+        """The blocks that come next, one for each further buffer.
 
         In passes without gradients the first ones come again after the last. (A backward has
         gradients turned off too.)
         """
-        count = len(self.layers)
+        count = len(self._blocks)
         for distance in range(1, len(self._buffers)):
-            following = layer + direction * distance
+            following = block + direction * distance
             if 0 <= following < count:
                 yield following
             elif direction == FORWARD and not torch.is_grad_enabled():
@@ -149,46 +166,33 @@ class HostWeights:
             else:
                 break
 
-    def _buffer_of(self, layer: int) -> "_Buffer":
-        return self._buffers[layer % len(self._buffers)]
+    def _buffer_of(self, block: int) -> Buffer:
+        return self._buffers[block % len(self._buffers)]
 
-    def _fetch(self, layer: int) -> None:
-        """Begin the copy of a layer's matrices into its buffer, whoever's they are now."""
-        buffer = self._buffer_of(layer)
+    def _fetch(self, block: int) -> None:
+        """Begin the copy of a block into its buffer, whoever's it is now."""
+        buffer = self._buffer_of(block)
         buffer.is_in_use = False
-        if buffer.layer is not None:
-            self.layers[buffer.layer].leave_buffer()
-        buffer.layer = None  # until the copy has begun: it may fail
-        buffer.copied = self._copies.start(buffer.memory, self.layers[layer].block)
-        buffer.layer = layer
+        if buffer.block is not None:
+            self._blocks[buffer.block].leave_buffer()
+        buffer.block = None  # until the copy has begun: it may fail
+        buffer.copied = self._copies.start(buffer.memory, self._blocks[block].host)
+        buffer.block = block
 
 
-class _Buffer:
-    """Memory of one layer on the device."""
+class _Block:
+    """The matrices of consecutive decoder layers in one block of host memory."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
-        self.layer: int | None = None  # whose matrices it holds, or is being given
-        self.copied: Any = None  # the CUDA event after that copy
-        self.is_in_use = False  # whether that layer's tensors point to it
-
-
-class _LayerWeights:
-    """One decoder layer's matrices in one block of host memory."""
-
-    def __init__(self, layer: nn.Module, device: torch.device, shared: set[int]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], device: torch.device, shared: set[int]) -> None:
         self._tensors: list[Tensor] = []
-        for module, name, weight in _base_matrices(layer):
-            if id(weight) not in shared:
-                self._tensors += [weight, *_packed_scales(weight, device)]
-                _unregister(module, name, weight.requires_grad_(False))
-        self._offsets: list[int] = []
-        end = 0
-        for tensor in self._tensors:
-            self._offsets.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.block = _host_block(end, device)
-        self._on_host = self._views(self.block)
+        for module, name, weight in _own_matrices(layers, shared):
+            self._tensors += _parts(weight)
+            _tables_to(weight, device)
+            _unregister(module, name, weight.requires_grad_(False))
+        self._offsets, size = offsets_in_block([tensor.nbytes for tensor in self._tensors])
+        self._memory = HostBlock(size, device)
+        self.host = self._memory.memory
+        self._on_host = self._views(self.host)
         self._in_buffer: list[Tensor] = []
         for tensor, view in zip(self._tensors, self._on_host, strict=True):
             view.copy_(tensor)
@@ -205,41 +209,37 @@ class _LayerWeights:
         self._in_buffer = self._views(memory)
 
     def enter_buffer(self) -> None:
-        """Let the layer's tensors be those in its buffer."""
-        for tensor, view in zip(self._tensors, self._in_buffer, strict=True):
-            tensor.data = view
+        """Let the block's tensors be those in its buffer.
+
+        Raises:
+            RuntimeError: a tensor was replaced by another one, which would be lost.
+        """
+        self._point_to(self._in_buffer)
 
     def leave_buffer(self) -> None:
-        """Let the layer's tensors be those in host memory."""
-        for tensor, view in zip(self._tensors, self._on_host, strict=True):
+        """Let the block's tensors be those in host memory.
+
+        Raises:
+            RuntimeError: a tensor was replaced by another one, which would be lost.
+        """
+        self._point_to(self._on_host)
+
+    def drop_buffer(self) -> None:
+        """Leave the buffer, and forget it."""
+        self.leave_buffer()
+        self._in_buffer = []
+
+    def _point_to(self, views: list[Tensor]) -> None:
+        for tensor, view, *own in zip(
+            self._tensors, views, self._on_host, self._in_buffer or self._on_host, strict=True
+        ):
+            if tensor.data_ptr() not in [each.data_ptr() for each in own]:
+                raise RuntimeError(
+                    "a weight whose place is in host memory was replaced (was an adapter merged "
+                    "into it?), and the change would be lost when the layer computes: load the "
+                    "model with base_weights='gpu' to merge or to edit it."
+                )
             tensor.data = view
-
-
-class _Copies:
-    """Copies from host memory to the device: beside the computation on CUDA, else at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def start(self, target: Tensor, source: Tensor) -> Any:
-        """Copy to the beginning of the target once all that is queued has run; its end's event."""
-        stream = self._stream
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.no_grad(), torch.cuda.stream(stream):
-            target[: source.nbytes].copy_(source, non_blocking=True)
-        return None if stream is None else stream.record_event()
-
-    def wait(self, copied: Any) -> None:
-        """Let what is computed next wait for a copy."""
-        if copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(copied)
-
-    def finish(self) -> None:
-        """Let what is computed next wait for all copies."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 class _BeforeForward:
@@ -281,8 +281,18 @@ def weights_to_host(model: nn.Module, device: torch.device) -> HostWeights:
         MemoryError: the host cannot pin so much memory.
     """
     causal_lm = unwrap_model(model)
+    if not supports_checkpointing(causal_lm):
+        raise ValueError(
+            f"the decoder layers of {type(causal_lm).__name__} are not known one by one, so its "
+            "base cannot come from host memory layer by layer: leave out --base_weights."
+        )
     if causal_lm not in _of_models:
-        _of_models[causal_lm] = HostWeights(decoder_layers(causal_lm), device)
+        weights = HostWeights(decoder_layers(causal_lm), device)
+        _of_models[causal_lm] = weights
+        logger.info(
+            "%.2f GiB of the base lie in host memory and come to the device layer by layer.",
+            weights.host_bytes / 2**30,
+        )
     move_resident(model)
     return _of_models[causal_lm]
 
@@ -306,14 +316,30 @@ def move_resident(model: nn.Module) -> None:
             causal_lm.hf_device_map = {"": weights.device}
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """`named_parameters` with the weights in host memory, by the names of the state dict."""
-    yield from model.named_parameters()
-    if host_weights(model) is None:
-        return
-    for path, module in model.named_modules():
-        for name in vars(module).get(_NAMES, ()):
-            yield f"{path}.{name}", getattr(module, name)
+    yield from module.named_parameters()
+    for path, part in module.named_modules():
+        for name in vars(part).get(_NAMES, ()):
+            yield f"{path}.{name}" if path else name, getattr(part, name)
+
+
+def entries_on_host(model: nn.Module) -> int:
+    """Entries of all matrices in host memory, of 4-bit ones those that they stand for."""
+    resident = {id(each) for each in model.parameters()}
+    on_host = [each for _, each in named_weights(model) if id(each) not in resident]
+    shapes = [getattr(getattr(each, "quant_state", each), "shape", each.shape) for each in on_host]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def writable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `named_weights` by name; what is written to them now is what computes later.
+
+    The buffers of weights in host memory are freed, whose contents are copies.
+    """
+    if (weights := host_weights(model)) is not None:
+        weights.release()
+    return dict(named_weights(model))
 
 
 _NAMES = "_names_on_host"
@@ -337,6 +363,9 @@ def _add_to_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, _:
 
 def _base_matrices(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """The base's parameters of two dimensions or more, in the order of their modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds, which the planner spares
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     if isinstance(module, AuxiliaryTrainingWrapper):
         return  # trained as a whole
     if isinstance(module, BaseTunerLayer):
@@ -349,6 +378,14 @@ def _base_matrices(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Param
         yield from _base_matrices(child)
 
 
+def _own_matrices(
+    layers: Sequence[nn.Module], shared: set[int]
+) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """The base's matrices of some layers, without those that several layers have."""
+    for layer in layers:
+        yield from (each for each in _base_matrices(layer) if id(each[2]) not in shared)
+
+
 def _in_several(layers: Sequence[nn.Module]) -> set[int]:
     """The ids of matrices that more than one layer has."""
     found = Counter(
@@ -357,41 +394,34 @@ def _in_several(layers: Sequence[nn.Module]) -> set[int]:
     return {each for each, count in found.items() if count > 1}
 
 
-def _packed_scales(weight: Any, device: torch.device) -> list[Tensor]:
-    """The scales of a 4-bit weight, which travel with it; its small tables go to the device."""
-    scales = []
-    state = getattr(weight, "quant_state", None)
-    while state is not None:  # with double quantization the scales have a state of their own
-        scales.append(state.absmax)
+def _largest_layer(layers: Sequence[nn.Module], shared: set[int]) -> int:
+    """Bytes that the largest layer's matrices take within a block."""
+    return max(
+        sum(
+            aligned(part.nbytes)
+            for *_, weight in _own_matrices([layer], shared)
+            for part in _parts(weight)
+        )
+        for layer in layers
+    )
+
+
+def _parts(weight: Tensor) -> list[Tensor]:
+    """A weight, and of a 4-bit one the scales that travel with it."""
+    return [weight, *(state.absmax for state in _quant_states(weight))]
+
+
+def _tables_to(weight: Tensor, device: torch.device) -> None:
+    """Move the small tables of a 4-bit weight to the device, where they stay."""
+    for state in _quant_states(weight):
         for name in ("code", "offset"):
             if isinstance(table := getattr(state, name, None), Tensor):
                 setattr(state, name, table.to(device))
+
+
+def _quant_states(weight: Any) -> Iterator[Any]:
+    """The state of a 4-bit weight, and with double quantization that of its scales."""
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        yield state
         state = state.state2
-    return scales
-
-
-def _host_block(size: int, device: torch.device) -> Tensor:
-    """Uninitialized memory of the host, (size,) uint8, pinned in place where the device is CUDA.
-
-    torch's own pinned memory is taken in powers of two, which would waste a seventh of an 8B.
-
-    Raises:
-        MemoryError: it cannot be pinned.
-    """
-    if device.type != "cuda" or not size:
-        return torch.empty(size, dtype=torch.uint8)
-    pages = -(-size // PAGE) * PAGE
-    memory = torch.empty(pages + PAGE, dtype=torch.uint8)
-    begin = -memory.data_ptr() % PAGE
-    cudart: Any = torch.cuda.cudart()
-    if code := int(cudart.cudaHostRegister(memory.data_ptr() + begin, pages, 0)):
-        raise MemoryError(
-            f"the host cannot pin {pages:,} bytes for one layer's weights (CUDA error {code}): "
-            "free host memory, raise `ulimit -l`, or leave the base on the GPU (--qlora takes a "
-            "quarter of the memory)."
-        )
-    end: Any = weakref.finalize(
-        memory.untyped_storage(), cudart.cudaHostUnregister, memory.data_ptr() + begin
-    )
-    end.atexit = False  # the driver may be gone by then
-    return memory[begin : begin + size]

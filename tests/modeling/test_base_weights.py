@@ -17,11 +17,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastdpo.modeling import base_weights
+from fastdpo.modeling import base_weights, host_blocks
 from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, decoder_layers
 from fastdpo.modeling.adapters import adapters_disabled, add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
-from fastdpo.modeling.base_weights import host_weights, named_weights, weights_to_host
+from fastdpo.modeling.base_weights import (
+    host_weights,
+    named_weights,
+    weights_to_host,
+    writable_weights,
+)
 from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
@@ -46,7 +51,14 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, num_experts_per_tok=2, num_local_experts=4),
 }  # fmt: skip
 CPU = torch.device("cpu")
+ONE_LAYER, TWO_LAYERS = 1, 2**18
+"""Sizes from which a layer of the tiny models here is a block by itself, or two layers are."""
 MIXTURE = ("recompute", "keep", "offload", "keep_attention", "keep")
+
+
+@pytest.fixture(autouse=True)
+def one_layer_a_block(monkeypatch):
+    monkeypatch.setattr(host_blocks, "SMALL_BYTES", ONE_LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +75,10 @@ def folders(tmp_path_factory):
 def policy_of(folder, *, on_host, kind="lora", targets=None, dropout=0.25):
     """In train mode, its adapter's B not zero."""
     dtype = torch.bfloat16 if kind == "qlora" else torch.float32
-    model = load_model(folder, dtype=dtype, load_in_4bit=kind == "qlora", base_on_host=on_host)
+    model = load_model(
+        folder, dtype=dtype, load_in_4bit=kind == "qlora",
+        base_weights="host" if on_host else "gpu",
+    )  # fmt: skip
     torch.manual_seed(1)
     model = add_adapter(model, lora_config(4, 8, dropout, targets))
     for name, parameter in model.named_parameters():
@@ -139,6 +154,46 @@ def test_the_order_of_copies(folders, order):
         # At first nothing is there; later the first two layers have stayed from the backward.
         wanted = later if number else f"F0 c0 c1 {later}"
         assert " ".join(f"{kind}{layer}" for kind, layer in order) == wanted, plan
+
+
+def test_small_layers_share_a_block(folders, order, monkeypatch):
+    """Three blocks of two layers, two and one: asked for by each layer, fetched once."""
+    monkeypatch.setattr(host_blocks, "SMALL_BYTES", TWO_LAYERS)
+    wanted = gradients(policy_of(folders["llama"], on_host=False))
+    model = policy_of(folders["llama"], on_host=True)
+    later = "F0 F1 c2 F1 F2 B2 B1 c0 B1 B0 B0"
+    for number, plan in enumerate(plans(4)):
+        apply_activation_plan(model, plan)
+        order.clear()
+        assert_equal(gradients(model), wanted)
+        found = " ".join(f"{kind}{block}" for kind, block in order)
+        if not number:
+            assert found == f"F0 c0 c1 {later}"
+        else:  # the first layers have stayed from the backward, and are not asked for again
+            assert found == later.removeprefix("F0 "), plan
+
+
+def test_a_weight_that_was_replaced_is_refused(folders):
+    """As a safe merge does, which would be lost when the layer comes from the host again."""
+    model = policy_of(folders["llama"], on_host=True)
+    gradients(model)
+    model.merge_adapter(safe_merge=True)
+    with pytest.raises(RuntimeError, match=r"was replaced .*base_weights='gpu' to merge"):
+        reference(model)
+
+
+def test_what_is_written_to_the_weights_is_computed_with(folders):
+    model = policy_of(folders["llama"], on_host=True)
+    before = gradients(model)
+    name = "base_model.model.model.layers.1.mlp.up_proj.base_layer.weight"
+    with torch.no_grad():
+        writable_weights(model)[name].mul_(2)
+    after = gradients(model)
+    resident = policy_of(folders["llama"], on_host=False)
+    with torch.no_grad():
+        writable_weights(resident)[name].mul_(2)
+    assert_equal(after, gradients(resident))
+    assert not torch.equal(after["log-probs"], before["log-probs"])
 
 
 def fetched_when_wanted(order):
@@ -220,7 +275,7 @@ def test_a_copy_that_fails_is_made_again(folders, monkeypatch):
     model = policy_of(folders["llama"], on_host=True)
     wanted = gradients(model)
     hashed = tensors_hash(base_tensors(unwrap_model(model)))
-    start, calls = base_weights._Copies.start, itertools.count()
+    start, calls = base_weights.Copies.start, itertools.count()
 
     def fails(self, target, source):
         if next(calls) % 4 == 3:
@@ -228,7 +283,7 @@ def test_a_copy_that_fails_is_made_again(folders, monkeypatch):
         return start(self, target, source)
 
     with monkeypatch.context() as failing:
-        failing.setattr(base_weights._Copies, "start", fails)
+        failing.setattr(base_weights.Copies, "start", fails)
         for _ in range(4):
             with pytest.raises(torch.OutOfMemoryError):
                 gradients(model)
@@ -253,7 +308,7 @@ def test_what_reads_the_weights_reads_them_at_any_time(folders):
 
 
 def test_a_base_is_saved_whole(folders, tmp_path):
-    model = load_model(folders["mixtral"], dtype=torch.float32, base_on_host=True)
+    model = load_model(folders["mixtral"], dtype=torch.float32, base_weights="host")
     wanted = base_tensors(load_model(folders["mixtral"], dtype=torch.float32))
     score_pairs(model, GROUPS, ExecutionLayout(256))
     model.save_pretrained(tmp_path)
@@ -310,21 +365,21 @@ def test_fused_layers(folders):
 def test_host_memory_is_taken_once(folders, monkeypatch):
     """A layer's tensors as they were loaded are gone before the next layer's block is taken."""
     before, left = [], []
-    block, init = base_weights._host_block, base_weights._LayerWeights.__init__
+    block, init = base_weights.HostBlock, base_weights._Block.__init__
 
     def noted(size, device):
         left.append(sum(not ref.expired() for ref in before))
         return block(size, device)
 
-    def watched(self, layer, device, shared):
-        loaded = [w for *_, w in base_weights._base_matrices(layer)]
+    def watched(self, layers, device, shared):
+        loaded = [w for *_, w in base_weights._own_matrices(layers, shared)]
         mine = [StorageWeakRef(weight.untyped_storage()) for weight in loaded]
-        init(self, layer, device, shared)
+        init(self, layers, device, shared)
         before.extend(mine)
 
-    monkeypatch.setattr(base_weights, "_host_block", noted)
-    monkeypatch.setattr(base_weights._LayerWeights, "__init__", watched)
-    load_model(folders["llama"], dtype=torch.float32, base_on_host=True)
+    monkeypatch.setattr(base_weights, "HostBlock", noted)
+    monkeypatch.setattr(base_weights._Block, "__init__", watched)
+    load_model(folders["llama"], dtype=torch.float32, base_weights="host")
     assert len(left) == LAYERS
     assert len(before) == 7 * LAYERS
     assert not any(left)
@@ -343,11 +398,35 @@ def test_weights_that_layers_share_and_small_ones_stay(folders):
     assert weights.host_bytes == sum(t.nbytes for n, t in named_weights(model) if n not in kept)
 
 
+def test_buffers_that_are_released_are_freed_and_taken_again(folders, monkeypatch):
+    model = policy_of(folders["llama"], on_host=True)
+    wanted, weights = gradients(model), host_weights(model)
+    model.zero_grad()
+    memory = [StorageWeakRef(b.memory.untyped_storage()) for b in weights._buffers]
+    assert len(memory) == 2
+    weights.release()
+    gc.collect()
+    assert all(each.expired() for each in memory)
+    assert weights.buffer_bytes == 0
+    with monkeypatch.context() as failing:
+        failing.setattr(base_weights, "Buffer", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gradients(model)
+    assert_equal(gradients(model), wanted)
+    assert weights.buffer_bytes > 0
+
+
+def test_layers_that_are_not_known_one_by_one_are_refused(folders, monkeypatch):
+    monkeypatch.setattr(base_weights, "supports_checkpointing", lambda _: False)
+    with pytest.raises(ValueError, match=r"not known one by one.*leave out --base_weights"):
+        load_model(folders["llama"], dtype=torch.float32, base_weights="host")
+
+
 def test_a_model_and_its_host_memory_go_together(folders):
     model = policy_of(folders["llama"], on_host=True)
     gradients(model)
     weights = weakref.ref(host_weights(model))
-    blocks = [StorageWeakRef(layer.block.untyped_storage()) for layer in weights().layers]
+    blocks = [StorageWeakRef(block.host.untyped_storage()) for block in weights()._blocks]
     del model
     gc.collect()
     assert weights() is None
