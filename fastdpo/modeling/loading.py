@@ -110,10 +110,10 @@ def load_model(
         files = weight_files(Path(name))
         where = {option: arguments[option] for option in _WHERE if option in arguments}
         config = arguments.get("config") or AutoConfig.from_pretrained(name, **where)
-        in_4bit = load_in_4bit or hasattr(config, "quantization_config")
-        fits = base_weights == "gpu" or _fits(config, dtype, in_4bit, device)
+        quantized = "quantization_config" in arguments or hasattr(config, "quantization_config")
+        fits = base_weights == "gpu" or _fits(config, dtype, quantized, device)
         on_host = base_weights == "host" or not fits
-        through_gpu = fits and (in_4bit or not on_host)
+        through_gpu = fits and (quantized or not on_host)
         place = device.index if through_gpu and device.type == "cuda" else "cpu"
         arguments.setdefault("device_map", {"": place})
         model, found = auto_class(config).from_pretrained(

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastdpo.modeling import base_weights, host_blocks, loading
 from fastdpo.modeling.activations import apply_activation_plan
@@ -351,6 +351,11 @@ def test_auto_takes_the_host_where_the_gpu_has_no_room(folders, monkeypatch):  #
         assert loading._fits(config, dtype, in_4bit, CUDA)
         free.bytes = int(most / loading.GPU_SHARE) - 8
         assert loading._fits(config, dtype, in_4bit, CUDA) == in_4bit
+    free.bytes = int(1.5 * whole)  # bf16 does not fit, and NF4 does, whoever asks for it
+    in_4bit = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    for more, goes in (({}, True), ({"load_in_4bit": True}, False), ({"options": in_4bit}, False)):
+        model = load_model(folders["llama"], dtype=torch.bfloat16, base_weights="auto", **more)
+        assert (host_weights(model) is not None) == goes
     free.bytes = 0
     options = {"dtype": torch.float32, "base_weights": "auto"}
     assert host_weights(load_model(folders["llama"], **options)) is not None
