@@ -420,6 +420,8 @@ class DPOTrainer(UpdateTrainer):
             saved.micro_batch_tokens = self.user_args.micro_batch_tokens
         if self.user_args.kernels != "auto":
             saved.kernels = self.user_args.kernels
+        if self.user_args.base_weights != "auto":
+            saved.base_buffers = self.layout.base_buffers
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
         self.layout.assign(saved)

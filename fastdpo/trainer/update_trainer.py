@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastdpo.batching import PromptGroup
 from fastdpo.losses import LossFunction, needs_reference
+from fastdpo.modeling.base_weights import entries_on_host
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
@@ -183,7 +184,8 @@ class UpdateTrainer(ResumableTrainer):
     @cached_property
     def _num_parameters(self) -> int:
         """Entries of the policy's weights, embeddings left out: a walk over all modules."""
-        return unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
+        resident = unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
+        return resident + entries_on_host(self.policy)
 
     def _track_num_input_tokens(self, inputs: list[PromptGroup]) -> None:
         if self.args.include_num_input_tokens_seen != "no":

@@ -69,6 +69,7 @@ OTHER_VALUES = {
     "lr_scheduler_kwargs": {},
     "optim_args": None,
     "ref_cache": "another-folder",
+    "base_weights": "host",
 }
 
 NEEDS = {
