@@ -31,7 +31,7 @@ class TokenizationOptions(Options):
     max_length: int | None = option(
         1024,
         "Most tokens of prompt + completion; longer ones are truncated. none: no limit.",
-        check=whole(8, "1024 is usual, none lifts the limit"),
+        check=whole(2, "1024 is usual, none lifts the limit"),
     )
     max_prompt_length: int | None = option(
         None,

@@ -78,8 +78,9 @@ class RefLogpsProvider:
         """
         if self.is_stale:
             raise ValueError(
-                f"the reference of {name} was not computed before the first update, and all "
-                "weights have been trained since: pass the data to DPOTrainer as eval_dataset."
+                f"Cannot compute reference log-probs for a dataset passed to evaluate() ({name}): "
+                "all weights have been trained since the reference was there. Pass it to "
+                "DPOTrainer as eval_dataset, or pass a ref_model."
             )
         if self.folder is None:
             return self._computed(groups, name)

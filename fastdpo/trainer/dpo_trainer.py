@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -43,7 +44,7 @@ from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics
-from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
+from fastdpo.trainer.model_card import TAGS, TrainedModel, library_versions, model_card
 from fastdpo.trainer.optimizers import (
     OPTIMIZER_OPTIONS,
     check_evaluates,
@@ -89,7 +90,10 @@ class DPOTrainer(UpdateTrainer):
             frame) or a `PairDataset`.
         eval_dataset: rows as for `train_dataset`, or a dict of such data sets by name.
         processing_class: the tokenizer; by default the one in the folder of `model`.
-        compute_metrics: must be None; the metrics are computed from log-probs alone.
+        compute_metrics: gives further metrics of an evaluation by name, from an `EvalPrediction`
+            of its n pairs: there are no logits, so `predictions` are `(logps, ref_logps)`, two
+            (n, 2) float64 arrays of chosen and rejected in nats, as the loss takes them, and
+            `label_ids` (n,) are zeros, the place of the chosen completion.
         callbacks: further callbacks, as transformers' Trainer takes them.
         optimizers: an optimizer and its scheduler, as transformers' Trainer takes them.
         quantization_config: how to quantize a model that is given by name.
@@ -119,7 +123,7 @@ class DPOTrainer(UpdateTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
@@ -127,7 +131,7 @@ class DPOTrainer(UpdateTrainer):
         loss_function: LossFunction | None = None,
     ) -> None:
         refuse_overrides(self)
-        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
+        refuse_arguments(data_collator=data_collator)
         check_arguments(
             model=model,
             ref_model=ref_model,
@@ -136,6 +140,7 @@ class DPOTrainer(UpdateTrainer):
             peft_config=peft_config,
             optimizers=optimizers,
             loss_function=loss_function,
+            compute_metrics=compute_metrics,
         )
         args = DPOConfig() if args is None else args
         own_optimizer, own_schedule = (each is not None for each in optimizers)
@@ -166,10 +171,12 @@ class DPOTrainer(UpdateTrainer):
             train_dataset=self.train_groups,
             eval_dataset=self.eval_groups,  # pyrefly: ignore[bad-argument-type]
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
         share_model(self.accelerator, policy)
+        unwrap_model(policy).add_model_tags(list(TAGS))
         if follows_metric(optimizers[1]) and self.args.metric_for_best_model is None:
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         with_bar = self.pop_callback(ProgressCallback) is not None  # notebooks keep their own
@@ -312,6 +319,7 @@ class DPOTrainer(UpdateTrainer):
                 layout=self.layout,
                 mode=self.mode,
                 loss_function=self.loss_function,
+                compute_metrics=self.compute_metrics,
                 description=None if args.disable_tqdm else description,
             )
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in metrics.items()}

@@ -228,7 +228,7 @@ def test_evaluation_weighs_pairs_and_knows_the_reference(train_with):
     assert after["eval_loss"] == pytest.approx(np.log1p(np.exp(-0.1 * margins)).mean())
     assert after["eval_rewards/accuracies"] == (margins > 0).mean()
     assert after["eval_rewards/accuracies"] > 0.9
-    with pytest.raises(ValueError, match="before the first update"):
+    with pytest.raises(ValueError, match="Cannot compute reference log-probs"):
         trainer.evaluate(preference_rows(3, seed=5))
 
 
