@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from fastdpo.data.pairs import PairDataset
 
-
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """The columns of TRL's prepared rows, the last two where the reference is known."""
