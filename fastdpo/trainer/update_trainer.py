@@ -181,15 +181,12 @@ class UpdateTrainer(ResumableTrainer):
         if self.args.logging_strategy != IntervalStrategy.STEPS:
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         step = self.state.global_step + 1
-        first = step == 1 and self.args.logging_first_step
-        return (
-            first
-            or step == self.state.max_steps
-            or step % max(1, int(self.state.logging_steps)) == 0
-        )
+        if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
+            return True
+        return step % max(1, int(self.state.logging_steps)) == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; a training log, the last of a run too, gets the metrics of the updates since then."""
+        """Log; training logs, the run's last too, get the metrics of the updates before them."""
         if "loss" in logs or ("train_runtime" in logs and self.record.holds_updates):
             logs |= self.record.flush()
         super().log(logs, start_time)

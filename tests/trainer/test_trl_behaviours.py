@@ -113,24 +113,22 @@ def make(model_folder, tmp_path, monkeypatch):
     """Build a trainer with TRL's defaults but for small updates at a high learning rate."""
     monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
 
-    def build(model=None, *, train_dataset=None, eval_dataset=None, ref_model=None,
-              peft_config=None, processing_class=None, compute_metrics=None, **options):  # fmt: skip
+    def build(model=None, *, train_dataset=None, processing_class=None, **given):
+        names = ("eval_dataset", "ref_model", "peft_config", "compute_metrics")
+        arguments = {name: given.pop(name, None) for name in names}
         options = {
             "per_device_train_batch_size": 3, "num_train_epochs": 1, "learning_rate": 0.02,
             "warmup_steps": 0, "use_cpu": True, "bf16": False, "report_to": "none",
             "disable_tqdm": True, "save_strategy": "no",
-        } | options  # fmt: skip
+        } | given  # fmt: skip
         if processing_class is None and not isinstance(model, str | None):
             processing_class = AutoTokenizer.from_pretrained(model_folder)
         return DPOTrainer(
             model_folder if model is None else model,
-            ref_model=ref_model,
             args=DPOConfig(str(tmp_path / "out"), **options),
             train_dataset=Dataset.from_list(ROWS) if train_dataset is None else train_dataset,
-            eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=peft_config,
-            compute_metrics=compute_metrics,
+            **arguments,
         )
 
     return build
@@ -509,7 +507,8 @@ def test_compute_metrics_is_given_the_log_probs_of_both_sides(make):
     assert evaluated["eval_mine"] == 0.123
     assert evaluated["eval_rewards/margins"] == pytest.approx(0.5 * evaluated["eval_margin"])
     logps, ref_logps, labels = seen[-1]
-    assert logps.shape == ref_logps.shape == (3, 2) and labels.tolist() == [0, 0, 0]
+    assert logps.shape == ref_logps.shape == (3, 2)
+    assert labels.tolist() == [0, 0, 0]
     assert logps[:, 0].mean() == pytest.approx(evaluated["eval_logps/chosen"])
 
 
@@ -520,7 +519,8 @@ def test_compute_metrics_is_given_the_log_probs_of_both_sides(make):
 def test_the_model_carries_its_tag(make, peft_config):
     """The tag of the method; that of the library is fastdpo, where TRL's is trl."""
     tags = make(peft_config=peft_config).model.model_tags
-    assert "dpo" in tags and "fastdpo" in tags and "trl" not in tags
+    assert {"dpo", "fastdpo"} <= set(tags)
+    assert "trl" not in tags
 
 
 # Different on purpose
