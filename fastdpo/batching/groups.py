@@ -52,7 +52,8 @@ class PromptGroup:
 
     def keys(self) -> tuple[str, ...]:
         """The columns of a pair under TRL's names: `ID_COLUMNS`, and `REF_COLUMNS` if known."""
-        return ID_COLUMNS + (() if self.ref_logps is None else REF_COLUMNS)
+        is_known = self.ref_logps is not None and not np.isnan(self.ref_logps).any()
+        return ID_COLUMNS + (REF_COLUMNS if is_known else ())
 
     def __contains__(self, column: object) -> bool:
         return column in self.keys()
@@ -105,7 +106,8 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
         pairs: tokenized pairs.
 
     Attributes:
-        ref_logps: (n, 2) float64 of chosen and rejected, nats, or None.
+        ref_logps: (n, 2) float64 of chosen and rejected, nats, or None; NaN for pairs that are not
+            trained on.
     """
 
     def __init__(self, pairs: PairDataset) -> None:

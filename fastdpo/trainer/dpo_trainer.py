@@ -53,7 +53,7 @@ from fastdpo.trainer.optimizers import (
     refuse_optimizer,
     show_averaged_weights,
 )
-from fastdpo.trainer.overrides import refuse_overrides
+from fastdpo.trainer.overrides import has_own, refuse_overrides
 from fastdpo.trainer.prepare import (
     one_update_per_step,
     prepare_policy,
@@ -258,12 +258,22 @@ class DPOTrainer(UpdateTrainer):
         for name, groups in self.sets.eval_by_name.items():
             self._add_reference(groups, name)
 
-    def _add_reference(self, groups: PairGroups, name: str) -> None:
-        """Set the reference log-probs of a data set's groups, stored or computed."""
+    def _add_reference(
+        self, groups: PairGroups, name: str, indices: list[int] | None = None
+    ) -> None:
+        """Set the reference log-probs of a data set's groups, or of some, stored or computed."""
         model_name = unwrap_model(self.policy).name_or_path
         requested = describe_request(groups, self.user_args, self.tokenizer, str(model_name))
+        if indices is not None:
+            requested["pairs"] = len(indices)
+            logger.info(
+                "The run ends after %s of %s pairs of %s: the reference of those alone is needed",
+                f"{len(indices):,}",
+                f"{len(groups):,}",
+                name,
+            )
         with self.autocast():
-            self.reference.attach(groups, name, requested)
+            self.reference.attach(groups, name, requested, indices)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
         """Reference log-probs of a data set, (n, 2) float64; 0 where the loss looks at none."""
@@ -283,7 +293,9 @@ class DPOTrainer(UpdateTrainer):
         refuse_overrides(self)  # a method may have been set on the object meanwhile
         if self.needs_reference:
             if self.train_groups is not None and self.reference.folder is not None:
-                self._add_reference(self.train_groups, "train")
+                own_loader = has_own(self, "get_train_dataloader", DPOTrainer)
+                used = None if own_loader else self.sets.pairs_trained_on()
+                self._add_reference(self.train_groups, "train", used)
             if not self.reference.reference.is_frozen:
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
