@@ -11,7 +11,10 @@ from fastdpo.cli.parser import Parsed
 from fastdpo.options import DataOptions, cache_folder, reference_folder
 from fastdpo.system import files, results
 
-DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip")
+DATA_ENDINGS = (
+    ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".bz2", ".xz", ".zst",
+    ".zip",
+)  # fmt: skip
 """Files that would be read as rows the next time, where a data set is a folder."""
 
 LOG_FILE = "metrics.jsonl"

@@ -69,11 +69,13 @@ def test_the_limits_reach_the_pairs_and_are_counted(gpt2):
 
 def test_max_prompt_length_saves_rows_whose_prompt_is_over_long(gpt2):
     short = strings("a", " b", " c")
-    lost = prepare(gpt2, LONG, short, max_length=7)
+    start = {"max_length": 7, "truncation_mode": "keep_start"}
+    lost = prepare(gpt2, LONG, short, **start)
     assert lost.report.dropped[OVER_LONG_PROMPT].count == 1
-    saved = prepare(gpt2, LONG, short, max_length=7, max_prompt_length=3)
-    assert not saved.report.dropped
-    assert saved[0].cut == (True, False, False)
+    for options in (start | {"max_prompt_length": 3}, {"max_length": 7}):
+        saved = prepare(gpt2, LONG, short, **options)
+        assert not saved.report.dropped
+        assert saved[0].cut[0]
 
 
 def test_completions_that_a_limit_makes_equal_are_dropped(gpt2):
@@ -132,9 +134,10 @@ def test_a_length_bias_is_told_where_there_are_pairs_enough(gpt2, longer, pairs,
 
 def test_many_over_long_rows_and_repeated_prompts_are_told(gpt2):
     good = strings("a", " b", " c")
-    described = prepare(gpt2, *[good] * 9, LONG, max_length=7).report.describe()
+    start = {"max_length": 7, "truncation_mode": "keep_start"}
+    described = prepare(gpt2, *[good] * 9, LONG, **start).report.describe()
     assert "warning: 10% of the rows are lost to max_length" in described
-    described = prepare(gpt2, *[good] * 30, LONG, max_length=7).report.describe()
+    described = prepare(gpt2, *[good] * 30, LONG, **start).report.describe()
     assert "are lost to" not in described
     text = "Tell me about the sea."
     repeated = strings(text, f"{text} It is wet.", f"{text} No.")

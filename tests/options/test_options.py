@@ -221,7 +221,7 @@ def test_nearest_name_and_none():
         ),
         (PreferenceOptions, {"ref_model_sync_steps": 5}, ["--ref_model_sync_steps"]),
         (PreferenceOptions, {"ref_model_mixup_alpha": 0.5}, ["--sync_ref_model"]),
-        (PreferenceOptions, {"max_length": 7}, ["--max_length", "8 or more"]),
+        (PreferenceOptions, {"max_length": 1}, ["--max_length", "2 or more"]),
         (PreferenceOptions, {"max_length": 1e3}, ["--max_length"]),
         (PreferenceOptions, {"truncation_mode": "keep_end"}, ["--truncation_mode", "keep_start"]),
         (PreferenceOptions, {"truncation_mode": "keep_end"}, ["cuts each side", "keep_completion"]),
