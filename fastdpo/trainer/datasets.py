@@ -169,6 +169,16 @@ class PreferenceDatasets:
             return None
         return sorted(pair for update in islice(sampler, updates) for pair in update)
 
+    def pairs_seen(self, updates: int) -> int:
+        """How many pairs so many updates have, each counted as often as it occurs."""
+        if self.train is None:
+            return 0
+        sampler = self.sampler()
+        epochs, rest = divmod(updates, len(sampler))
+        sampler.set_epoch(epochs)
+        whole = epochs * sum(map(sum, sampler.plan))
+        return whole + sum(map(len, islice(sampler, rest)))
+
     def eval_loader(self, dataset: Any = None) -> DataLoader:
         """A loader of all groups of one evaluation set.
 

@@ -44,7 +44,14 @@ from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics
-from fastdpo.trainer.model_card import TAGS, TrainedModel, library_versions, model_card
+from fastdpo.trainer.model_card import (
+    TAGS,
+    TrainedModel,
+    describe_adapter,
+    library_versions,
+    license_of,
+    model_card,
+)
 from fastdpo.trainer.optimizers import (
     OPTIMIZER_OPTIONS,
     check_evaluates,
@@ -377,7 +384,10 @@ class DPOTrainer(UpdateTrainer):
                 reference=self.reference.reference.description,
                 args=self.user_args,
                 pairs=0 if self.train_groups is None else len(self.train_groups),
+                pairs_seen=self.sets.pairs_seen(self.state.global_step),
                 updates=self.state.global_step,
+                adapter=describe_adapter(self.policy),
+                license=license_of(str(unwrap_model(self.policy).name_or_path)),
                 dataset=dataset or self.dataset_name,
                 evaluation=evaluations[-1] if evaluations else {},
                 command=self.command,

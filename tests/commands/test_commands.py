@@ -49,7 +49,7 @@ def test_train_then_evaluate(workplace, capsys, tuning):
         + (["--qlora"] if tuning == "--qlora" else [])
     )
     table = capsys.readouterr().out
-    metrics = json.loads((workplace / "evaluation.json").read_text())
+    metrics = json.loads((workplace / "out" / "evaluation.json").read_text())
     assert metrics["pairs"] == 24
     assert metrics["preference"]["preference_accuracy"] > 0.9
     assert metrics["policy"]["logps_chosen"] != metrics["reference"]["logps_chosen"]
