@@ -1,6 +1,7 @@
 """The metrics of one evaluation: a set of pairs under the policy, beside its reference."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def compute_eval_metrics(
     sums.add_pairs(result, options.beta)
     further: dict[str, float] = {}
     if compute_metrics is not None:
-        logps = (pairs.logps.detach().cpu().numpy(), pairs.ref_logps.cpu().numpy())
+        logps: Any = (pairs.logps.detach().cpu().numpy(), pairs.ref_logps.cpu().numpy())
         chosen = np.zeros(len(groups), dtype=np.int64)
         further = compute_metrics(EvalPrediction(predictions=logps, label_ids=chosen))
     return sums.averages() | further

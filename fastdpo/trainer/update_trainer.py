@@ -187,8 +187,10 @@ class UpdateTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; training logs, the run's last too, get the metrics of the updates before them."""
-        if "loss" in logs or ("train_runtime" in logs and self.record.holds_updates):
+        if "loss" in logs:
             logs |= self.record.flush()
+        elif "train_runtime" in logs and self.record.holds_updates:
+            logs |= {name: mean for name, mean in self.record.flush().items() if name != "loss"}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
