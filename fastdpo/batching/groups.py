@@ -168,7 +168,7 @@ def lists_of(groups: Sequence[PromptGroup]) -> np.ndarray:
 
 
 def linked(digests: Sequence[Sequence[bytes]]) -> np.ndarray:
-    """What `lists_of` returns, from the groups' `digests`."""
+    """Tell from the `digests` of groups which are of one list; returned as `lists_of` does."""
     holder: dict[bytes, int] = {}
     parents = list(range(len(digests)))
 
