@@ -13,14 +13,14 @@ from fastdpo.data.pairs import PairDataset
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-"""The columns of TRL's prepared rows, the last two where the reference is known."""
+"""The columns of TRL's prepared data sets, the last two where the reference is known."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptGroup:
     """One prompt and its k completions, with their reference log-probs when they are known.
 
-    A pair can be read as a row of TRL's prepared data set too: `row["chosen_ids"]`, `dict(row)`.
+    A pair reads as an example of TRL's prepared data sets: `pair["chosen_ids"]`, `dict(pair)`.
 
     Attributes:
         prompt_ids: (P,) int32, P >= 1.
@@ -64,7 +64,7 @@ class PromptGroup:
     def __getitem__(self, column: str) -> Any:
         """A column of a pair: a list of token ids, or a log-prob in nats."""
         if column not in self.keys():
-            raise KeyError(f"{column}: a prepared row has {', '.join(self.keys())}")
+            raise KeyError(f"{column}: a prepared pair has {', '.join(self.keys())}")
         if column == "prompt_ids":
             return self.prompt_ids.tolist()
         side = int("rejected" in column)
@@ -135,7 +135,7 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
 
     @property
     def column_names(self) -> list[str]:
-        """The columns of a row under TRL's names."""
+        """The columns under TRL's names."""
         return list(self[0].keys())
 
     @overload
@@ -147,7 +147,7 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
     def __getitem__(self, index: int | slice | str) -> Any:  # pyrefly: ignore[bad-override]
         """The pair of an index, those of a slice, or a column by its name."""
         if isinstance(index, str):
-            return [row[index] for row in self]
+            return [pair[index] for pair in self]
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         pair = self.pairs[index]

@@ -341,7 +341,7 @@ def test_prepared_training_rows_are_mappings(make, kind):
     text = decode(row["prompt_ids"]) + decode(dict(row)["rejected_ids"])
     assert text == ROWS[0]["prompt"] + ROWS[0]["rejected"] + "</s>"
     assert trainer.train_dataset["chosen_ids"][1] == trainer.train_dataset[1]["chosen_ids"]
-    with pytest.raises(KeyError, match="a prepared row has prompt_ids"):
+    with pytest.raises(KeyError, match="a prepared pair has prompt_ids"):
         row["input_ids"]
     trainer.train()
     known = [row for row in trainer.train_dataset if "ref_chosen_logps" in row]
