@@ -20,7 +20,7 @@ def _open_zstd(path: Path) -> Any:
 
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 COMPRESSED_ENDINGS = tuple(_OPENERS)
-"""What a compressed file's name ends with; in front of it stands the ending of its content."""
+"""Endings of compressed files; the ending of the content stands in front."""
 
 
 def content_ending(path: Path) -> str:

@@ -58,7 +58,7 @@ def legend(color: bool | None = None) -> str:
 
 
 def _uses_color(color: bool | None) -> bool:
-    """What None stands for: a terminal, and NO_COLOR unset."""
+    """Resolve None: colors on a terminal where NO_COLOR is unset."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ if color is None else color
 
 

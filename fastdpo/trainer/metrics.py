@@ -173,7 +173,7 @@ class TrainingMetrics:
 
     @property
     def holds_updates(self) -> bool:
-        """Whether an update was added since the last `flush`."""
+        """True where an update was added since the last `flush`."""
         return bool(self._sums.sums)
 
     def start(self) -> None:

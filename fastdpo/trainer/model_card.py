@@ -193,7 +193,7 @@ def license_of(base_model: str) -> str | None:
 
 
 def _training(model: TrainedModel) -> dict[str, Any]:
-    """What was trained, and the options to list."""
+    """The base, the pairs and the adapter that were trained, and the options to list."""
     shown = {
         "base model": _shown(model.base_model).strip("`"),
         "pairs seen": f"{model.pairs_seen:,}",

@@ -131,5 +131,5 @@ def refuse_overrides(trainer: Trainer) -> None:
 
 
 def has_own(trainer: Any, name: str, base: type) -> bool:
-    """Whether a subclass of `base`, or the object itself, has a method of its own by that name."""
+    """True if a subclass of `base`, or the object itself, has a method of its own by that name."""
     return name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name)

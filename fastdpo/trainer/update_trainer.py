@@ -74,7 +74,7 @@ class UpdateTrainer(ResumableTrainer):
 
     @property
     def aux_loss_enabled(self) -> bool:
-        """Whether the routers' load-balancing loss of a mixture of experts is added."""
+        """True where the routers' load-balancing loss of a mixture of experts is added."""
         return self.update.aux_loss_coef != 0.0
 
     def autocast(self) -> AbstractContextManager[Any]:
