@@ -229,7 +229,7 @@ def test_a_dry_run_shows_what_would_happen_and_writes_nothing(workplace, capsys)
     said = capsys.readouterr().out
     for line in ("--beta 0.25\n", "--loss_type ipo\n", "--lora True\n", "--warmup_steps 0.1\n"):
         assert line in said, line
-    for line in ("24 pairs, 8 an update: 3 updates an epoch", "The day"):
+    for line in ("24 pairs, 8 an update: 3 updates an epoch", "In each pair: prompt", "The day"):
         assert line in said, line
     assert "accelerator_config" not in said, "what nobody set is not shown"
     assert sorted(path.name for path in workplace.iterdir()) == before

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fastdpo.data import Pair, PairDataset, prepare_pairs, rows_from, show_pairs
+from fastdpo.data import Pair, PairDataset, legend, prepare_pairs, rows_from, show_pairs
 from fastdpo.data.checks import check_pairs
 from fastdpo.data.pairs import IDENTICAL_AFTER_TRUNCATION, OVER_LONG_PROMPT
 from fastdpo.data.truncation import truncate
@@ -197,6 +197,18 @@ def test_colours_where_a_terminal_wants_them_and_no_other_escape(gpt2, monkeypat
     assert show_pairs(pairs, gpt2) == painted
     monkeypatch.setenv("NO_COLOR", "1")
     assert show_pairs(pairs, gpt2) == plain
+
+
+def test_the_legend_names_parts_and_marks_in_their_colors(monkeypatch):
+    plain = legend(color=False)
+    for mark in ("prompt, chosen, rejected", "||", "what both begin with", "[cut]"):
+        assert mark in plain
+    painted = legend(color=True)
+    assert re.sub("\x1b\\[[0-9;]*m", "", painted) == plain
+    for code, name in (("36", "prompt"), ("32", "chosen"), ("31", "rejected"), ("7", "[cut]")):
+        assert f"\x1b[{code}m{name}\x1b[0m" in painted
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert legend() == plain
 
 
 def test_long_texts_lose_their_middle(gpt2):
