@@ -164,7 +164,7 @@ def _print_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions)
     if metrics:
         print_line(
             f"Held-out pairs: preference accuracy {metrics['eval_rewards/accuracies']:.3f}, "
-            f"loss {metrics['eval_loss']:.4f}, margin {metrics['eval_rewards/margins']:.3f}."
+            f"loss {metrics['eval_loss']:.4f}, reward margin {metrics['eval_rewards/margins']:.3f}."
         )
     start = model.model_name_or_path
     first = data.mixture.datasets[0].path if data.mixture is not None else DEFAULT_DATASET
