@@ -10,8 +10,6 @@ writes around them:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
-from operator import eq
 
 from fastdpo.data.normalize import Messages
 
@@ -72,8 +70,15 @@ def find_turns(
 
 
 def _alike(text: str, other: str) -> int:
-    """How many characters two texts share at their start."""
-    return sum(1 for _ in takewhile(bool, map(eq, text, other)))
+    """How many characters two texts share at their start, found by bisection."""
+    least, most = 0, min(len(text), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if text[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def keep_turns(prompt: list[int], keep: int, turns: PromptTurns) -> list[int] | None:
