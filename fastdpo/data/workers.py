@@ -1,0 +1,223 @@
+"""Making pairs on several cores: processes that are given chunks of rows and send back their pairs.
+
+Each is a new interpreter that imports this room alone: nothing is forked, so threads, locks and a
+GPU of the process that trains are out of its reach, and the user's script is not run again. It
+takes seconds to start, so small sets are done before any is started. What is made of a chunk does
+not depend on where it is made, and chunks come back in their order, so neither do pairs, report and
+errors.
+"""
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from fastdpo.system import ranks
+
+if TYPE_CHECKING:
+    from fastdpo.data.tokenize import ChunkRow, MadePairs, PairMaker
+
+logger = logging.getLogger(__name__)
+
+STARTED_FOR_SECONDS = 20.0
+"""Processes are started where one alone would still take so long."""
+STARTED_AFTER_SECONDS = 5.0
+"""Of a stream, whose rows nobody has counted, it must have taken so long already."""
+_AHEAD = 2
+"""Chunks a process that are read ahead, so that none waits."""
+
+_COMMAND = "from fastdpo.data.workers import serve; serve()"
+
+
+def usual_processes() -> int:
+    """All cores that this process may use but one, shared out among the ranks; at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, (cores - 1) // ranks.launched())
+
+
+def on_processes(
+    maker: "PairMaker",
+    chunks: Iterator[list["ChunkRow"]],
+    processes: int | None,
+    left: Callable[[], float | None],
+) -> Generator["MadePairs"]:
+    """Make the pairs of all chunks, in their order: here first, on processes where it takes long.
+
+    Args:
+        maker: makes pairs in this process, and shows how other ones are to.
+        chunks: the rows; read ahead by a few chunks a process.
+        processes: how many; None takes `usual_processes`.
+        left: how many times as many rows as were read are left, None where it is not known.
+
+    Raises:
+        DataError: of the first row that cannot be used, whoever made it.
+        RuntimeError: a process has ended before its work was done.
+    """
+    processes = usual_processes() if processes is None else processes
+    began = time.monotonic()
+    for chunk in chunks:
+        yield maker.make(chunk)
+        if processes > 1 and _is_worth_it(time.monotonic() - began, left()):
+            break
+    else:
+        return
+    try:
+        told = pickle.dumps(maker.told(), protocol=5)
+        workers = _start(processes, told)
+    except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:
+        logger.warning(
+            "Pairs are prepared by one process: others cannot be started (%s: %s).",
+            type(error).__name__,
+            error,
+        )
+        yield from map(maker.make, chunks)
+        return
+    try:
+        yield from _in_order(workers, chunks)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _is_worth_it(seconds: float, left: float | None) -> bool:
+    if left is None:
+        return seconds >= STARTED_AFTER_SECONDS
+    return seconds * left >= STARTED_FOR_SECONDS
+
+
+class _Worker:
+    """One process, and the pipes to it."""
+
+    def __init__(self, told: bytes):
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ
+            | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        )
+        self._told: bytes | None = told
+
+    def make(self, chunk: list["ChunkRow"]) -> "MadePairs":
+        """Let the process make the pairs of a chunk."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None, "they are pipes"
+        try:
+            if self._told is not None:
+                stdin.write(self._told)
+                self._told = None
+            pickle.dump(chunk, stdin, protocol=5)
+            stdin.flush()
+            result, error = pickle.load(stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise RuntimeError(
+                f"a process that prepares pairs has ended with status {self._process.wait()} "
+                "before its work was done (a lack of memory does that): lower --dataset_num_proc, "
+                "1 prepares them in this process"
+            ) from error
+        if error is not None:
+            raise error
+        return result
+
+    def end(self) -> None:
+        """Let the process end: its input does, or it is told to."""
+        self._process.terminate()
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:  # what was written last reaches nobody
+                continue
+        self._process.wait()
+
+
+def _start(processes: int, told: bytes) -> list[_Worker]:
+    workers: list[_Worker] = []
+    try:
+        for _ in range(processes):
+            workers.append(_Worker(told))
+    except OSError:
+        for worker in workers:
+            worker.end()
+        raise
+    return workers
+
+
+def _in_order(
+    workers: list[_Worker], chunks: Iterator[list["ChunkRow"]]
+) -> Generator["MadePairs"]:
+    """What the workers make of the chunks, in their order, errors included."""
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+
+    def make(chunk: list["ChunkRow"]) -> "MadePairs":
+        worker = idle.get()
+        try:
+            return worker.make(chunk)
+        finally:
+            idle.put(worker)
+
+    waiting: deque[Future[MadePairs]] = deque()
+    failed: Exception | None = None
+    with ThreadPoolExecutor(len(workers)) as threads:
+        try:
+            more = True
+            while more or waiting:
+                while more and len(waiting) < _AHEAD * len(workers):
+                    try:
+                        waiting.append(threads.submit(make, next(chunks)))
+                    except StopIteration:
+                        more = False
+                    except Exception as error:  # an error of rows before it comes first
+                        more, failed = False, error
+                if waiting:
+                    yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+    if failed is not None:
+        raise failed
+
+
+def serve() -> None:
+    """Make pairs of the chunks that come in until no more do; what such a process does."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    stdin: BinaryIO = sys.stdin.buffer
+    stdout: Any = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not print between the results
+    from fastdpo.data.tokenize import PairMaker
+
+    try:
+        maker = PairMaker.of_told(pickle.load(stdin))
+        while True:
+            chunk = pickle.load(stdin)
+            try:
+                answer = pickle.dumps((maker.make(chunk), None), protocol=5)
+            except Exception as error:
+                answer = pickle.dumps((None, _sendable(error)), protocol=5)
+            stdout.write(answer)
+            stdout.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # nobody reads what a flush at the end would write
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
