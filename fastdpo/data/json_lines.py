@@ -1,8 +1,8 @@
 r"""A strict reader of JSON and JSON lines: whatever could be misread is an error with its line.
 
 Lines end at the byte \n and nowhere else (U+2028 inside a string is content). A byte order mark,
-\r\n and blank lines are accepted. JSON lines are read one by one, from a pipe too: of the file no
-more than its longest line is held.
+\r\n and blank lines are accepted. JSON lines are read one by one, from a pipe too: of a large file
+no more than its longest line is held.
 """
 
 import codecs
@@ -21,6 +21,8 @@ from fastdpo.data.errors import ROW_SHAPE, DataError
 
 MAX_LINE_MIB = 16
 MAX_DOCUMENT_BYTES = 2**30
+HELD_BYTES = 2**26
+"""A file of JSON lines of at most this size is held in memory; of a larger one, one line is."""
 MAX_NESTING = 64
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -96,7 +98,7 @@ def read_json_lines(
         max_line_mib: longer lines are an error: such a file is usually of another kind.
 
     Returns:
-        The objects, which stay in the file unless it is a pipe; and for each its line number,
+        The objects, which stay in a file of more than `HELD_BYTES`; and for each its line number,
         counted from 1 over all lines, blank ones too.
 
     Raises:
@@ -104,7 +106,7 @@ def read_json_lines(
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        if not path.is_file():
+        if not path.is_file() or stamp_of(file)[0] <= HELD_BYTES:
             return parse_json_lines(file, str(path), max_line_mib=max_line_mib)
         stamp, digest = stamp_of(file), hashlib.sha256()
         starts, numbers = array("q"), array("q")
