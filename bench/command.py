@@ -15,6 +15,7 @@ QUESTIONS = {
     "kernel": "the head op against TRL, torch, Liger and cut-cross-entropy: time, memory, error",
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
+    "startup": "before the first update: rows a second, a second start, peaks over the rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
     "lists": "all pairs of k rated completions: each completion once, against once a pair",
     "ranks": "an update shared by several processes: time, bytes sent, part of the time in talk",
@@ -23,7 +24,7 @@ QUESTIONS = {
 }
 """In order of value."""
 
-OF_A_MODEL = ("step", "quality", "merged")
+OF_A_MODEL = ("step", "quality", "merged", "startup")
 """What can be asked of a real model, `--model FOLDER`."""
 
 

@@ -407,9 +407,7 @@ def _letters(row: PreferenceRow) -> int:
     """About how many letters a preference has."""
     sides = (row.prompt, row.chosen, row.rejected)
     turns = [turn for side in sides for turn in (side if isinstance(side, list) else [side])]
-    return sum(
-        len(turn if isinstance(turn, str) else turn.get("content") or "") for turn in turns
-    )
+    return sum(len(turn if isinstance(turn, str) else turn.get("content") or "") for turn in turns)
 
 
 def _left(rows: Rows, whole: _Whole) -> Callable[[], float | None]:

@@ -154,9 +154,7 @@ def _start(processes: int, told: bytes) -> list[_Worker]:
     return workers
 
 
-def _in_order(
-    workers: list[_Worker], chunks: Iterator[list["ChunkRow"]]
-) -> Generator["MadePairs"]:
+def _in_order(workers: list[_Worker], chunks: Iterator[list["ChunkRow"]]) -> Generator["MadePairs"]:
     """What the workers make of the chunks, in their order, errors included."""
     idle: SimpleQueue[_Worker] = SimpleQueue()
     for worker in workers:

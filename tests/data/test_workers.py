@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fastdpo.data import DataError, MixedRows, PairDataset, prepare_pairs, rows_from, tokenize, workers
+from fastdpo.data import (
+    DataError,
+    MixedRows,
+    PairDataset,
+    prepare_pairs,
+    rows_from,
+    tokenize,
+    workers,
+)
 from fastdpo.options import TokenizationOptions
 from tests.tiny_trainer import byte_tokenizer, preference_rows
 
