@@ -153,7 +153,7 @@ def _trainer(case: Mapping[str, Any], folder: Path) -> Any:
 
 
 def start(case: Mapping[str, Any], turns: Turns) -> None:
-    """Build a trainer, with its reference: as a run does until its first update, the model aside."""
+    """Build a trainer with its reference, as a run does before its first update."""
     from fastdpo.system.start_up import start_up
 
     memory = PeakMemory(torch.device("cpu"))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import marshal
 from dataclasses import fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -105,11 +104,13 @@ def _content_hash(rows: Any) -> str | None:
         return None
     digest = hashlib.sha256()
     for row in rows:
+        if isinstance(row, dict) and not all(isinstance(name, str) for name in row):
+            return None  # JSON would write another key
         try:
-            written = marshal.dumps(row, 2)  # without references: by the values alone
-        except ValueError:  # a type that is not Python's own
+            written = f"{type(row).__name__} {json.dumps(row)}\n"
+        except (TypeError, ValueError, RecursionError):  # what JSON does not have
             return None
-        digest.update(len(written).to_bytes(8, "little") + written)
+        digest.update(written.encode())
     return digest.hexdigest()
 
 

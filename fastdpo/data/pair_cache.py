@@ -201,9 +201,8 @@ def read(path: Path) -> tuple[PairDataset, bool]:
 
 def _pieces(pairs: PairDataset, gets_template: bool) -> Iterator[Any]:
     """The bytes of an entry, piece by piece; no array is copied."""
-    told = {"report": asdict(pairs.report), "gets_template": gets_template}
-    told["report"]["reasons"] = list(pairs.report.reasons.items())
-    report = json.dumps(told)
+    fields = asdict(pairs.report) | {"reasons": list(pairs.report.reasons.items())}
+    report = json.dumps({"report": fields, "gets_template": gets_template})
     arrays = pairs.arrays | _mask_arrays(pairs)
     arrays["keys"] = arrays["keys"].view(np.uint8).ravel()
     header: dict[str, Any] = {}
@@ -213,7 +212,7 @@ def _pieces(pairs: PairDataset, gets_template: bool) -> Iterator[Any]:
         end = start + array.nbytes
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
         start = end
-    ordered = [memoryview(arrays[name]).cast("B") for name in _ARRAYS if arrays[name].size]
+    ordered = [arrays[name].data.cast("B") for name in _ARRAYS if arrays[name].size]
     checksum = hashlib.sha256(_checked_text(header, report))
     for array in ordered:
         checksum.update(array)
@@ -274,7 +273,8 @@ def _pairs(arrays: dict[str, np.ndarray], report: PreparationReport) -> PairData
 def _report(told: dict[str, Any]) -> PreparationReport:
     dropped = {reason: Dropped(**entry) for reason, entry in told["dropped"].items()}
     reasons = {int(row): str(reason) for row, reason in told["reasons"]}
-    return PreparationReport(**{**told, "dropped": dropped, "reasons": reasons})
+    fields: dict[str, Any] = told | {"dropped": dropped, "reasons": reasons}
+    return PreparationReport(**fields)
 
 
 def entries(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The key of a completion in its context: what reference log-probs are found by, and copies told."""
+"""The key of a completion in its context: by it reference log-probs are found, and copies told."""
 
 import hashlib
 import struct

@@ -1,7 +1,7 @@
 """Turning rows into pairs of token ids, with every dropped or cut row counted."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar

@@ -7,17 +7,19 @@ not depend on where it is made, and chunks come back in their order, so neither 
 errors.
 """
 
+import copy
 import logging
 import os
-import pickle
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from fastdpo.system import ranks
 
@@ -38,6 +40,8 @@ _COMMAND = "from fastdpo.data.workers import serve; serve()"
 
 def usual_processes() -> int:
     """All cores that this process may use but one, shared out among the ranks; at least 1."""
+    if os.name == "nt":
+        return 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
@@ -72,9 +76,8 @@ def on_processes(
     else:
         return
     try:
-        told = pickle.dumps(maker.told(), protocol=5)
-        workers = _start(processes, told)
-    except (OSError, AttributeError, TypeError, pickle.PicklingError) as error:
+        workers = _start(processes, bytes(ForkingPickler.dumps(maker.told())))
+    except Exception as error:  # a tokenizer may refuse to be sent in its own way
         logger.warning(
             "Pairs are prepared by one process: others cannot be started (%s: %s).",
             type(error).__name__,
@@ -107,20 +110,21 @@ class _Worker:
             env=os.environ
             | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
+        assert self._process.stdin is not None, "it is a pipe"
+        assert self._process.stdout is not None, "it is a pipe"
+        self._to = Connection(os.dup(self._process.stdin.fileno()), readable=False)
+        self._from = Connection(os.dup(self._process.stdout.fileno()), writable=False)
         self._told: bytes | None = told
 
     def make(self, chunk: list["ChunkRow"]) -> "MadePairs":
         """Let the process make the pairs of a chunk."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None, "they are pipes"
         try:
             if self._told is not None:
-                stdin.write(self._told)
+                self._to.send_bytes(self._told)
                 self._told = None
-            pickle.dump(chunk, stdin, protocol=5)
-            stdin.flush()
-            result, error = pickle.load(stdout)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            self._to.send(chunk)
+            result, error = self._from.recv()
+        except (EOFError, OSError) as error:
             raise RuntimeError(
                 f"a process that prepares pairs has ended with status {self._process.wait()} "
                 "before its work was done (a lack of memory does that): lower --dataset_num_proc, "
@@ -131,18 +135,17 @@ class _Worker:
         return result
 
     def end(self) -> None:
-        """Let the process end: its input does, or it is told to."""
-        self._process.terminate()
-        for pipe in (self._process.stdin, self._process.stdout):
-            try:
-                if pipe is not None:
-                    pipe.close()
-            except OSError:  # what was written last reaches nobody
-                continue
-        self._process.wait()
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._to.close()
+        self._from.close()
+        with self._process:  # closes its pipes, and waits
+            pass
 
 
 def _start(processes: int, told: bytes) -> list[_Worker]:
+    if os.name == "nt":
+        raise OSError("Windows has other pipes")
     workers: list[_Worker] = []
     try:
         for _ in range(processes):
@@ -194,28 +197,27 @@ def serve() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
-    stdin: BinaryIO = sys.stdin.buffer
-    stdout: Any = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not print between the results
+    orders = Connection(os.dup(0), writable=False)
+    answers = Connection(os.dup(1), readable=False)
+    os.dup2(2, 1)  # whatever prints must not print between the answers
     from fastdpo.data.tokenize import PairMaker
 
     try:
-        maker = PairMaker.of_told(pickle.load(stdin))
+        maker = PairMaker.of_told(orders.recv())
         while True:
-            chunk = pickle.load(stdin)
+            chunk = orders.recv()
             try:
-                answer = pickle.dumps((maker.make(chunk), None), protocol=5)
+                answer: tuple[Any, Any] = maker.make(chunk), None
             except Exception as error:
-                answer = pickle.dumps((None, _sendable(error)), protocol=5)
-            stdout.write(answer)
-            stdout.flush()
+                answer = None, _sendable(error)
+            answers.send(answer)
     except (EOFError, BrokenPipeError):
-        os._exit(0)  # nobody reads what a flush at the end would write
+        return
 
 
 def _sendable(error: Exception) -> Exception:
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # made again from its arguments, as another process would
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -114,11 +114,6 @@ def assert_equal(one: PairDataset, other: PairDataset):
             assert np.array_equal(mask, its)
 
 
-@pytest.fixture(scope="module")
-def started():
-    return []
-
-
 def test_pairs_report_and_keys_do_not_depend_on_the_number_of_processes(monkeypatch):
     begun = []
     start = workers._start
@@ -193,7 +188,7 @@ def test_the_first_error_and_its_place_do_not_depend_on_the_number_of_processes(
 
 def test_a_process_that_ends_is_told(monkeypatch):
     monkeypatch.setattr(workers, "_COMMAND", "import os; os._exit(9)")
-    with pytest.raises(RuntimeError, match="ended with status 9.*lower --dataset_num_proc"):
+    with pytest.raises(RuntimeError, match=r"ended with status 9.*lower --dataset_num_proc"):
         prepared(CHATML, rows_from(chats(30), "chats"), 2)
 
 
