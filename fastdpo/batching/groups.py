@@ -126,7 +126,14 @@ def lists_of(groups: Sequence[PromptGroup]) -> np.ndarray:
 
 
 def linked(digests: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """What `lists_of` returns, from the groups' `digests` or other names of their completions."""
+    """Find the lists of groups, as `lists_of` does, by names of their completions.
+
+    Args:
+        digests: the names of each group's completions: its `digests`, or any that differ likewise.
+
+    Returns:
+        (n,) int64: the index of the first group of each one's list.
+    """
     holder: dict[Hashable, int] = {}
     parents = list(range(len(digests)))
 

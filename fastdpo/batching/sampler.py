@@ -95,7 +95,7 @@ class UpdateSampler:
 
 
 def _ones(count: int, most: int) -> list[list[int]]:
-    """What either way of filling makes of sizes that are all 1, which is the usual case."""
+    """Fill updates with sizes that are all 1, the usual case, as either way of filling does."""
     return [[1] * min(most, count - start) for start in range(0, count, most)]
 
 

@@ -1,4 +1,4 @@
-"""What prepared pairs depend on, as values that JSON writes: rows, tokenizer, template, options."""
+"""The identity of prepared pairs: rows, tokenizer, template and options, as JSON writes them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
-"""Of what this room makes of rows: raised whenever equal inputs give other pairs or reports."""
+"""The number is raised whenever equal rows and options come to give other pairs or reports."""
 
 VERSIONS = ("tokenizers", "transformers", "jinja2")
 NOT_OF_PAIRS = ("dataset_num_proc", "data_cache", "template_date")

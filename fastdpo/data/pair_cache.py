@@ -39,7 +39,7 @@ BAD_SUFFIX = ".bad"
 CACHED_FROM_ROWS = 500
 """Fewer rows are prepared sooner than they are looked up."""
 MOST_BYTES = 2**35
-"""Of all entries together; those that were not used for the longest time make room."""
+"""The most that all entries take; those that were not used for the longest time make room."""
 MAX_HEADER_BYTES = 2**28  # a report names the rows that were dropped
 
 _DTYPES = {"I32": "<i4", "I64": "<i8", "BOOL": "|b1", "U8": "|u1"}

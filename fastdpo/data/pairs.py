@@ -202,7 +202,7 @@ class PreparationReport:
 
 
 def joined_mode(known: str, mode: str) -> str:
-    """What was done with special tokens in some rows and in those that follow, in a word."""
+    """Name what was done with special tokens in some rows and in those that follow."""
     return known or mode if mode in ("", known) or not known else "literal or allow"
 
 

@@ -189,7 +189,7 @@ class PairMaker:
         self.renderer = Renderer(tokenizer, options, self.report, self.counts, is_instruct)
 
     def told(self) -> tuple[Any, ...]:
-        """What another process makes an equal one of, on the same day."""
+        """Return what another process can make an equal maker of, for the same day."""
         options = TokenizationOptions()
         for each in fields(TokenizationOptions):  # a DPOConfig has a device, among others
             setattr(options, each.name, getattr(self.options, each.name))

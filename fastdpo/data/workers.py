@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 STARTED_FOR_SECONDS = 20.0
 """Processes are started where one alone would still take so long."""
 STARTED_AFTER_SECONDS = 5.0
-"""Of a stream, whose rows nobody has counted, it must have taken so long already."""
+"""Where nobody has counted the rows, of a stream, one must have taken so long already."""
 _AHEAD = 2
 """Chunks a process that are read ahead, so that none waits."""
 
@@ -158,7 +158,7 @@ def _start(processes: int, told: bytes) -> list[_Worker]:
 
 
 def _in_order(workers: list[_Worker], chunks: Iterator[list["ChunkRow"]]) -> Generator["MadePairs"]:
-    """What the workers make of the chunks, in their order, errors included."""
+    """Yield the pairs of the chunks in their order; the first error in that order is raised."""
     idle: SimpleQueue[_Worker] = SimpleQueue()
     for worker in workers:
         idle.put(worker)

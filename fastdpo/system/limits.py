@@ -4,7 +4,6 @@ Neither bound costs anything that could be measured beside the work, so they sta
 operating system has no such bound (Windows; CPU seconds outside the main thread), there is none.
 """
 
-import os
 import signal
 import sys
 import threading
@@ -84,11 +83,8 @@ def _address_space_bytes() -> int | None:
     if sys.platform != "linux":
         return None
     try:
-        descriptor = os.open("/proc/self/statm", os.O_RDONLY)  # once a row: pathlib takes longer
-        try:
-            pages = int(os.read(descriptor, 64).split()[0])
-        finally:
-            os.close(descriptor)
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            pages = int(file.read(64).split()[0])
     except OSError:
         return None
     import resource
