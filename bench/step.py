@@ -96,14 +96,14 @@ def measure(
     given |= {name: {**case, **run, **CONTENDERS[name]} for name in contenders}
     alone = case["device"] == "cuda"
     rate: float | None = None
-    facts: dict[str, Any] = {}
+    ours: Result | None = None
     for name, result in contest(functions, given, warm_up=warm_up, rounds=rounds, alone=alone):
         if name == roofline.CONTENDER:
             roofline.record(recorder, case, result)
             rate = roofline.gemm_rate(result)
             continue
-        facts = facts or result.facts
-        _record(recorder, case, name, result, facts, rate, warm_up)
+        ours = ours or result
+        _record(recorder, case, name, result, ours, rate, warm_up)
 
 
 def _record(
@@ -111,13 +111,14 @@ def _record(
     case: Mapping[str, Any],
     contender: str,
     result: Result,
-    facts: Mapping[str, Any],
+    ours: Result,
     gemm_flops_per_s: float | None,
     warm_up: int,
 ) -> None:
     if result.outcome != MEASURED:
         recorder.add(case, contender, "update_s", outcome=result.outcome, note=result.note)
         return
+    facts = ours.facts
     update_s = result.column("wall_s")
     counted = slice(warm_up, warm_up + len(update_s))
     useful = facts.get("useful_tokens", [])[counted]
@@ -129,6 +130,10 @@ def _record(
     recorder.add(case, contender, "update_cpu_s", result.column("cpu_s"))
     recorder.add(case, contender, "pairs_per_s", [case["pairs"] / each for each in update_s])
     recorder.add(case, contender, "run_tokens", result.column("run_tokens"))
+    if result is not ours and ours.outcome == MEASURED:
+        norms = zip(result.column("gradient_norm"), ours.column("gradient_norm"), strict=True)
+        differences = [abs(theirs / own - 1) for theirs, own in norms]
+        recorder.add(case, contender, "gradient_norm_relative", differences)
     if useful:
         rates = [tokens / each for tokens, each in zip(useful, update_s, strict=True)]
         recorder.add(case, contender, "useful_tokens_per_s", rates)
@@ -144,7 +149,8 @@ def _record(
 def main(recorder: Recorder, *, quick: bool, model: Path | None = None) -> None:
     """Every case in turn; with `model`, the cases of the real model in that folder instead.
 
-    `reference_pass_cpu_s` is what our reference pass, made once, costs for the pairs of an update.
+    `reference_pass_cpu_s` is what our reference pass, made once, costs for the pairs of an update;
+    `gradient_norm_relative` how far a peer's gradient norm is from ours, as a share of ours.
     """
     if model is not None:
         for case in real_cases(model)[: 2 if quick else None]:

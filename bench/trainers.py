@@ -35,6 +35,7 @@ class Gate(TrainerCallback):
         self.turns = turns
         self.watch, self.memory = Stopwatch(device), PeakMemory(device)
         self.tokens = 0
+        self.gradient_norm = float("nan")
         self.facts: dict[str, Any] = {}
 
     def count_tokens_of(self, *models: nn.Module) -> None:
@@ -51,8 +52,15 @@ class Gate(TrainerCallback):
         self.turns.ready(self.facts)
         self._next(control)
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
+    ) -> None:
+        gradients = [each.grad for each in model.parameters() if each.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         figures = self.watch.stop() | self.memory.over_start() | {"run_tokens": self.tokens}
+        figures["gradient_norm"] = float(self.gradient_norm)
         self.turns.answer(figures)
         self._next(control)
 
@@ -98,6 +106,7 @@ def build(case: Mapping[str, Any], folder: Path, callbacks: list[TrainerCallback
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
         "max_length": None,
+        "max_grad_norm": 1e9,  # the work of clipping, and norms that can be compared
         "bf16": case["device"] == "cuda",
         "logging_steps": case.get("logging_steps", 10),
         "save_strategy": "no",
