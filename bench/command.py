@@ -16,6 +16,7 @@ QUESTIONS = {
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
     "base_weights": "a base in host memory: what fits by plan, seconds beside one on the GPU",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
+    "startup": "before the first update: rows a second, a second start, peaks over the rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",
     "lists": "all pairs of k rated completions: each completion once, against once a pair",
     "ranks": "an update shared by several processes: time, bytes sent, part of the time in talk",
@@ -24,7 +25,7 @@ QUESTIONS = {
 }
 """In order of value."""
 
-OF_A_MODEL = ("step", "quality", "merged")
+OF_A_MODEL = ("step", "quality", "merged", "startup")
 """What can be asked of a real model, `--model FOLDER`."""
 
 

@@ -98,7 +98,6 @@ _FIRST_RANK = "the first rank alone prints and saves"
 
 # Options that nothing here reads: setting one logs a warning with this reason.
 _UNUSED: dict[str, str] = {
-    "dataset_num_proc": "pairs are tokenised in one process",
     "pad_to_multiple_of": "nothing is padded; micro_batch_tokens bounds a micro-batch",
     "precompute_ref_batch_size": "micro_batch_tokens bounds the reference pass too",
     "pad_token": "nothing is padded; set tokenizer.pad_token for what comes after training",

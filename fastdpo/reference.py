@@ -1,24 +1,29 @@
-"""`python -m fastdpo.reference`: fill, show, check, carry and clean the stores of log-probs."""
+"""`python -m fastdpo.reference`: fill, show, check, carry and clean what runs keep on disk.
+
+That is the stores of reference log-probs and, beside them, the prepared pairs.
+"""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastdpo.cli.parser import command, parse
-from fastdpo.options import DataOptions, ModelOptions, reference_folder
+from fastdpo.data.pair_cache import entries, set_aside, summarize_entry
+from fastdpo.options import DataOptions, ModelOptions, data_folder, reference_folder
 from fastdpo.options.checks import Options, number, option
 from fastdpo.ref_cache.archive import export_store, import_store
-from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarize
+from fastdpo.ref_cache.maintenance import DAY_S, prune, prune_pairs, store_folders, summarize
 from fastdpo.ref_cache.store import quarantine
 from fastdpo.system import files
 from fastdpo.system.console import print_line, table
 
 ACTIONS = {
     "build": "compute the reference log-probs of a model and a dataset, without training",
-    "info": "show every store: model, rows, size, age",
-    "verify": "read every shard again and check it; set damaged ones aside",
-    "prune": "remove damaged shards, stale_files of killed runs and, if requested, unused stores",
+    "info": "show every store (model, rows, size, age) and the prepared pairs",
+    "verify": "read everything again and check it; set damaged files aside",
+    "prune": "remove damaged files, those of killed runs and, if requested, what is unused",
     "export": "write one store to a file, to carry it to another machine",
     "import": "take in such a file",
 }
@@ -33,6 +38,10 @@ class StoreOptions(Options):
     ref_cache: str | None = field(
         default=None, metadata={"help": "Folder of all stores; unset: as in training."}
     )
+    data_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the prepared pairs, or off; unset: as in training."},
+    )
     store: str | None = field(
         default=None,
         metadata={"help": "Beginning of the name of one store, as info shows it; unset: all."},
@@ -42,7 +51,7 @@ class StoreOptions(Options):
     )
     unused_days: float | None = option(
         None,
-        "Prune stores that no run has used for so many days; unset: none.",
+        "Prune stores and prepared pairs that no run has used for so many days; unset: none.",
         check=number("30 is usual; 0 takes every store.", at_least=0),
     )
     dry_run: bool = field(default=False, metadata={"help": "Say what prune would remove."})
@@ -118,6 +127,21 @@ def _info(root: Path, options: StoreOptions) -> None:
     if rows:
         columns = ("store", "model", "completions", "shards", "MiB", "days old", "days unused")
         print_line(table(columns, rows))
+    known = [summarize_entry(path) for path in _entries(options)]
+    if known:
+        count = "1 set" if len(known) == 1 else f"{len(known)} sets"
+        print_line(f"\n{count} of prepared pairs in {known[0].path.parent}")
+        columns = ("pairs of", "pairs", "MiB", "days unused")
+        rows = [
+            (
+                each.source if each.fault is None else f"damaged: {each.fault}",
+                f"{each.pairs:,}",
+                f"{each.bytes / 2**20:,.1f}",
+                f"{each.unused_s / DAY_S:.1f}",
+            )
+            for each in known
+        ]
+        print_line(table(columns, rows))
 
 
 def _verify(root: Path, options: StoreOptions) -> None:
@@ -135,17 +159,30 @@ def _verify(root: Path, options: StoreOptions) -> None:
             print_line(f"  damaged and set aside: {name}: {fault}")
     if damaged:
         raise ValueError(f"{damaged} damaged shards: the next run computes their rows again.")
+    known = [summarize_entry(path) for path in _entries(options)]
+    for each in known:
+        if each.fault is not None:
+            set_aside(each.path)
+            print_line(f"damaged and set aside: {each.path}: {each.fault}")
+    if known:
+        print_line(f"{sum(each.fault is None for each in known)} sets of prepared pairs are whole")
+    if any(each.fault is not None for each in known):
+        raise ValueError("Damaged prepared pairs: the next run prepares them again.")
 
 
 def _prune(root: Path, options: StoreOptions) -> None:
-    found = prune(root, unused_days=options.unused_days, dry_run=options.dry_run)
-    for path in (*found.stores, *found.stale_files):
-        print_line(str(path))
+    how: dict[str, Any] = {"unused_days": options.unused_days, "dry_run": options.dry_run}
+    removed = [(prune(root, **how), "stores")]
+    if (folder := data_folder(options.data_cache)) is not None and folder.is_dir():
+        removed.append((prune_pairs(folder, **how), "sets of prepared pairs"))
     done = "would free" if options.dry_run else "freed"
-    print_line(
-        f"{len(found.stores)} stores and {len(found.stale_files)} leftovers: {done} "
-        f"{found.bytes / 2**20:,.1f} MiB"
-    )
+    for found, what in removed:
+        for path in (*found.stores, *found.stale_files):
+            print_line(str(path))
+        print_line(
+            f"{len(found.stores)} {what} and {len(found.stale_files)} leftovers: {done} "
+            f"{found.bytes / 2**20:,.1f} MiB"
+        )
 
 
 def _export(root: Path, options: StoreOptions) -> None:
@@ -174,6 +211,11 @@ def _chosen(root: Path, options: StoreOptions) -> list[Path]:
     if options.store and not chosen:
         raise ValueError(f"--store is {options.store!r}; none of {len(folders)} begins so.")
     return chosen
+
+
+def _entries(options: StoreOptions) -> list[Path]:
+    folder = data_folder(options.data_cache)
+    return [] if folder is None or options.store else entries(folder)
 
 
 def _file(options: StoreOptions) -> Path:

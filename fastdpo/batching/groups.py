@@ -1,7 +1,7 @@
 """Groups: one prompt and its completions, and the prefix that their sequences share."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -114,21 +114,26 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
         self.pairs = pairs
         self.ref_logps: np.ndarray | None = None
 
-    @cached_property
+    @property
     def content_hash(self) -> str:
         """The sha256, in hex, of all token ids in order, and of the masks that there are."""
-        digest = hashlib.sha256()
-        for pair in self.pairs:
-            for ids in (pair.prompt_ids, *pair.completions):
-                digest.update(_with_length(ids))
-            for mask in pair.scored:
-                digest.update(b"" if mask is None else mask.tobytes())
-        return digest.hexdigest()
+        return self.pairs.content_hash
+
+    @property
+    def keys(self) -> np.ndarray:
+        """(n, 2) S32: the key of each pair's completions in the store of reference log-probs."""
+        return self.pairs.keys
 
     @cached_property
     def lists(self) -> np.ndarray:
         """(n,) int64: `lists_of` these pairs."""
-        return lists_of(self)
+        names, each = np.unique(self.keys, return_inverse=True)
+        each = each.reshape(self.keys.shape)
+        holders = np.bincount(each.ravel(), minlength=len(names))
+        lists = np.arange(len(self), dtype=np.int64)
+        sharing = np.flatnonzero((holders[each] > 1).any(axis=1))
+        lists[sharing] = sharing[linked(each[sharing].tolist())]
+        return lists
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -167,9 +172,16 @@ def lists_of(groups: Sequence[PromptGroup]) -> np.ndarray:
     return linked([group.digests() for group in groups])
 
 
-def linked(digests: Sequence[Sequence[bytes]]) -> np.ndarray:
-    """Tell from the `digests` of groups which are of one list; returned as `lists_of` does."""
-    holder: dict[bytes, int] = {}
+def linked(digests: Sequence[Sequence[Hashable]]) -> np.ndarray:
+    """Find the lists of groups, as `lists_of` does, by names of their completions.
+
+    Args:
+        digests: the names of each group's completions: its `digests`, or any that differ likewise.
+
+    Returns:
+        (n,) int64: the index of the first group of each one's list.
+    """
+    holder: dict[Hashable, int] = {}
     parents = list(range(len(digests)))
 
     def root(index: int) -> int:
@@ -204,6 +216,10 @@ def shared_prefix_length(group: PromptGroup) -> int:
 
 def longest_sequence(groups: Sequence[PromptGroup]) -> int:
     """Count the tokens of the longest prompt + completion; 0 without groups."""
+    if isinstance(groups, PairGroups):
+        lengths = groups.pairs.lengths
+        both = lengths.prompt + np.maximum(lengths.chosen, lengths.rejected)
+        return int(both.max(initial=0))
     return max(
         (len(group.prompt_ids) + max(map(len, group.completions)) for group in groups), default=0
     )

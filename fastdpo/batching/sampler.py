@@ -1,7 +1,7 @@
 """The order of training: which pairs make up which update, as a function of (seed, epoch)."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,8 +37,10 @@ class UpdateSampler:
         order = np.arange(len(lists))
         if shuffle:
             order = np.argsort(lists, kind="stable")
-        runs = groupby(order.tolist(), key=np.asarray(lists).tolist().__getitem__)
-        self.lists = [list(members) for _, members in runs]
+        names = np.asarray(lists)[order]
+        starts = np.flatnonzero(np.diff(names, prepend=-1)).tolist() if len(names) else []
+        ordered = order.tolist()
+        self.lists = [ordered[start:end] for start, end in pairwise([*starts, len(ordered)])]
         fill = _best_fit if shuffle else _next_fit
         self.plan = fill([len(piece) for piece in self._pieces(self.lists)], batch_size)
         if drop_last and self.plan:
@@ -92,8 +94,15 @@ class UpdateSampler:
         ]
 
 
+def _ones(count: int, most: int) -> list[list[int]]:
+    """Fill updates with sizes that are all 1, the usual case, as either way of filling does."""
+    return [[1] * min(most, count - start) for start in range(0, count, most)]
+
+
 def _next_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
     """The sizes in their order, as many to an update as fit."""
+    if max(sizes, default=1) == 1:
+        return _ones(len(sizes), most)
     updates: list[list[int]] = []
     for size in sizes:
         if updates and sum(updates[-1]) + size <= most:
@@ -105,6 +114,8 @@ def _next_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 def _best_fit(sizes: Sequence[int], most: int) -> list[list[int]]:
     """The sizes, the largest first, each in the fullest update that it fits into."""
+    if max(sizes, default=1) == 1:
+        return _ones(len(sizes), most)
     updates: list[list[int]] = []
     with_room: list[list[list[int]]] = [[] for _ in range(most + 1)]
     for size in sorted(sizes, reverse=True):

@@ -34,6 +34,7 @@ from fastdpo.options import (
 )
 from fastdpo.system import ranks
 from fastdpo.system.console import LineHandler, print_error
+from fastdpo.system.start_up import start_up
 from fastdpo.version import __version__
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
         Of several processes the one that has the first error tells it. With FASTDPO_DEBUG set,
         every error shows its traceback.
     """
+    start_up.command_began()
     logger = logging.getLogger("fastdpo")
     handler = LineHandler()
     logger.addHandler(handler)

@@ -3,6 +3,7 @@
 from fastdpo.data.errors import DataError, UnknownSplitError
 from fastdpo.data.mixture import MixedRows, get_dataset, read_mixture
 from fastdpo.data.normalize import PreferenceRow
+from fastdpo.data.pair_cache import cached_pairs
 from fastdpo.data.pairs import Pair, PairDataset, PairLengths, PreparationReport
 from fastdpo.data.preview import legend, show_pairs
 from fastdpo.data.reading import Rows, read_held_out, read_rows, rows_from
@@ -17,6 +18,7 @@ __all__ = [
     "show_pairs",
     "legend",
     "prepare_pairs",
+    "cached_pairs",
     "Pair",
     "PairDataset",
     "PairLengths",

@@ -1,11 +1,11 @@
 """Warnings about a prepared set of pairs: copies, a length bias, many over-long rows."""
 
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 
 from fastdpo.data.pairs import OVER_LONG_PROMPT, PairDataset
+from fastdpo.data.row_keys import KEY_BYTES
 
 BIAS_SHARE = 0.8
 OVER_LONG_SHARE = 0.05
@@ -29,13 +29,14 @@ def check_pairs(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
 
 def _copies(pairs: PairDataset, where: Callable[[int], str]) -> list[str]:
     """Return a warning if some pairs have exactly the tokens of an earlier pair."""
-    prints = pairs.fingerprints()
-    counts = Counter(prints)
-    copies = len(prints) - len(counts)
+    both = np.ascontiguousarray(pairs.keys).view(f"S{2 * KEY_BYTES}")[:, 0]
+    _, firsts, counts = np.unique(both, return_index=True, return_counts=True)
+    copies = len(pairs) - len(counts)
     if not copies:
         return []
-    most, times = counts.most_common(1)[0]
-    place = where(pairs[prints.index(most)].row).removeprefix(pairs.report.source).strip()
+    times = int(counts.max())
+    first = int(firsts[counts == times].min())
+    place = where(pairs[first].row).removeprefix(pairs.report.source).strip()
     place = f"line {place[1:]}" if place.startswith(":") else place
     return [
         f"warning: {copies:,} pairs are copies of earlier ones (that of {place} is there "

@@ -1,25 +1,29 @@
 r"""A strict reader of JSON and JSON lines: whatever could be misread is an error with its line.
 
 Lines end at the byte \n and nowhere else (U+2028 inside a string is content). A byte order mark,
-\r\n and blank lines are accepted. JSON lines are read one by one, from a pipe too: of the file no
-more than its longest line is held.
+\r\n and blank lines are accepted. JSON lines are read one by one, from a pipe too: of a large file
+no more than its longest line is held.
 """
 
 import codecs
+import hashlib
 import json
+import os
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, overload
 
 from fastdpo.data.column_wise import rows_of_columns
-from fastdpo.data.compressed import content_ending, open_content
+from fastdpo.data.compressed import COMPRESSED_ENDINGS, content_ending, open_content
 from fastdpo.data.errors import ROW_SHAPE, DataError
 
 MAX_LINE_MIB = 16
 MAX_DOCUMENT_BYTES = 2**30
+HELD_BYTES = 2**26
+"""A file of JSON lines of at most this size is held in memory; of a larger one, one line is."""
 MAX_NESTING = 64
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -30,9 +34,64 @@ class _DuplicateKey(ValueError):
     pass
 
 
+class JsonLines(Sequence[dict[str, Any]]):
+    """The objects of a file of JSON lines, each read from the file when it is asked for.
+
+    Args:
+        path: the file, every line of which has been checked.
+        starts: where each object's line begins, in bytes.
+        content_hash: of the file's bytes.
+        stamp: size and time of the file when it was checked.
+    """
+
+    def __init__(
+        self, path: Path, starts: Sequence[int], content_hash: str, stamp: tuple[int, int]
+    ):
+        self._path, self._starts, self._stamp = path, starts, stamp
+        self.content_hash = content_hash
+
+    def select(self, numbers: Sequence[int]) -> "JsonLines":
+        """Some of the objects, in the order of `numbers`; the hash stays that of the file."""
+        starts = array("q", [self._starts[number] for number in numbers])
+        return JsonLines(self._path, starts, self.content_hash, self._stamp)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        starts = self._starts[index]
+        if isinstance(starts, int):
+            return next(self._objects([starts]))
+        return list(self._objects(starts))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._objects(self._starts)
+
+    def _objects(self, starts: Iterable[int]) -> Iterator[dict[str, Any]]:
+        with self._path.open("rb") as file:
+            if stamp_of(file) != self._stamp:
+                raise DataError(
+                    f"{self._path} was changed while this run used it; write new rows to another "
+                    "file, and start again"
+                )
+            for start in starts:
+                file.seek(start)
+                yield json.loads(file.readline())
+
+
+def stamp_of(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of an open file, which differ once it was written to."""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
+
+
 def read_json_lines(
     path: Path, *, max_line_mib: int = MAX_LINE_MIB
-) -> tuple[list[dict[str, Any]], Sequence[int]]:
+) -> tuple[Sequence[dict[str, Any]], Sequence[int]]:
     """Read a file of one JSON object per line.
 
     Args:
@@ -40,26 +99,49 @@ def read_json_lines(
         max_line_mib: longer lines are an error: such a file is usually of another kind.
 
     Returns:
-        The objects, and for each its line number, counted from 1 over all lines, blank ones too.
+        The objects, which stay in a file of more than `HELD_BYTES` that is not compressed; and for each its line number,
+        counted from 1 over all lines, blank ones too.
 
     Raises:
         DataError: a line is not exactly one JSON object in UTF-8; the text names file:line.
         OSError: the file cannot be read.
     """
     with open_content(path) as file:
-        return parse_json_lines(file, str(path), max_line_mib=max_line_mib)
+        in_file = path.is_file() and path.suffix.lower() not in COMPRESSED_ENDINGS
+        if not in_file or stamp_of(file)[0] <= HELD_BYTES:
+            return parse_json_lines(file, str(path), max_line_mib=max_line_mib)
+        stamp, digest = stamp_of(file), hashlib.sha256()
+        starts, numbers = array("q"), array("q")
+        lines = _checked_lines(file, str(path), max_line_mib=max_line_mib, digest=digest)
+        for start, number, _ in lines:
+            starts.append(start)
+            numbers.append(number)
+    return JsonLines(path, starts, digest.hexdigest(), stamp), numbers
 
 
 def parse_json_lines(
     file: BinaryIO, name: str, *, max_line_mib: int = MAX_LINE_MIB
 ) -> tuple[list[dict[str, Any]], Sequence[int]]:
     """Read JSON lines from an open file as `read_json_lines` does; messages call it `name`."""
-    limit = max_line_mib * 2**20
     rows: list[dict[str, Any]] = []
     numbers = array("q")
-    number = 0
+    for _, number, row in _checked_lines(file, name, max_line_mib=max_line_mib):
+        rows.append(row)
+        numbers.append(number)
+    return rows, numbers
+
+
+def _checked_lines(
+    file: BinaryIO, name: str, *, max_line_mib: int, digest: "hashlib._Hash | None" = None
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield where each object begins, in bytes, its line number and the object itself."""
+    limit = max_line_mib * 2**20
+    number = end = 0
     while raw := file.readline(limit + 1):
         number += 1
+        end += len(raw)
+        if digest is not None:
+            digest.update(raw)
         where = f"{name}:{number}"
         if number == 1:
             _refuse_other_kinds(raw, name)
@@ -78,9 +160,7 @@ def parse_json_lines(
                 f"{where}: the line is a JSON {type(row).__name__}, one object per line is needed, "
                 f"like {ROW_SHAPE}; if the file is one JSON document, give it the ending .json"
             )
-        rows.append(row)
-        numbers.append(number)
-    return rows, numbers
+        yield end - len(raw), number, row
 
 
 def read_json(

@@ -1,12 +1,17 @@
 """Tokenized preference pairs, many of them in few arrays, and the account of their making."""
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import index as as_index
 from typing import NamedTuple, overload
 
 import numpy as np
+from numpy.typing import DTypeLike
+
+from fastdpo.data.row_keys import KEY_BYTES, completion_key, prompt_digest
 
 EMPTY_PROMPT = "empty prompt"
 EMPTY_COMPLETION = "empty completion"
@@ -16,10 +21,21 @@ OVER_LONG_PROMPT = "over-long prompt"
 NOTHING_SCORED = "a completion without a token of an assistant turn"
 
 _LOCATIONS_KEPT = 5
+_HASHED_PAIRS = 4096
 
 ScoredMasks = tuple[np.ndarray | None, np.ndarray | None]
 """Which tokens of chosen and rejected are scored, (C,) and (R,) bool; None: every one."""
 
+
+_COUNTS = (
+    "truncated_prompts",
+    "truncated_completions",
+    "special_token_rows",
+    "unstable_prompts",
+    "repeated_prompts",
+    "rows_of_turns",
+)
+"""The numbers of a report that are sums over the rows."""
 
 QUIET_LOSS = 0.01
 """Share of the rows that may be dropped or cut without a warning."""
@@ -130,6 +146,21 @@ class PreparationReport:
         if len(entry.locations) < _LOCATIONS_KEPT:
             entry.locations.append(where)
 
+    def add(self, later: "PreparationReport") -> None:
+        """Take in the report on rows that follow; their number and the findings are not summed."""
+        for reason, entry in later.dropped.items():
+            known = self.dropped.setdefault(reason, Dropped())
+            known.count += entry.count
+            known.locations = (known.locations + entry.locations)[:_LOCATIONS_KEPT]
+        for row, reason in later.reasons.items():
+            self.reasons.setdefault(row, reason)
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        self.special_token_mode = joined_mode(self.special_token_mode, later.special_token_mode)
+        self.unstable_example = self.unstable_example or later.unstable_example
+        self.template_date = self.template_date or later.template_date
+        self.notes += [note for note in later.notes if note not in self.notes]
+
     @property
     def loses_much(self) -> bool:
         """True where more than `QUIET_LOSS` of the rows were dropped or cut."""
@@ -170,12 +201,18 @@ class PreparationReport:
         return "\n".join(lines + [f"  {note}" for note in (*self.notes, *self.findings)])
 
 
+def joined_mode(known: str, mode: str) -> str:
+    """Name what was done with special tokens in some rows and in those that follow."""
+    return known or mode if mode in ("", known) or not known else "literal or allow"
+
+
 class PairDataset(Sequence[Pair]):
     """Pairs over one flat token array: a million of them are four arrays, not millions of lists.
 
     Built by `PairBuilder` or `PairDataset.from_pairs`. The arrays of a `Pair` are read-only views.
 
     Attributes:
+        keys: (n, 2) S32, the `row_key` of each pair's chosen and rejected completion.
         report: the account of the preparation.
         masks: by index, the masks of the pairs of which some tokens are not scored.
     """
@@ -186,16 +223,19 @@ class PairDataset(Sequence[Pair]):
         offsets: np.ndarray,
         rows: np.ndarray,
         cut: np.ndarray,
+        keys: np.ndarray,
         report: PreparationReport,
         masks: Mapping[int, ScoredMasks] | None = None,
     ):
         assert len(offsets) == 3 * len(rows) + 1, "three parts a pair, and the end"
         assert len(cut) == 3 * len(rows), "three parts a pair"
+        assert keys.shape == (len(rows), 2), "two completions a pair"
         self._tokens = tokens
         self._tokens.flags.writeable = False
         self._offsets = offsets
         self._rows = rows
         self._cut = cut
+        self.keys = keys
         self.report = report
         self.masks = dict(masks or {})
 
@@ -227,14 +267,51 @@ class PairDataset(Sequence[Pair]):
             counts[index] = self[index].scored_tokens
         return counts
 
-    def fingerprints(self) -> list[int]:
-        """Return a hash for each pair, equal for pairs of equal tokens."""
-        bounds = self._offsets[:-1].reshape(-1, 3)
-        ends = [*bounds[1:, 0].tolist(), int(self._offsets[-1])]
-        return [
-            hash((self._tokens[start:end].tobytes(), chosen - start, rejected - start))
-            for (start, chosen, rejected), end in zip(bounds.tolist(), ends, strict=True)
-        ]
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that the pairs consist of, masks and report apart, by the constructor's names.
+
+        Tokens (sum of lengths,) int32, offsets (3 n + 1,) int64 of the parts in them, rows (n,)
+        int64, cut (3 n,) bool, keys (n, 2) S32.
+        """
+        return {
+            "tokens": self._tokens,
+            "offsets": self._offsets,
+            "rows": self._rows,
+            "cut": self._cut,
+            "keys": self.keys,
+        }
+
+    @cached_property
+    def content_hash(self) -> str:
+        """The sha256, in hex, of all token ids in order, and of the masks that there are.
+
+        Read are, pair after pair, the length (8 bytes) and the ids of each part, then the masks.
+        """
+        digest = hashlib.sha256()
+        masked = sorted(self.masks)
+        # Pairs are read in runs that end after a masked pair or at the most that is copied at once.
+        ends = sorted({*(each + 1 for each in masked), *range(0, len(self), _HASHED_PAIRS)})
+        start = 0
+        for end in [*ends, len(self)]:
+            if start < end:
+                digest.update(self._with_lengths(start, end).tobytes())
+                for mask in self.masks.get(end - 1, ()):
+                    digest.update(b"" if mask is None else mask.tobytes())
+            start = max(start, end)
+        return digest.hexdigest()
+
+    def _with_lengths(self, start: int, end: int) -> np.ndarray:
+        """(m,) int32: the parts of some pairs, the length of each in front of it as an int64."""
+        bounds = self._offsets[3 * start : 3 * end + 1]
+        first, lengths = int(bounds[0]), np.diff(bounds)
+        joined = np.empty(int(bounds[-1]) - first + 2 * len(lengths), dtype=np.int32)
+        places = bounds[:-1] - first + 2 * np.arange(len(lengths))
+        is_length = np.zeros(len(joined), dtype=np.bool_)
+        is_length[places] = is_length[places + 1] = True
+        joined[is_length] = lengths.astype("<i8").view(np.int32)
+        joined[~is_length] = self._tokens[first : int(bounds[-1])]
+        return joined
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -268,13 +345,14 @@ class PairDataset(Sequence[Pair]):
 
 
 class PairBuilder:
-    """Collects pairs one by one and packs them."""
+    """Collects pairs one by one, or many at once, and packs them."""
 
     def __init__(self):
         self._tokens = array("i")
         self._offsets = array("q", [0])
         self._rows = array("q")
         self._cut = bytearray()
+        self._keys = bytearray()
         self._masks: dict[int, ScoredMasks] = {}
 
     def __len__(self) -> int:
@@ -290,22 +368,44 @@ class PairBuilder:
         scored: ScoredMasks = (None, None),
     ) -> None:
         """Append one pair; each part holds at least one id, and one of each side is scored."""
-        for part in (prompt_ids, chosen_ids, rejected_ids):
-            self._tokens.extend(part.tolist() if isinstance(part, np.ndarray) else part)
-            assert len(self._tokens) > self._offsets[-1], f"a part of row {row} has no token"
+        prompt, chosen, rejected = parts = [
+            np.asarray(part, dtype=np.int32) for part in (prompt_ids, chosen_ids, rejected_ids)
+        ]
+        for part in parts:
+            assert len(part), f"a part of row {row} has no token"
+            self._tokens.frombytes(part.tobytes())
             self._offsets.append(len(self._tokens))
         if any(mask is not None for mask in scored):
             self._masks[len(self._rows)] = scored
+        digest = prompt_digest(prompt)
+        self._keys += completion_key(digest.copy(), chosen, scored[0])
+        self._keys += completion_key(digest, rejected, scored[1])
         self._rows.append(row)
         self._cut.extend(cut)
 
+    def extend(self, other: "PairBuilder") -> None:
+        """Append all pairs of another builder."""
+        first, tokens = len(self), len(self._tokens)
+        self._tokens.extend(other._tokens)
+        offsets = np.frombuffer(other._offsets, dtype=np.int64)[1:] + tokens
+        self._offsets.frombytes(offsets.tobytes())
+        self._rows.extend(other._rows)
+        self._cut += other._cut
+        self._keys += other._keys
+        self._masks |= {first + index: masks for index, masks in other._masks.items()}
+
     def build(self, report: PreparationReport) -> PairDataset:
-        """Return the packed pairs; more can be added to the builder afterwards."""
+        """Return the packed pairs, which lie in the builder's own memory: it is closed by this."""
         return PairDataset(
-            np.array(self._tokens, dtype=np.int32),
-            np.array(self._offsets, dtype=np.int64),
-            np.array(self._rows, dtype=np.int64),
-            np.array(self._cut, dtype=np.bool_),
+            _as_array(self._tokens, np.int32),
+            _as_array(self._offsets, np.int64),
+            _as_array(self._rows, np.int64),
+            _as_array(self._cut, np.bool_),
+            _as_array(self._keys, f"S{KEY_BYTES}").reshape(-1, 2),
             report,
             self._masks,
         )
+
+
+def _as_array(buffer: "array[int] | bytearray", dtype: DTypeLike) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=dtype) if len(buffer) else np.empty(0, dtype=dtype)

@@ -13,7 +13,7 @@ _PROBE = "qprobex"
 
 
 class ReadyMadeText:
-    """Counts ready-made rows that hold nothing of what the model's chat template would write.
+    """Tells ready-made rows that hold nothing of what the model's chat template would write.
 
     An instruct model given a bare question as ready-made text answers out of its format, which is
     rarely meant, and no error.
@@ -26,30 +26,14 @@ class ReadyMadeText:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", special_tokens: SpecialTokens):
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
-        self._is_instruct = tokenizer.chat_template is not None
         self._mark: str | None = None
-        self.rows = self.bare = 0
 
-    def look_at(self, prompt: str, parts: list[str]) -> None:
-        """Count a row; `parts` are its texts without the BOS and EOS around them."""
-        if not self._is_instruct:
-            return
-        self.rows += 1
+    def is_bare(self, prompt: str, parts: list[str]) -> bool:
+        """True where a row has nothing of it; `parts` are its texts without the BOS and EOS."""
         if self._mark is None:
             self._mark = self._what_follows_a_question()
         marked = bool(self._mark) and self._mark in prompt
-        self.bare += not marked and self._special_tokens.find(parts) is None
-
-    def findings(self) -> list[str]:
-        """Return the warning, if every row was bare."""
-        if not self.rows or self.bare < self.rows:
-            return []
-        return [
-            "warning: the tokenizer has a chat template, and the rows are ready-made text without "
-            "any of its special tokens, so the model is trained out of its format; if prompts are "
-            "questions, pass --columns question=prompt, which renders them by the template "
-            '(columns={"question": "prompt"} from Python)'
-        ]
+        return not marked and self._special_tokens.find(parts) is None
 
     def _what_follows_a_question(self) -> str:
         """Return what the template writes between a question and its answer, "" where unknown."""
@@ -61,6 +45,18 @@ class ReadyMadeText:
         except Exception:  # a template is foreign code and may raise anything
             return ""
         return str(text).rpartition(_PROBE)[2].strip()
+
+
+def bare_text(rows: int, bare: int) -> list[str]:
+    """The warning, if every row of ready-made text was bare."""
+    if not rows or bare < rows:
+        return []
+    return [
+        "warning: the tokenizer has a chat template, and the rows are ready-made text without "
+        "any of its special tokens, so the model is trained out of its format; if prompts are "
+        "questions, pass --columns question=prompt, which renders them by the template "
+        '(columns={"question": "prompt"} from Python)'
+    ]
 
 
 def check_is_text(texts: Iterable[str]) -> None:

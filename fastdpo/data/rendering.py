@@ -1,6 +1,7 @@
 """Rendering a preference row as the three texts whose tokens make its pair."""
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from fastdpo.data.arrival import TemplateAbilities
 from fastdpo.data.chat_template import ensure_chat_template
 from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
-from fastdpo.data.pairs import PreparationReport
+from fastdpo.data.pairs import PreparationReport, joined_mode
 from fastdpo.data.prompt_turns import PromptTurns, find_turns
 from fastdpo.data.ready_made import ReadyMadeText, check_is_text
 from fastdpo.data.special_tokens import SpecialTokens
@@ -69,6 +70,8 @@ class Renderer:
         options: `special_tokens_in_content` says what becomes of special tokens in the content,
             `score_turns` which turns of a completion are scored.
         report: where special-token rows, the plain template and its date are put down.
+        counts: where rows of ready-made text are counted.
+        is_instruct: whether the tokenizer came with a chat template; None looks.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Renderer:
         tokenizer: "PreTrainedTokenizerBase",
         options: TokenizationOptions,
         report: PreparationReport,
+        counts: Counter[str],
+        is_instruct: bool | None = None,
     ):
         self.tokenizer = tokenizer
         self._options = options
-        self._report = report
+        self._report, self._counts = report, counts
         self._variables = TemplateVariables(tokenizer)
-        self._day = options.template_date or today()
+        self.day = options.template_date or today()
         self._dated: dict[str, str | None] = {}
         self._special_tokens = SpecialTokens(tokenizer)
         self._assistant_turns = AssistantTurns(tokenizer)
@@ -96,7 +101,13 @@ class Renderer:
         probe = _encode(tokenizer, ["a"], add_special_tokens=True)[0]
         self._adds_bos = bool(probe) and probe[0] == self._bos_id
         self._abilities: TemplateAbilities | None = None
+        with_template = tokenizer.chat_template is not None
+        self.is_instruct = with_template if is_instruct is None else is_instruct
         self._ready_made = ReadyMadeText(tokenizer, self._special_tokens)
+
+    def count_in(self, report: PreparationReport, counts: Counter[str]) -> None:
+        """Put down what concerns the rows from here on in another report."""
+        self._report, self._counts = report, counts
 
     def render(self, index: int, row: PreferenceRow) -> RenderedRow:
         """Render the three texts of row number `index`.
@@ -127,12 +138,17 @@ class Renderer:
         encoded: dict[int, tuple[Ids, Ids, Ids]] = {}
         for (conversational, sentinel), indices in kinds.items():
             texts = [text for index in indices for text in rows[index].texts]
+            distinct = [*dict.fromkeys(texts)]  # lists repeat their prompts and completions
             special = not conversational
             with explaining_panics():
                 if sentinel is None:
-                    ids = _encode(self.tokenizer, texts, add_special_tokens=special)
+                    found = _encode(self.tokenizer, distinct, add_special_tokens=special)
                 else:
-                    ids = self._special_tokens.encode(texts, sentinel, add_special_tokens=special)
+                    found = self._special_tokens.encode(
+                        distinct, sentinel, add_special_tokens=special
+                    )
+            by_text = dict(zip(distinct, found, strict=True))
+            ids = [by_text[text] for text in texts]
             if not conversational:
                 ids = [
                     self._bos_and_eos_once(text_ids, text, ends=nth % 3 > 0)
@@ -208,10 +224,6 @@ class Renderer:
         """Return `text` without the BOS that it may begin with."""
         return text.removeprefix(self._bos) if self._bos else text
 
-    def findings(self) -> list[str]:
-        """Return what was odd about all rows together, in sentences."""
-        return self._ready_made.findings()
-
     def _render_strings(self, index: int, row: PreferenceRow) -> RenderedRow:
         eos = self._eos
         if eos is None:
@@ -224,7 +236,9 @@ class Renderer:
         head = bos if str(row.prompt).startswith(bos) else ""
         prompt = str(row.prompt)[len(head) :]
         parts = [prompt, *(self.without_eos(str(text)) for text in (row.chosen, row.rejected))]
-        self._ready_made.look_at(str(row.prompt), parts)
+        if self.is_instruct:
+            self._counts["ready-made"] += 1
+            self._counts["bare"] += self._ready_made.is_bare(str(row.prompt), parts)
         sentinel = self._sentinel_for("allow", parts)
         if sentinel is not None:
             parts = self._special_tokens.escape(parts, sentinel)
@@ -261,8 +275,9 @@ class Renderer:
                 f"the chat template makes a text of {length:,} letters of this row, more than "
                 f"{MOST_LETTERS:,}; set another tokenizer.chat_template, or correct the row"
             )
-        self._report.rows_of_turns += any(map(has_several_turns, (chosen, rejected)))
-        if self._options.score_turns == "all":
+        several = any(map(has_several_turns, (chosen, rejected)))
+        self._report.rows_of_turns += several
+        if not several or self._options.score_turns == "all":
             return RenderedRow(index, texts, True, sentinel, prompt=(prompt, tools, variables))
         with self._bounded():
             of_chosen, of_rejected = (
@@ -331,10 +346,10 @@ class Renderer:
         if template not in self._dated:
             dated = None
             if asks_for_date(template):
-                dated = with_date(template, self._day)
-                self._report.template_date = self._day
+                dated = with_date(template, self.day)
+                self._report.template_date = self.day
                 self._report.notes.append(
-                    f"the chat template writes the date: every row gets {self._day} "
+                    f"the chat template writes the date: every row gets {self.day} "
                     "(--template_date)"
                 )
             self._dated[template] = dated
@@ -352,8 +367,7 @@ class Renderer:
                 "special_tokens_in_content='literal' (plain text) or 'allow' (the special token)"
             )
         self._report.special_token_rows += 1
-        known = self._report.special_token_mode
-        self._report.special_token_mode = mode if known in ("", mode) else "literal or allow"
+        self._report.special_token_mode = joined_mode(self._report.special_token_mode, mode)
         return self._special_tokens.unused_char(content) if mode == "literal" else None
 
     def _bos_and_eos_once(self, ids: Ids, text: str, *, ends: bool) -> Ids:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdpo.data import PairDataset, Rows, prepare_pairs, read_held_out
+from fastdpo.data import PairDataset, Rows, cached_pairs, read_held_out
 from fastdpo.modeling.adapters import (
     BASE_IN_4BIT,
     TRAINING_ARGUMENTS,
@@ -167,7 +167,7 @@ def pairs_of(
     rows: Rows, options: TokenizationOptions, tokenizer: PreTrainedTokenizerBase
 ) -> PairDataset:
     """Tokenize rows into pairs as the options say."""
-    return prepare_pairs(rows, tokenizer, options)
+    return cached_pairs(rows, tokenizer, options)
 
 
 def sources_of(rows: Rows, pairs: PairDataset) -> list[Any]:

@@ -19,7 +19,12 @@ from fastdpo.options.losses import (
 from fastdpo.options.model import MODEL_ALIASES, ModelOptions, resolve_model
 from fastdpo.options.passes import BatchingOptions
 from fastdpo.options.preference import DPO_OPTION_GROUPS, PreferenceOptions
-from fastdpo.options.reference import ReferenceOptions, cache_folder, reference_folder
+from fastdpo.options.reference import (
+    ReferenceOptions,
+    cache_folder,
+    data_folder,
+    reference_folder,
+)
 from fastdpo.options.rows import SPECIAL_TOKEN_MODES, TRUNCATION_MODES, TokenizationOptions
 from fastdpo.options.running import COMMAND_DEFAULTS, TrainerDefaults, presets
 from fastdpo.options.trl import TrlOptions
@@ -47,6 +52,7 @@ __all__ = [
     "TRUNCATION_MODES",
     "presets",
     "cache_folder",
+    "data_folder",
     "reference_folder",
     "resolve_model",
 ]

@@ -95,6 +95,17 @@ def reference_folder(ref_cache: str | None) -> Path | None:
     return _in_home(ref_cache)
 
 
+def data_folder(data_cache: str | None) -> Path | None:
+    """Return the folder of prepared pairs for a value of `--data_cache`; None means off.
+
+    Raises:
+        ValueError: it lies in the home folder, and this user has none.
+    """
+    if data_cache == "off":
+        return None
+    return cache_folder() / "data" if data_cache is None else _in_home(data_cache)
+
+
 def cache_folder() -> Path:
     """The folder for what outlives a run: $FASTDPO_CACHE, or fastdpo in the user's cache."""
     if cache := os.environ.get("FASTDPO_CACHE"):
@@ -108,5 +119,5 @@ def _in_home(folder: str) -> Path:
     except RuntimeError as error:
         raise ValueError(
             f"{folder} lies in the home folder, and this user has none (HOME is not set): pass "
-            "--ref_cache FOLDER, or off, or set FASTDPO_CACHE."
+            "--ref_cache FOLDER and --data_cache FOLDER, or off, or set FASTDPO_CACHE."
         ) from error

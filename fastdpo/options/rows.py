@@ -1,5 +1,6 @@
 """The options of turning rows into token ids: lengths, special tokens, useless rows."""
 
+import os
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -73,8 +74,23 @@ class TokenizationOptions(Options):
         False,
         "Stop at a useless row (empty, identical ...) instead of dropping it.",
     )
+    dataset_num_proc: int | None = option(
+        None,
+        "Processes that turn rows into tokens, which large sets alone start; pairs, report and "
+        "errors do not depend on it. Unset: all cores but one.",
+        check=whole(1, "1 does it in this process"),
+    )
+    data_cache: str | None = option(
+        None,
+        "Folder of the prepared pairs, which a later run of the same rows, tokenizer, template and "
+        "lengths reads, or off. Unset: in data/, beside the stored reference log-probs.",
+    )
 
     def __post_init__(self) -> None:
+        if self.data_cache is not None:
+            self.data_cache = os.fspath(self.data_cache)
+            if not self.data_cache.strip():
+                raise ValueError("--data_cache is empty; give a folder, off, or leave it out.")
         if self.truncation_mode == "keep_end":
             raise ValueError(
                 "--truncation_mode is 'keep_end', which cuts each side of a pair at another place "

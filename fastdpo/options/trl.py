@@ -31,9 +31,6 @@ class TrlOptions(Options):
         "auto", "Not used: nothing is padded.", check=_ONE_OR_MORE
     )
     pad_token: str | None = option(None, "Not used: nothing is padded.")
-    dataset_num_proc: int | None = option(
-        None, "Not used: pairs are tokenised in one process.", check=_ONE_OR_MORE
-    )
     activation_offloading: bool = option(False, "TRL's name of activations with the value offload.")
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from fastdpo.modeling.reference_model import ReferenceModel
 from fastdpo.modeling.scoring import score_groups, share_of
 from fastdpo.ref_cache.run_notes import explain_miss, record_request
 from fastdpo.ref_cache.spot_check import SpotCheck, spot_check
-from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys
+from fastdpo.ref_cache.store import ReferenceStore, ScoredCompletion, group_keys, keys_of
 from fastdpo.system import ranks, signals
 from fastdpo.system.console import progress_bar
 
@@ -63,7 +63,7 @@ def reference_logps(
         ValueError: the spot check finds other log-probs than the stored ones.
         OSError: the store cannot be written; what is on the disk stays whole.
     """
-    keys = [group_keys(group) for group in groups]
+    keys = keys_of(groups)
     mode = choose_packing(reference.model) if mode is None else mode
     options: dict[str, Any] = {"layout": layout, "mode": mode}
 
@@ -74,11 +74,11 @@ def reference_logps(
         if requested is not None:
             record_request(store, {"name": name, **requested})
         store.touch()
-        hits = np.flatnonzero(known).tolist()
         checked = spot_check(
             reference,
-            [groups[i] for i in hits],
-            [keys[i] for i in hits],
+            groups,
+            keys,
+            np.flatnonzero(known),
             store,
             compute_dtype=compute_dtype,
             **options,
@@ -89,7 +89,7 @@ def reference_logps(
     logps, missing = ranks.first_does(look_up_and_check)
     if not missing:
         return logps
-    _compute(reference, groups, keys, missing, store, name=name, **options)
+    _compute(reference, groups, missing, store, name=name, **options)
     logps = ranks.first_does(lambda: _lookup(store, keys))
     if np.isnan(logps).any():
         raise RuntimeError(
@@ -103,7 +103,6 @@ def reference_logps(
 def _compute(
     reference: ReferenceModel,
     groups: Sequence[PromptGroup],
-    keys: list[list[bytes]],
     missing: list[int],
     store: ReferenceStore,
     *,
@@ -135,7 +134,7 @@ def _compute(
         ):
             bar.unit_scale = True
             for done, scored in enumerate(all_scored, 1):
-                its_keys = keys[missing[scored.index]]
+                its_keys = group_keys(groups[missing[scored.index]])
                 for key, sum_, each in zip(its_keys, scored.logps, scored.token_logps, strict=True):
                     if key not in kept:
                         waiting.append(ScoredCompletion(key, float(sum_), each))
@@ -164,7 +163,7 @@ def _compute(
 
 def _log_hits(
     store: ReferenceStore,
-    keys: list[list[bytes]],
+    keys: np.ndarray,
     known: np.ndarray,
     name: str,
     requested: Mapping[str, Any] | None,
@@ -185,7 +184,7 @@ def _log_hits(
             store.folder,
             reason,
         )
-    flat = [key for group in keys for key in group]
+    flat = keys.ravel()
     for differs, count in store.other_versions(flat).most_common(3):
         logger.warning(
             "%s of %s reference log-probs were computed with other versions or on another GPU "
@@ -210,18 +209,17 @@ def _count_pairs(pairs: int) -> str:
     return f"{pairs:,} pairs" if pairs != 1 else "1 pair"
 
 
-def _lookup(store: ReferenceStore, keys: list[list[bytes]]) -> np.ndarray:
+def _lookup(store: ReferenceStore, keys: np.ndarray) -> np.ndarray:
     """(n, k) float64 log-probs in nats, NaN where unknown."""
-    completions = len(keys[0]) if keys else 0
-    return store.lookup([key for group in keys for key in group]).reshape(len(keys), completions)
+    return store.lookup(keys.ravel()).reshape(keys.shape)
 
 
-def _unique_groups(keys: list[list[bytes]], indices: np.ndarray) -> list[int]:
+def _unique_groups(keys: np.ndarray, indices: np.ndarray) -> list[int]:
     """The indices without those whose keys all lie in earlier ones: no group is computed twice."""
     seen: set[bytes] = set()
     first = []
-    for index in indices:
-        if not seen.issuperset(keys[index]):
-            first.append(int(index))
-            seen.update(keys[index])
+    for index, its_keys in zip(indices.tolist(), keys[indices].tolist(), strict=True):
+        if not seen.issuperset(its_keys):
+            first.append(index)
+            seen.update(its_keys)
     return first

@@ -1,13 +1,15 @@
-"""Maintenance of stores: list them, check them, and remove what no run needs."""
+"""Maintenance of stores and of prepared pairs: check them, and remove what no run needs."""
 
 import math
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from stat import S_ISREG
 
+from fastdpo.data import pair_cache
 from fastdpo.ref_cache import shards
 from fastdpo.ref_cache.run_notes import load_requests
 from fastdpo.ref_cache.store import MANIFEST, QUARANTINE_SUFFIX, SHARDS
@@ -36,7 +38,7 @@ class StoreSummary:
 class PruneResult:
     """The stores and files that `prune` removed, or would in a dry run, and their size."""
 
-    stores: tuple[Path, ...]
+    stores: tuple[Path, ...]  # folders of stores, or files of prepared pairs
     stale_files: tuple[Path, ...]  # damaged shards, and temporary files of killed writers
     bytes: int
 
@@ -84,8 +86,7 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
     Raises:
         ValueError: `unused_days` is negative or not finite, which would take every store or none.
     """
-    if unused_days is not None and not 0 <= unused_days < math.inf:
-        raise ValueError(f"unused_days is {unused_days!r}; it must be a finite number from 0 on")
+    _check_days(unused_days)
     stores, stale_files, freed, now = [], [], 0, time.time()
     for folder in store_folders(root):
         stats = _stats(folder)
@@ -107,6 +108,39 @@ def prune(root: Path, *, unused_days: float | None = None, dry_run: bool = False
         if not dry_run:
             files.remove(path)
     return PruneResult(tuple(stores), tuple(stale_files), freed)
+
+
+def prune_pairs(
+    root: Path, *, unused_days: float | None = None, dry_run: bool = False
+) -> PruneResult:
+    """Remove from the folder of prepared pairs what `prune` removes from that of the stores.
+
+    A run that has mapped an entry keeps what it has read.
+
+    Raises:
+        ValueError: `unused_days` is negative or not finite.
+    """
+    _check_days(unused_days)
+    unused, stale_files, freed, now = [], [], 0, time.time()
+    for path in sorted(root.glob("*")):
+        with suppress(FileNotFoundError):  # another prune was first
+            stat = path.stat()
+            is_entry = fnmatch(path.name, pair_cache.ENTRIES)
+            if _is_leftover(path, now):
+                stale_files.append(path)
+            elif is_entry and unused_days is not None and now - stat.st_mtime > unused_days * DAY_S:
+                unused.append(path)
+            else:
+                continue
+            freed += stat.st_size
+            if not dry_run:
+                files.remove(path)
+    return PruneResult(tuple(unused), tuple(stale_files), freed)
+
+
+def _check_days(unused_days: float | None) -> None:
+    if unused_days is not None and not 0 <= unused_days < math.inf:
+        raise ValueError(f"unused_days is {unused_days!r}; it must be a finite number from 0 on")
 
 
 def _is_leftover(path: Path, now: float) -> bool:

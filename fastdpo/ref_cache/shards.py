@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fastdpo.batching import PromptGroup
+from fastdpo.batching import PairGroups, PromptGroup
+from fastdpo.data.row_keys import KEY_BYTES, completion_key, prompt_digest
 
 FORMAT = 1
-KEY_BYTES = 32
 MAX_HEADER_BYTES = 2**20  # ours have about 500
 MAX_SHARD_BYTES = 2**32  # ours have 2 MiB at 100 tokens a completion
 TENSORS = {"keys": "uint8", "logps": "float64", "tokens": "int64"}
@@ -51,27 +50,21 @@ class Shard:
     versions: dict[str, str] | None  # what computed them; None: not recorded
 
 
-def row_key(
-    prompt_ids: np.ndarray, completion_ids: np.ndarray, mask: np.ndarray | None = None
-) -> bytes:
-    """sha256 of a completion in its context: the token ids, and which of them are scored.
-
-    Args:
-        prompt_ids: (P,) int32.
-        completion_ids: (C,) int32.
-        mask: (C,) bool of the scored tokens; None, which has the key of one that is all True,
-            where every token is scored.
-    """
-    return _key(_prompt_digest(prompt_ids), completion_ids, mask)
-
-
 def group_keys(group: PromptGroup) -> list[bytes]:
     """The row keys of a group's completions."""
-    prompt = _prompt_digest(group.prompt_ids)
+    prompt = prompt_digest(group.prompt_ids)
     return [
-        _key(prompt.copy(), completion, mask)
+        completion_key(prompt.copy(), completion, mask)
         for completion, mask in zip(group.completions, group.masks, strict=True)
     ]
+
+
+def keys_of(groups: Sequence[PromptGroup]) -> np.ndarray:
+    """(n, k) S32: the row keys of n groups of k completions each."""
+    if isinstance(groups, PairGroups):
+        return groups.keys
+    keys = np.array([group_keys(group) for group in groups], dtype=f"S{KEY_BYTES}")
+    return keys if len(keys) else keys.reshape(0, 0)
 
 
 def encode(
@@ -215,18 +208,3 @@ def _versions(text: str | None) -> dict[str, str] | None:
     if not isinstance(read_back, dict):
         raise ShardError(f"its versions are a {type(read_back).__name__}")
     return {str(name): str(value) for name, value in read_back.items()}
-
-
-def _prompt_digest(prompt_ids: np.ndarray) -> "hashlib._Hash":
-    digest = hashlib.sha256(struct.pack("<qq", FORMAT, len(prompt_ids)))
-    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes())
-    return digest
-
-
-def _key(digest: "hashlib._Hash", completion_ids: np.ndarray, mask: np.ndarray | None) -> bytes:
-    digest.update(np.ascontiguousarray(completion_ids, dtype="<i4").tobytes())
-    if mask is not None and not mask.all():
-        # -1 is no token id, so no completion without a mask has these bytes.
-        places = np.concatenate([[-1], np.flatnonzero(mask)])
-        digest.update(places.astype("<i4").tobytes())
-    return digest.digest()

@@ -18,7 +18,7 @@ from fastdpo.options import LossOptions
 from fastdpo.ref_cache.compute import reference_logps
 from fastdpo.ref_cache.hash_cache import HASH_CACHE_FILE
 from fastdpo.ref_cache.identity import reference_identity
-from fastdpo.ref_cache.store import ReferenceStore, StoreOptions, group_keys
+from fastdpo.ref_cache.store import ReferenceStore, StoreOptions, keys_of
 from fastdpo.system import ranks
 from fastdpo.system.versions import numeric_versions
 
@@ -96,7 +96,7 @@ class RefLogpsProvider:
         )
         if not self.loss.weighs_tokens:
             return logps
-        token_logps = store.token_logps([key for group in groups for key in group_keys(group)])
+        token_logps = store.token_logps(keys_of(groups).ravel())
         tokens = np.array([len(each) for each in token_logps], dtype=np.int64).reshape(-1, 2)
         flat = torch.from_numpy(np.concatenate(token_logps))
         return self._weighted(ScoredPairs(logps, tokens, flat, {}))

@@ -34,7 +34,8 @@ class SpotCheck:
 def spot_check(
     reference: ReferenceModel,
     groups: Sequence[PromptGroup],
-    keys: Sequence[Sequence[bytes]],
+    keys: np.ndarray,
+    known: np.ndarray,
     store: ReferenceStore,
     *,
     compute_dtype: torch.dtype,
@@ -48,8 +49,9 @@ def spot_check(
 
     Args:
         reference: the model, and how it is run as the reference.
-        groups: groups whose completions the store knows.
-        keys: for each group the row keys of its completions.
+        groups: n groups of k completions each.
+        keys: (n, k) S32, the row keys of their completions.
+        known: indices of the groups that the store knows.
         store: the store to check; its options say how many groups to score.
         compute_dtype: decides how much may differ.
         layout: bounds the micro-batches, and is lowered where memory runs out.
@@ -62,10 +64,11 @@ def spot_check(
         ValueError: the stored log-probs are not this model's.
     """
     count = store.options.spot_check_pairs
-    if not count or not len(groups):
+    if not count or not len(known):
         return None
-    foreign = store.has_other_versions([its_keys[0] for its_keys in keys])
-    order = sorted(range(len(groups)), key=lambda i: (not foreign[i], keys[i][0]))[:count]
+    first_keys = keys[known, 0]
+    foreign = store.has_other_versions(first_keys)
+    order = known[np.lexsort((first_keys, ~foreign))[:count]].tolist()
     with reference.active():
         scored = list(
             score_groups(
@@ -75,7 +78,7 @@ def spot_check(
                 mode=mode,
             )
         )
-    flat = [key for each in scored for key in keys[order[each.index]]]
+    flat = [key for each in scored for key in keys[order[each.index]].tolist()]
     sums, tokens = store.lookup(flat), store.stored_token_logps(flat)
     worst = (-1.0, 0.0, 0.0)
     now = [each for s in scored for each in zip(s.logps, s.token_logps, strict=True)]

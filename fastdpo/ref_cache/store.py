@@ -18,16 +18,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from fastdpo.data.row_keys import KEY_BYTES, row_key
 from fastdpo.options import ReferenceOptions
 from fastdpo.ref_cache import shards
 from fastdpo.ref_cache.shards import (
     FORMAT,
-    KEY_BYTES,
     ScoredCompletion,
     Shard,
     ShardError,
     group_keys,
-    row_key,
+    keys_of,
 )
 from fastdpo.system import files
 from fastdpo.system.versions import difference
@@ -38,6 +38,7 @@ __all__ = [
     "ScoredCompletion",
     "StoreOptions",
     "group_keys",
+    "keys_of",
     "row_key",
     "quarantine",
     "store_key",
@@ -139,7 +140,7 @@ class ReferenceStore:
         self._refresh()
         return len(self._keys)
 
-    def lookup(self, keys: Sequence[bytes]) -> np.ndarray:
+    def lookup(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """(n,) float64 log-probs of the keys, NaN where the store has none."""
         self._refresh()
         positions, known = self._find(keys)
@@ -147,7 +148,7 @@ class ReferenceStore:
         logps[known] = self._logps[positions[known]]
         return logps
 
-    def token_logps(self, keys: Sequence[bytes]) -> list[np.ndarray]:
+    def token_logps(self, keys: Sequence[bytes] | np.ndarray) -> list[np.ndarray]:
         """The log-probs of every token of each key's completion, (C,) float32 each, nats.
 
         Raises:
@@ -164,7 +165,7 @@ class ReferenceStore:
             )
         return [each for each in stored if each is not None]
 
-    def stored_token_logps(self, keys: Sequence[bytes]) -> list[np.ndarray | None]:
+    def stored_token_logps(self, keys: Sequence[bytes] | np.ndarray) -> list[np.ndarray | None]:
         """The log-probs of every token as `token_logps` returns them, None where left out.
 
         Raises:
@@ -191,7 +192,7 @@ class ReferenceStore:
                 token_logps[index] = shard.token_logps[ends[i] - shard.tokens[i] : ends[i]]
         return token_logps
 
-    def other_versions(self, keys: Sequence[bytes]) -> Counter[str]:
+    def other_versions(self, keys: Sequence[bytes] | np.ndarray) -> Counter[str]:
         """How many of the known keys other versions computed, by what differs."""
         self._refresh()
         if self.versions is None:
@@ -204,7 +205,7 @@ class ReferenceStore:
                 keys_by_difference[differs] += int(count)
         return keys_by_difference
 
-    def has_other_versions(self, keys: Sequence[bytes]) -> np.ndarray:
+    def has_other_versions(self, keys: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """(n,) bool: whether each key is known and was computed by other versions than now's."""
         self._refresh()
         foreign = np.array([self._is_foreign(each) for each in self._versions], dtype=bool)
@@ -236,7 +237,7 @@ class ReferenceStore:
         if not path.exists():
             files.write_json(path, self._manifest)
 
-    def _find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def _find(self, keys: Sequence[bytes] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) positions in the index, and (n,) bool whether each key is really there."""
         wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
         if not len(self._keys) or not len(wanted):

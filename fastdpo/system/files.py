@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,16 @@ def append_text(path: Path, text: str) -> None:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def write_pieces(path: Path, pieces: Iterable[Any]) -> None:
+    """Write bytes and arrays of bytes one after another into a new file, none of them copied."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            file.writelines(pieces)
+
+    call_writer(path, write)
 
 
 def call_writer(path: Path, write: Callable[[Path], object]) -> None:

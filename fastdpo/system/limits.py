@@ -83,7 +83,8 @@ def _address_space_bytes() -> int | None:
     if sys.platform != "linux":
         return None
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            pages = int(file.read(64).split()[0])
     except OSError:
         return None
     import resource

@@ -7,9 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.system import files, ranks
+from fastdpo.system.console import print_line
+from fastdpo.system.start_up import start_up
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,23 @@ class MetricsFile(TrainerCallback):
             files.append_text(output_path(args, METRICS_FILE), line)
         except OSError as error:  # a run is worth more than its log
             logger.warning("The log line of update %s is lost: %s", state.global_step, error)
+
+
+class StartUpTimes(TrainerCallback):
+    """Prints where the time up to the end of the first update went, with --logging_first_step."""
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Print it once a trainer; a resumed run's first update counts."""
+        line = start_up.told()
+        if line is not None and args.logging_first_step:
+            with tqdm.external_write_mode():  # a bar makes room
+                print_line(line)
 
 
 def output_path(args: TrainingArguments, name: str) -> Path:

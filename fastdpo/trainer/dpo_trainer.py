@@ -37,8 +37,9 @@ from fastdpo.modeling.trainable import check_trainable
 from fastdpo.options import LossOptions
 from fastdpo.ref_cache import describe_request
 from fastdpo.system import files, ranks
+from fastdpo.system.start_up import start_up
 from fastdpo.trainer.arguments import check_arguments, refuse_arguments
-from fastdpo.trainer.callbacks import CurveNotes, MetricsFile
+from fastdpo.trainer.callbacks import CurveNotes, MetricsFile, StartUpTimes
 from fastdpo.trainer.curves import CURVES_FILE, draw_curves
 from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
@@ -137,6 +138,7 @@ class DPOTrainer(UpdateTrainer):
         peft_config: PeftConfig | None = None,
         loss_function: LossFunction | None = None,
     ) -> None:
+        start_up.trainer_began()
         refuse_overrides(self)
         refuse_arguments(data_collator=data_collator)
         check_arguments(
@@ -158,7 +160,8 @@ class DPOTrainer(UpdateTrainer):
         tokenizer = processing_class
         if tokenizer is None:
             tokenizer = load_tokenizer(str(name), **args.tokenizer_options)
-        policy = prepare_policy(model, args, peft_config, quantization_config)
+        with start_up.part("model"):
+            policy = prepare_policy(model, args, peft_config, quantization_config)
         if train_dataset is not None:
             check_trainable(policy)
         if optimizers[0] is not None:
@@ -168,7 +171,8 @@ class DPOTrainer(UpdateTrainer):
         self.trains_adapter = isinstance(policy, PeftModel)
         self.record = TrainingMetrics()
         vocabulary = get_lm_head(policy).weight.shape[0]
-        self.sets = PreferenceDatasets(args, tokenizer, vocabulary, train_dataset, eval_dataset)
+        with start_up.part("data"):
+            self.sets = PreferenceDatasets(args, tokenizer, vocabulary, train_dataset, eval_dataset)
         warn_of_positions(policy, self.sets.longest_tokens)
         self.command: Sequence[str] = ()
         self.dataset_name: str | None = None
@@ -192,6 +196,7 @@ class DPOTrainer(UpdateTrainer):
         for callback in watching_callbacks(self):
             self.add_callback(callback)
         self.add_callback(CurveNotes())
+        self.add_callback(StartUpTimes())
         self.add_callback(MetricsFile())
         self.mode = choose_packing(
             policy, packing=args.packing, shared_prefix=args.shared_prefix, attention=args.attention
@@ -279,7 +284,7 @@ class DPOTrainer(UpdateTrainer):
                 f"{len(groups):,}",
                 name,
             )
-        with self.autocast():
+        with start_up.part("reference"), self.autocast():
             self.reference.attach(groups, name, requested, indices)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
@@ -310,7 +315,7 @@ class DPOTrainer(UpdateTrainer):
         self.policy.train()  # a loaded base is in eval mode below its PeftModel
         if self.plan is not None and self.train_groups is not None:
             fullest = worst_case_batch(self.train_groups, self.mode, self.layout)
-            with ranks.alone():  # each rank probes its own GPU
+            with start_up.part("rehearsal"), ranks.alone():  # each rank probes its own GPU
                 self._probe_memory(fullest)
         self.layout.agree()
 

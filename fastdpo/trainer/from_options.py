@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
 from fastdpo.system import files, ranks, signals
 from fastdpo.system.console import print_line
+from fastdpo.system.start_up import start_up
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
@@ -56,8 +57,10 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
         "revision": model.model_revision,
         "trust_remote_code": model.trust_remote_code,
     }
-    tokenizer = load_tokenizer(name, **source)
-    train_rows, eval_rows = _read(data)
+    start_up.imported()
+    with start_up.part("data"):
+        tokenizer = load_tokenizer(name, **source)
+        train_rows, eval_rows = _read(data)
     continues_adapter = is_adapter(name)
     if continues_adapter:
         print_line(f"Training the adapter in {name} on.")
@@ -66,14 +69,15 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
             "Training a LoRA adapter (--lora); --qlora needs less memory, --full trains everything."
         )
     dtype = resolve_dtype("float32" if model.full and model.dtype == "auto" else model.dtype)
-    policy = load_policy(
-        name,
-        dtype=dtype,
-        load_in_4bit=model.qlora,
-        base_weights="gpu" if model.full else config.base_weights,
-        options=config.from_pretrained_options,
-        **source,
-    )
+    with start_up.part("model"):
+        policy = load_policy(
+            name,
+            dtype=dtype,
+            load_in_4bit=model.qlora,
+            base_weights="gpu" if model.full else config.base_weights,
+            options=config.from_pretrained_options,
+            **source,
+        )
     config.model_init_kwargs = None
     if eval_rows is None:
         config.eval_strategy = "no"

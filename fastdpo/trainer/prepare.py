@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from fastdpo.batching import PairGroups
 from fastdpo.config import DPOConfig
-from fastdpo.data import PairDataset, prepare_pairs, rows_from
+from fastdpo.data import PairDataset, cached_pairs, rows_from
 from fastdpo.modeling.adapter_starts import check_policy_start
 from fastdpo.modeling.adapters import (
     add_adapter,
@@ -296,7 +296,7 @@ def tokenize_dataset(
         return dataset
     if not isinstance(dataset, PairDataset):
         rows = rows_from(dataset, f"{name} dataset")
-        dataset = prepare_pairs(
+        dataset = cached_pairs(
             rows,
             tokenizer,
             args,

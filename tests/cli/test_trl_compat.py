@@ -240,6 +240,6 @@ def test_names_of_trl_that_change_nothing_say_so(tmp_path, caplog):
         dataclasses.replace(config, beta=0.2)
         DPOConfig(**config.to_dict())
     assert "changes nothing" not in caplog.text
-    DPOConfig(str(tmp_path), dataset_num_proc=4, pad_token="<pad>", per_device_eval_batch_size=2)
-    for name in ("dataset_num_proc", "pad_token", "per_device_eval_batch_size"):
+    DPOConfig(str(tmp_path), pad_token="<pad>", per_device_eval_batch_size=2)
+    for name in ("pad_token", "per_device_eval_batch_size"):
         assert f"--{name} changes nothing: " in caplog.text

@@ -95,7 +95,9 @@ TABLE: dict[str, Row] = {
     "precompute_ref_batch_size": unused("micro_batch_tokens bounds the reference pass too", 4),
     "pad_to_multiple_of": unused("nothing is padded", 8),
     "pad_token": unused("set tokenizer.pad_token", "<pad>"),
-    "dataset_num_proc": unused("pairs are tokenised in one process", 4),
+    "dataset_num_proc": Row(
+        "same", "by default all cores but one; large sets alone start processes", 4
+    ),
     "use_liger_kernel": refused("the fused log-probs are already here", True),
     # transformers'
     **dict.fromkeys(

@@ -13,7 +13,7 @@ from fastdpo.data.chat_template import PLAIN_CHAT_TEMPLATE
 from fastdpo.data.pairs import NOTHING_SCORED
 from fastdpo.data.preview import show_pairs
 from fastdpo.options import TokenizationOptions
-from fastdpo.ref_cache.shards import group_keys, row_key
+from fastdpo.ref_cache.store import group_keys, row_key
 from tests.data.test_trl_ids import WEATHER, message, theirs
 
 

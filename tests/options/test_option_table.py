@@ -124,6 +124,10 @@ TABLE: dict[str, Changes | str] = {
     "template_date": covered(
         "data/test_template_date.py::test_pairs_have_the_day_of_the_option_and_say_so"
     ),
+    "dataset_num_proc": covered(
+        "data/test_workers.py::test_pairs_report_and_keys_do_not_depend_on_the_number_of_processes"
+    ),
+    "data_cache": covered("trainer/test_data_cache.py::test_a_second_trainer_reads_the_pairs"),
     "strict_data": Changes("pairs", True, {"dataset_name": "@useless.jsonl"}, refused="identical"),
     # BatchingOptions
     "micro_batch_tokens": Changes("work", 128),

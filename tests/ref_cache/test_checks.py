@@ -28,6 +28,7 @@ from fastdpo.ref_cache import shards as shards_module
 from fastdpo.ref_cache.run_notes import load_requests
 from fastdpo.ref_cache.spot_check import spot_check
 from fastdpo.ref_cache.store import group_keys
+from fastdpo.ref_cache.store import keys_of as row_keys
 from fastdpo.system.versions import difference, numeric_versions
 from tests.ref_cache.test_compute import GROUPS as ALL_GROUPS
 from tests.ref_cache.test_compute import IDENTITY, adapted, base, model_state, shards
@@ -137,9 +138,10 @@ def checking(store, pairs):
 
 
 def check(model, store, count, dtype=torch.float32):
-    keys, store = [group_keys(group) for group in GROUPS], checking(store, count)
+    keys, store = row_keys(GROUPS), checking(store, count)
     options = {"compute_dtype": dtype, "layout": ExecutionLayout(128)}
-    return spot_check(reference_from_base(model), GROUPS, keys, store, **options)
+    known = np.arange(len(GROUPS))
+    return spot_check(reference_from_base(model), GROUPS, keys, known, store, **options)
 
 
 def test_a_spot_check_finds_zero_where_nothing_changed_and_writes_nothing(policy, tmp_path, said):

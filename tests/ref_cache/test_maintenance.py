@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import tarfile
 import time
 
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 
 from fastdpo.cli.parser import command
+from fastdpo.data import cached_pairs, pair_cache, rows_from
+from fastdpo.options import TokenizationOptions
 from fastdpo.ref_cache import ReferenceStore, archive, compute, maintenance
 from fastdpo.ref_cache.archive import ArchiveError, export_store, import_store
-from fastdpo.ref_cache.maintenance import DAY_S, prune, store_folders, summarize
+from fastdpo.ref_cache.maintenance import DAY_S, prune, prune_pairs, store_folders, summarize
 from fastdpo.ref_cache.store import ScoredCompletion
 from fastdpo.reference import main
 from fastdpo.system import files
 from tests.ref_cache.test_compute import GROUPS, IDENTITY, adapted, fill, shards, temporaries
 from tests.ref_cache.test_store import keys_of, logps_of, lookup, some_rows, written
+from tests.tiny_trainer import byte_tokenizer, preference_rows
 
 ROWS, MORE = some_rows(seed=1), some_rows(seed=2)
 
@@ -269,6 +273,39 @@ def test_the_command_on_stores(tmp_path, capsys, monkeypatch, exported):
     assert "0 stores and 1 leftovers: would free" in said
     code, said, _ = run(capsys, monkeypatch, "prune", *there)
     assert "0 stores and 1 leftovers: freed" in said
+
+
+def test_the_command_on_prepared_pairs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pair_cache, "CACHED_FROM_ROWS", 1)
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path))
+    folder = tmp_path / "data"
+    for source in ("one", "two"):
+        rows = rows_from(preference_rows(5), source)
+        cached_pairs(rows, byte_tokenizer(), TokenizationOptions(), progress=False)
+    code, said, _ = run(capsys, monkeypatch, "info")
+    assert code == 0
+    assert f"2 sets of prepared pairs in {folder}" in said
+    assert re.search(r"\none +5 +0\.0 +0\.0\n", said)
+    assert run(capsys, monkeypatch, "verify")[0] == 0
+    assert "prepared pairs" not in run(capsys, monkeypatch, "info", "--data_cache", "off")[1]
+    first, second = pair_cache.entries(folder)
+    first.write_bytes(first.read_bytes()[:-1])
+    code, said, complaint = run(capsys, monkeypatch, "verify")
+    assert code == 2
+    assert f"damaged and set aside: {first}: its checksum is wrong" in said
+    assert "Damaged prepared pairs" in complaint
+    make_old(second, 40)
+    stale, fresh = files.temporary_name(second), files.temporary_name(second)
+    for each in (stale, fresh):
+        each.write_bytes(b"x")
+    os.utime(stale, (0, 0))
+    for more, done in (["--dry_run"], "would free"), ([], "freed"):
+        code, said, _ = run(capsys, monkeypatch, "prune", "--unused_days", "39", *more)
+        assert f"1 sets of prepared pairs and 2 leftovers: {done}" in said
+        assert second.exists() == bool(more)
+    assert list(folder.iterdir()) == [fresh], "it may belong to a writer that lives"
+    with pytest.raises(ValueError, match="unused_days"):
+        prune_pairs(folder, unused_days=-1)
 
 
 @pytest.mark.parametrize(
