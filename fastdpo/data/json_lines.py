@@ -99,8 +99,8 @@ def read_json_lines(
         max_line_mib: longer lines are an error: such a file is usually of another kind.
 
     Returns:
-        The objects, which stay in a file of more than `HELD_BYTES` that is not compressed; and for each its line number,
-        counted from 1 over all lines, blank ones too.
+        The objects, which stay in an uncompressed file of more than `HELD_BYTES`; and for each its
+        line number, counted from 1 over all lines, blank ones too.
 
     Raises:
         DataError: a line is not exactly one JSON object in UTF-8; the text names file:line.

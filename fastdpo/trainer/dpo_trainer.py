@@ -45,14 +45,7 @@ from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics
-from fastdpo.trainer.model_card import (
-    TAGS,
-    TrainedModel,
-    describe_adapter,
-    library_versions,
-    license_of,
-    model_card,
-)
+from fastdpo.trainer.model_card import TAGS, TrainedModel, model_card
 from fastdpo.trainer.optimizers import (
     OPTIMIZER_OPTIONS,
     check_evaluates,
@@ -359,48 +352,21 @@ class DPOTrainer(UpdateTrainer):
     ) -> None:
         """Write the model card, README.md, into output_dir; the arguments are TRL's."""
         path = Path(str(self.args.output_dir)) / "README.md"
-        files.write_text(
-            path,
-            self._model_card(
-                model_name, dataset_name, tags, has_curves=path.with_name(CURVES_FILE).is_file()
-            ),
+        card = TrainedModel.of(
+            self,
+            name=model_name,
+            dataset=dataset_name,
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            has_curves=path.with_name(CURVES_FILE).is_file(),
         )
+        files.write_text(path, model_card(card))
 
     def _write_model(self, folder: Path, state_dict: Any) -> None:
         super()._write_model(folder, state_dict)
         is_checkpoint = self._saving_into is not None
         drawn = not is_checkpoint and draw_curves(self.state.log_history, folder / CURVES_FILE)
-        files.write_text(folder / "README.md", self._model_card(has_curves=drawn))  # not PEFT's
-
-    def _model_card(
-        self,
-        name: str | None = None,
-        dataset: str | None = None,
-        tags: str | Sequence[str] | None = None,
-        *,
-        has_curves: bool = False,
-    ) -> str:
-        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
-        return model_card(
-            TrainedModel(
-                name=name or Path(str(self.args.output_dir)).name,
-                base_model=str(unwrap_model(self.policy).name_or_path),
-                is_adapter=self.trains_adapter,
-                reference=self.reference.reference.description,
-                args=self.user_args,
-                pairs=0 if self.train_groups is None else len(self.train_groups),
-                pairs_seen=self.sets.pairs_seen(self.state.global_step),
-                updates=self.state.global_step,
-                adapter=describe_adapter(self.policy),
-                license=license_of(str(unwrap_model(self.policy).name_or_path)),
-                dataset=dataset or self.dataset_name,
-                evaluation=evaluations[-1] if evaluations else {},
-                command=self.command,
-                tags=[tags] if isinstance(tags, str) else tags or (),
-                versions=library_versions(),
-                curves=CURVES_FILE if has_curves else None,
-            )
-        )
+        card = model_card(TrainedModel.of(self, has_curves=drawn))
+        files.write_text(folder / "README.md", card)  # not PEFT's
 
     # Resuming
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from huggingface_hub import ModelCardData, try_to_load_from_cache
@@ -15,9 +15,14 @@ from huggingface_hub.repocard import metadata_load
 from peft import PeftModel
 
 from fastdpo.config import DPOConfig
+from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import PreferenceOptions
 from fastdpo.system.console import printable
+from fastdpo.trainer.curves import CURVES_FILE
 from fastdpo.version import __version__
+
+if TYPE_CHECKING:
+    from fastdpo.trainer.dpo_trainer import DPOTrainer
 
 TAGS = ("fastdpo", "dpo", "preference-optimization")
 _LIBRARIES = ("torch", "transformers", "peft", "datasets", "bitsandbytes")
@@ -34,7 +39,7 @@ _RUN = (
 )
 """Options that are always listed."""
 
-_PATHS = ("ref_cache", "reference", "model_init_kwargs")
+_PATHS = ("ref_cache", "data_cache", "reference", "model_init_kwargs")
 """Options that hold local paths; the card may be read by anyone."""
 
 _CITATION = """\
@@ -87,6 +92,38 @@ class TrainedModel:
     tags: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     curves: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        trainer: "DPOTrainer",
+        *,
+        name: str | None = None,
+        dataset: str | None = None,
+        tags: Sequence[str] = (),
+        has_curves: bool = False,
+    ) -> Self:
+        """The facts of a trainer's run so far; name and data set are its own unless given."""
+        base_model = str(unwrap_model(trainer.policy).name_or_path)
+        evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+        return cls(
+            name=name or Path(str(trainer.args.output_dir)).name,
+            base_model=base_model,
+            is_adapter=trainer.trains_adapter,
+            reference=trainer.reference.reference.description,
+            args=trainer.user_args,
+            pairs=0 if trainer.train_groups is None else len(trainer.train_groups),
+            pairs_seen=trainer.sets.pairs_seen(trainer.state.global_step),
+            updates=trainer.state.global_step,
+            dataset=dataset or trainer.dataset_name,
+            evaluation=evaluations[-1] if evaluations else {},
+            command=trainer.command,
+            adapter=describe_adapter(trainer.policy),
+            license=license_of(base_model),
+            tags=tags,
+            versions=library_versions(),
+            curves=CURVES_FILE if has_curves else None,
+        )
 
 
 def library_versions() -> dict[str, str]:
