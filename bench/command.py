@@ -14,6 +14,7 @@ QUESTIONS = {
     "hybrids": "a stack with states (linear attention, Mamba-2, convolutions) packed and padded",
     "kernel": "the head op against TRL, torch, Liger and cut-cross-entropy: time, memory, error",
     "memory": "peak memory against the length of a pair, and the longest pair that fits",
+    "base_weights": "a base in host memory: what fits by plan, seconds beside one on the GPU",
     "reference": "reference log-probs: build, hit, and look-up among a million rows",
     "startup": "before the first update: rows a second, a second start, peaks over the rows",
     "packing": "how full packed rows are, and tokens a pair against padding, on real lengths",

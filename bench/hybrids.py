@@ -1,25 +1,27 @@
 """Hybrid models: packed with a shared prompt, and padded, which is what they had to be before.
 
 Forward and backward of all weights of a small stack of random weights; tokens a pair, seconds and
-CPU seconds.
+CPU seconds. On CUDA with flash-linear-attention first one update of a Qwen3.5 shape beside TRL's.
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bench import step
 from bench.contest import Turns, contest
-from bench.harness import MEASURED, SEED, Recorder
-from bench.layers import CONTENDERS, groups_of
+from bench.harness import MEASURED, MISSING, SEED, Recorder
+from bench.layers import CONTENDERS, STACKS, groups_of
 from bench.measuring import Stopwatch
 from fastdpo.batching import pack_update
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.logprobs import packed_logprobs
 
 SIZES = {
-    "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
@@ -40,12 +42,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Three layers that carry a state to one of full attention, as most hybrids have them."""
 
+BESIDE_TRL = ("fastdpo", "trl accumulation 4", "trl")
+"""Contenders of `bench.step`."""
+
 
 def contend(case: Mapping[str, Any], turns: Turns) -> None:
     """One contender; each turn is one step."""
     torch.manual_seed(SEED)
     device, chosen = torch.device(case["device"]), CONTENDERS[case["contender"]]
-    config = AutoConfig.for_model(case["model"], **SIZES | MODELS[case["model"]])
+    sizes = SIZES | {"vocab_size": STACKS[case["device"]]["vocab_size"]}
+    config = AutoConfig.for_model(case["model"], **sizes | MODELS[case["model"]])
     model = AutoModelForCausalLM.from_config(config).to(device).train()
     groups = groups_of(case)
     made = pack_update(groups, case["micro_batch_tokens"], **chosen["layout"])
@@ -63,9 +69,25 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
         turns.answer(watch.measure(step))
 
 
+def beside_trl(recorder: Recorder) -> None:
+    """One update of a Qwen3.5 shape with an adapter; missing without the kernels that it needs."""
+    case = {
+        "tuning": "lora", "checkpointing": True, "model": "qwen3.5-0.8b", "dtype": "bfloat16",
+        "device": "cuda", "pairs": 16, "longest_row_tokens": 1024,
+    }  # fmt: skip
+    if find_spec("fla") is None:
+        for each in BESIDE_TRL:
+            note = "flash-linear-attention is not installed"
+            recorder.add(case, each, "update_s", outcome=MISSING, note=note)
+        return
+    step.measure(recorder, case, BESIDE_TRL, rounds=5)
+
+
 def main(recorder: Recorder, *, quick: bool) -> None:
     """A case for every model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        beside_trl(recorder)
     for name in list(MODELS)[: 1 if quick else None]:
         case = {
             "model": name, "device": device, "pairs": 8, "row_tokens": 256, "prompt_share": 0.5,

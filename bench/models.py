@@ -20,6 +20,7 @@ from bench.harness import SEED
 from bench.inputs import STORY_MODEL, STORY_PAIRS, pair_lengths, word_rows
 from bench.real import load_real
 from bench.synthetic import aliased_config, random_model
+from fastdpo.options import MODEL_ALIASES
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5,
@@ -60,11 +61,10 @@ def model_and_rows(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict]]:
     """The model, tokenizer and `rows` preference rows of a case.
 
-    Its `model` is "stories260K", which brings its real pairs, one of `MODEL_SIZES`, or where it
-    says `load_in_4bit` an alias, whose config is bundled; a case with a `folder` takes the real
-    model there, with real pairs. Synthetic
-    pairs are all `pair_tokens` long, or as `ladder_tokens` says one by one (half prompt, a quarter
-    each completion), or drawn from the histogram.
+    Its `model` is "stories260K", which brings its real pairs, one of `MODEL_SIZES`, or an alias,
+    whose config is bundled; a case with a `folder` takes the real model there, with real pairs.
+    Synthetic pairs are all `pair_tokens` long, or as `ladder_tokens` says one by one (half prompt,
+    a quarter each completion), or drawn from the histogram.
     """
     if "folder" in case:
         return load_real(case, case.get("seed", SEED))
@@ -77,9 +77,10 @@ def model_and_rows(
             rows = [json.loads(line) for line in lines]
         wanted = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
         return model, tokenizer, (wanted * -(-case["rows"] // len(wanted)))[: case["rows"]]
-    if case.get("load_in_4bit"):
-        config = aliased_config(case["model"], **case.get("config", {}))
-        model = random_model(config, dtype=dtype, device=device, load_in_4bit=True)
+    if case["model"] in MODEL_ALIASES:
+        config = aliased_config(case["model"], **case.get("config", {})).get_text_config()
+        four_bit = case.get("load_in_4bit", False)
+        model = random_model(config, dtype=dtype, device=device, load_in_4bit=four_bit)
     else:
         model = random_llama(case["model"], dtype=dtype, device=device)
     vocabulary = model.config.vocab_size

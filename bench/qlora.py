@@ -54,8 +54,8 @@ def contend(case: Mapping[str, Any], turns: Turns) -> None:
     model = add_adapter(base, lora_config(LORA_RANK, LORA_ALPHA, 0.0, None)).train()
     made = planned(model, case)
     carry_out(model, made)
-    optimizer = _optimizer(model, made)
-    micro_batch = _pair(case["row_tokens"], made.micro_batch_tokens).to(device)
+    optimizer = adam(model, made.optimizer)
+    micro_batch = one_pair(case["row_tokens"], made.micro_batch_tokens).to(device)
     watch, memory = Stopwatch(device), PeakMemory(device)
     facts = {"predicted_mib": made.allocated_bytes / MIB, "plan": made.as_json()}
     turns.ready(facts)
@@ -92,6 +92,7 @@ def carry_out(model: torch.nn.Module, made: Plan) -> None:
         made.embeddings_on_host,
         kernels=choose_kernels(model, "auto"),
         dequantize_once=made.dequantize_once,
+        base_buffers=made.base_buffers,
     ).apply(model)
 
 
@@ -115,16 +116,17 @@ def update(
     return float(loss.detach())
 
 
-def _optimizer(model: torch.nn.Module, made: Plan) -> torch.optim.Optimizer:
+def adam(model: torch.nn.Module, name: str) -> torch.optim.Optimizer:
+    """AdamW over what is trained, in 8 bits where its name says so."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if "8bit" in made.optimizer:
+    if "8bit" in name:
         import bitsandbytes as bnb
 
         return bnb.optim.AdamW8bit(trained, lr=LEARNING_RATE)
     return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
 
 
-def _pair(seq_lens: int, micro_batch_tokens: int) -> MicroBatch:
+def one_pair(seq_lens: int, micro_batch_tokens: int) -> MicroBatch:
     """Two rows of L tokens that share one, all others scored."""
     draw = np.random.default_rng(SEED)
     chosen, rejected = (draw.integers(3, 200, seq_lens, dtype=np.int32) for _ in range(2))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdpo.cli.outputs import require_new_file
+from fastdpo.cli.outputs import require_new_file, unused_file
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -38,7 +38,11 @@ class EvaluationOptions(Options):
     max_new_tokens: int = option(
         64, "Most tokens of such a completion.", check=whole(1, "64 is usual")
     )
-    output_file: str = option("evaluation.json", "JSON file that the metrics are written to.")
+    output_file: str | None = option(
+        None,
+        "JSON file that the metrics are written to. Unset: evaluation.json beside the adapter, or "
+        "in the present folder without one, with a number behind it if there is one already.",
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,20 +58,25 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
-    output = Path(options.output_file)
+    output = ranks.first_does(
+        lambda: (
+            Path(options.output_file)
+            if options.output_file
+            else unused_file(compared.adapter, "evaluation.json")
+        )
+    )
     ranks.first_does(lambda: require_new_file(parsed, "--output_file", output))
     evaluation = run(parsed.model, parsed.data, rows, compared, options)
     print_line(evaluation.describe())
     ranks.first_does(lambda: files.write_json(output, evaluation.as_json()))
-    print_line(f"\nwritten to {options.output_file}")
-    _draw_curves(Path(compared.adapter or parsed.model.model_name_or_path or ""), options)
+    print_line(f"\nwritten to {output}")
+    _draw_curves(Path(compared.adapter or parsed.model.model_name_or_path or ""), output)
 
 
-def _draw_curves(trained: Path, options: EvaluationOptions) -> None:
+def _draw_curves(trained: Path, metrics: Path) -> None:
     """Draw the curves of the run that wrote the model beside the metrics, if it left its log."""
     from fastdpo.trainer.curves import draw_curves, read_history
 
-    metrics = Path(options.output_file)
     image = metrics.with_name(f"{metrics.stem}_curves.png")
     if ranks.first_does(lambda: draw_curves(read_history(trained), image)):
         print_line(f"the run's curves: {image}")

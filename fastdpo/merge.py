@@ -17,6 +17,7 @@ from fastdpo.options import (
     resolve_model,
 )
 from fastdpo.options.checks import Options, option, whole
+from fastdpo.options.passes import BASE_WEIGHTS
 from fastdpo.system.console import print_line
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ class MergingOptions(Options):
         "Pairs of --dataset on which margin, accuracy and log-probs before and after are compared; "
         "a few show what moved, and each costs four to nine passes. 0 compares none.",
         check=whole(0, "24 is usual, 0 compares none"),
+    )
+    base_weights: str = option(
+        "gpu",
+        "Where matrices lie while pairs are compared: gpu, or host, from whose memory they come "
+        "layer by layer; auto: host where they do not fit on the GPU.",
+        choices=list(BASE_WEIGHTS),
     )
 
     def __post_init__(self) -> None:
@@ -206,7 +213,7 @@ def _measure(
     from fastdpo.modeling.scoring import ScoredPairs, score_pairs
 
     in_4bit, whole_base = _in_4bit(model, options), None
-    compared = ComparisonOptions(adapter=options.adapter)
+    compared = ComparisonOptions(adapter=options.adapter, base_weights=options.base_weights)
     trained = replace(model, model_name_or_path=plan.base.name, dtype="auto", qlora=in_4bit)
 
     def score_on(
@@ -219,14 +226,16 @@ def _measure(
 
     before, reference = score_on(load_policy(trained, compared), "its base")
     if in_4bit:
-        whole = load_weights(replace(trained, qlora=False), plan.base.name)
+        unquantized = replace(trained, qlora=False)
+        whole = load_weights(unquantized, plan.base.name, options.base_weights)
         whole_base = score_on(load_adapter(whole, str(plan.adapter.folder)), "the whole base")
         del whole
     written = str(plan.main_dtype).removeprefix("torch.")
     # A CPU computes in fp32; there is no GPU that would compute the model in fp64.
     exact = written == "float64" or not torch.cuda.is_available()
     computed = "float32" if exact else written
-    loaded = load_weights(replace(trained, dtype=computed, qlora=False), options.output_dir)
+    result = replace(trained, dtype=computed, qlora=False)
+    loaded = load_weights(result, options.output_dir, options.base_weights)
     plans: dict[str, MergePlan] = {}
     after: dict[str, ScoredPairs] = {}
     for each in (plan, *others):

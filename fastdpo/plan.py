@@ -3,14 +3,14 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastdpo.cli.exit_codes import EXIT_DOES_NOT_FIT
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import ModelOptions, resolve_model
 from fastdpo.options.checks import Options, check_choice, number, option, whole
-from fastdpo.options.passes import ATTENTION_BACKENDS, KERNELS
+from fastdpo.options.passes import ATTENTION_BACKENDS, BASE_WEIGHTS, KERNELS
 from fastdpo.system.console import print_line, table
 
 if TYPE_CHECKING:
@@ -63,8 +63,13 @@ class PlanningOptions(Options):
         "What computes the layers, as in training; auto is what training would choose on that GPU.",
         choices=list(KERNELS),
     )
+    base_weights: str = option(
+        "gpu",
+        "Where the frozen base lies, as in training: gpu, host, or auto.",
+        choices=list(BASE_WEIGHTS),
+    )
     longest_pairs: bool = option(
-        True, "Show the longest pair that fits each size of GPU; off spares a second."
+        True, "Show the longest pair that fits each size of GPU; off spares two seconds."
     )
     json: bool = option(False, "Print the plan as JSON and nothing else.")
 
@@ -109,6 +114,7 @@ def main(argv: Sequence[str]) -> None:
         host_bytes=host_bytes,
         micro_batch_tokens=options.micro_batch_tokens,
         change_optimizer=options.optim == "auto",
+        base_weights=options.base_weights,
     )
     if options.json:
         sys.stdout.write(json.dumps(planned.as_json(), indent=2) + "\n")
@@ -116,6 +122,8 @@ def main(argv: Sequence[str]) -> None:
         _print(planned, architecture, training, gpu, options)
         if options.longest_pairs:
             print_line(f"\n{longest_pairs(architecture, model, host_bytes, options)}")
+            if training.trains_adapter:
+                print_line(f"\n{longest_pairs_by_base(architecture, model, host_bytes, options)}")
     if not planned.fits:
         raise SystemExit(EXIT_DOES_NOT_FIT)
 
@@ -202,7 +210,7 @@ def longest_pairs(
     options: PlanningOptions,
 ) -> str:
     """Tabulate the longest pair 2 x L that fits each size of GPU."""
-    from fastdpo.planner import gpu_spec, longest_pair
+    from fastdpo.planner import gpu_spec
     from fastdpo.planner.gpus import SIZES_GIB
     from fastdpo.planner.terms import binary_size
 
@@ -210,16 +218,12 @@ def longest_pairs(
     for size in SIZES_GIB:
         gpu = gpu_spec(str(size))
         training = _training(model, options, gpu)
-        best = longest_pair(
-            architecture, training, gpu, host_bytes=host_bytes, change_optimizer=False
-        )
-        too_short = best is None or best.micro_batch_tokens < 2 * options.max_length
-        if too_short and options.optim == "auto":
-            best = longest_pair(architecture, training, gpu, host_bytes=host_bytes)
+        best = _longest(architecture, training, gpu, host_bytes, options, options.base_weights)
         if best is None:
             rows.append([f"{size} GB", "does not fit", "", "", ""])
             continue
         strategy = [f"{count} {what}" for what, count in best.activation_counts.items()]
+        strategy += [f"base from host, {best.base_buffers} buffers"] if best.base_buffers else []
         strategy += ["embeddings on host"] if best.embeddings_on_host else []
         strategy += ["dequantized once"] if best.dequantize_once else []
         strategy += ["tiled norms"] if best.norm_tile_tokens is not None else []
@@ -238,6 +242,64 @@ def longest_pairs(
     header = ["GPU", "longest pair", "GPU used", "pinned host", "with"]
     title = f"The longest pair that fits, its two sequences sharing nothing; {limit}:"
     return f"{title}\n{table(header, rows)}"
+
+
+BASES = {
+    "16 bits on GPU": ("lora", "gpu"),
+    "NF4 on GPU": ("qlora", "gpu"),
+    "16 bits from host": ("lora", "host"),
+    "NF4 from host": ("qlora", "host"),
+}
+"""The ways to hold a frozen base: its precision, and where it lies."""
+
+
+def longest_pairs_by_base(
+    architecture: "Architecture", model: ModelOptions, host_bytes: int, options: PlanningOptions
+) -> str:
+    """Tabulate the longest pair 2 x L that fits each size of GPU, by the way to hold the base."""
+    from fastdpo.planner import gpu_spec
+    from fastdpo.planner.gpus import SIZES_GIB
+    from fastdpo.planner.terms import GIB
+
+    rows = []
+    for size in SIZES_GIB:
+        row, gpu = [f"{size} GB"], gpu_spec(str(size))
+        for tuning, base_weights in BASES.values():
+            training = replace(_training(model, options, gpu), tuning=tuning)
+            best = _longest(architecture, training, gpu, host_bytes, options, base_weights)
+            row.append(
+                "-"
+                if best is None
+                else f"2 x {best.micro_batch_tokens // 2:,}, {best.pinned_host_bytes / GIB:.1f} GiB"
+            )
+        rows.append(row)
+    title = (
+        "By the way to hold the base (--lora or --qlora, --base_weights gpu or host), with the "
+        "pinned host memory that it takes; - does not fit:"
+    )
+    return f"{title}\n{table(['GPU', *BASES], rows)}"
+
+
+def _longest(
+    architecture: "Architecture",
+    training: "Training",
+    gpu: "GPUSpec",
+    host_bytes: int,
+    options: PlanningOptions,
+    base_weights: str,
+) -> "Plan | None":
+    """The longest pair; with an 8-bit optimizer where it is shorter than the user's pairs else."""
+    from fastdpo.planner import longest_pair
+
+    def found(change_optimizer: bool) -> "Plan | None":
+        return longest_pair(
+            architecture, training, gpu, host_bytes=host_bytes,
+            change_optimizer=change_optimizer, base_weights=base_weights,
+        )  # fmt: skip
+
+    best = found(False)
+    too_short = best is None or best.micro_batch_tokens < 2 * options.max_length
+    return found(True) if too_short and options.optim == "auto" else best
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from fastdpo.cli.outputs import require_new_file
+from fastdpo.cli.outputs import require_new_file, unused_file
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -31,8 +31,10 @@ class ScoringOptions(Options):
 
     _argument_group_name = "Scores"
 
-    output_file: str = option(
-        "scores.jsonl", "File of the rows with their metrics; ends in .jsonl or .parquet."
+    output_file: str | None = option(
+        None,
+        "File of the rows with their metrics; ends in .jsonl or .parquet. Unset: scores.jsonl, "
+        "with a number behind it if there is one already.",
     )
     column_prefix: str = option(
         "",
@@ -41,7 +43,7 @@ class ScoringOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        if PurePath(self.output_file).suffix.lower() not in SCORE_ENDINGS:
+        if self.output_file and PurePath(self.output_file).suffix.lower() not in SCORE_ENDINGS:
             raise ValueError(
                 f"--output_file is {self.output_file!r}; its ending says the format, and it must "
                 f"be one of {', '.join(SCORE_ENDINGS)}."
@@ -61,20 +63,25 @@ def main(argv: Sequence[str]) -> None:
         shared=True,
     )
     options = parsed.group(ScoringOptions)
-    output = Path(options.output_file)
+    output = ranks.first_does(
+        lambda: (
+            Path(options.output_file) if options.output_file else unused_file(None, "scores.jsonl")
+        )
+    )
     ranks.first_does(lambda: require_new_file(parsed, "--output_file", output))
     scored = run(
         parsed.model,
         parsed.data,
         parsed.group(TokenizationOptions),
         parsed.group(ComparisonOptions),
-        options,
+        output,
+        prefix=options.column_prefix,
     )
     from fastdpo.evaluation.scored_rows import write_scores
 
     print_line(scored.describe())
     ranks.first_does(lambda: write_scores(scored, output, prefix=options.column_prefix))
-    print_line(f"\nwritten to {options.output_file}")
+    print_line(f"\nwritten to {output}")
     print_line("The pairs that the policy gets most wrong are those with the smallest margin.")
 
 
@@ -83,9 +90,19 @@ def run(
     data: DataOptions,
     rows: TokenizationOptions,
     compared: ComparisonOptions,
-    options: ScoringOptions,
+    output: Path,
+    *,
+    prefix: str = "",
 ) -> "ScoredRows":
     """Load what the options name and score every pair with both models.
+
+    Args:
+        model: options of the model that was trained.
+        data: options of the rows.
+        rows: how they become token ids.
+        compared: which policy and reference.
+        output: the file that they will be written to.
+        prefix: put before the names of the new columns.
 
     Raises:
         ValueError: an option is missing, the model or data cannot be loaded, or the rows have no
@@ -96,7 +113,7 @@ def run(
 
     tokenizer = tokenizer_of(model, compared)
     read, pairs = read_pairs(data, rows, tokenizer)
-    check_rows(read, pairs, Path(options.output_file), prefix=options.column_prefix)
+    check_rows(read, pairs, output, prefix=prefix)
     policy, reference = run_policy_and_reference(
         model,
         compared,

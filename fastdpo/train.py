@@ -68,7 +68,7 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
 
     The options are those that the user gave and those that the command sets, as they stand now.
     """
-    from fastdpo.data import show_pairs
+    from fastdpo.data import legend, show_pairs
     from fastdpo.planner.terms import binary_size
 
     groups = trainer.train_groups
@@ -88,6 +88,8 @@ def show(trainer: "DPOTrainer", parsed: Parsed) -> None:
         f"\n{len(groups):,} pairs, {trainer.pairs_per_update} an update: {updates:,} updates an "
         f"epoch, in micro-batches of at most {trainer.layout.micro_batch_tokens:,} tokens.\n"
     )
+    print_line(legend(), colored=True)
+    print_line()
     print_line(show_pairs(groups.pairs, trainer.tokenizer), colored=True)
 
 

@@ -1,19 +1,26 @@
 """Groups: one prompt and its completions, and the prefix that their sequences share."""
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from fastdpo.data.pairs import PairDataset
 
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""The columns of TRL's prepared data sets, the last two where the reference is known."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptGroup:
     """One prompt and its k completions, with their reference log-probs when they are known.
+
+    A pair reads as an example of TRL's prepared data sets: `pair["chosen_ids"]`, `dict(pair)`.
 
     Attributes:
         prompt_ids: (P,) int32, P >= 1.
@@ -42,6 +49,29 @@ class PromptGroup:
             len(ids) if mask is None else int(mask.sum())
             for ids, mask in zip(self.completions, self.masks, strict=True)
         ]
+
+    def keys(self) -> tuple[str, ...]:
+        """The columns of a pair under TRL's names: `ID_COLUMNS`, and `REF_COLUMNS` if known."""
+        is_known = self.ref_logps is not None and not np.isnan(self.ref_logps).any()
+        return ID_COLUMNS + (REF_COLUMNS if is_known else ())
+
+    def __contains__(self, column: object) -> bool:
+        return column in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, column: str) -> Any:
+        """A column of a pair: a list of token ids, or a log-prob in nats."""
+        if column not in self.keys():
+            raise KeyError(f"{column}: a prepared pair has {', '.join(self.keys())}")
+        if column == "prompt_ids":
+            return self.prompt_ids.tolist()
+        side = int("rejected" in column)
+        if column in ID_COLUMNS:
+            return self.completions[side].tolist()
+        assert self.ref_logps is not None, "it is among the keys"
+        return float(self.ref_logps[side])
 
     def only(self, places: Sequence[int]) -> "PromptGroup":
         """The group of some of these completions, without their reference log-probs."""
@@ -76,7 +106,8 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
         pairs: tokenized pairs.
 
     Attributes:
-        ref_logps: (n, 2) float64 of chosen and rejected, nats, or None.
+        ref_logps: (n, 2) float64 of chosen and rejected, nats, or None; NaN for pairs that are not
+            trained on.
     """
 
     def __init__(self, pairs: PairDataset) -> None:
@@ -107,7 +138,23 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> PromptGroup:  # pyrefly: ignore[bad-override]
+    @property
+    def column_names(self) -> list[str]:
+        """The columns under TRL's names."""
+        return list(self[0].keys())
+
+    @overload
+    def __getitem__(self, index: int) -> PromptGroup: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PromptGroup]: ...
+    @overload
+    def __getitem__(self, index: str) -> list[Any]: ...
+    def __getitem__(self, index: int | slice | str) -> Any:  # pyrefly: ignore[bad-override]
+        """The pair of an index, those of a slice, or a column by its name."""
+        if isinstance(index, str):
+            return [pair[index] for pair in self]
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
         pair = self.pairs[index]
         ref_logps = None if self.ref_logps is None else self.ref_logps[index]
         return PromptGroup(pair.prompt_ids, pair.completions, ref_logps, pair.row, pair.scored)

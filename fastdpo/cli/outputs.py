@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from fastdpo.cli.parser import Parsed
 from fastdpo.options import DataOptions, cache_folder, reference_folder
 from fastdpo.system import files, results
 
-DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip")
+DATA_ENDINGS = (
+    ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".bz2", ".xz", ".zst",
+    ".zip",
+)  # fmt: skip
 """Files that would be read as rows the next time, where a data set is a folder."""
 
 LOG_FILE = "metrics.jsonl"
@@ -76,6 +80,19 @@ def require_new_file(parsed: Parsed, flag: str, output: Path) -> None:
                 "name another file."
             )
     files.probe(output)
+
+
+def unused_file(folder: str | None, name: str) -> Path:
+    """A path of this name that nothing has yet, with a number behind it if need be.
+
+    Args:
+        folder: a model's folder or hub id; what is no local folder stands for the present one.
+        name: of the file.
+    """
+    place = Path(folder).expanduser() if folder else Path()
+    first = (place if place.is_dir() else Path()) / name
+    numbered = (first.with_name(f"{first.stem}-{n}{first.suffix}") for n in count(2))
+    return next(path for path in chain([first], numbered) if not path.exists())
 
 
 def require_new_folder(parsed: Parsed, output: Path) -> None:

@@ -5,7 +5,7 @@ from fastdpo.data.mixture import MixedRows, get_dataset, read_mixture
 from fastdpo.data.normalize import PreferenceRow
 from fastdpo.data.pair_cache import cached_pairs
 from fastdpo.data.pairs import Pair, PairDataset, PairLengths, PreparationReport
-from fastdpo.data.preview import show_pairs
+from fastdpo.data.preview import legend, show_pairs
 from fastdpo.data.reading import Rows, read_held_out, read_rows, rows_from
 from fastdpo.data.tokenize import prepare_pairs
 
@@ -16,6 +16,7 @@ __all__ = [
     "read_mixture",
     "get_dataset",
     "show_pairs",
+    "legend",
     "prepare_pairs",
     "cached_pairs",
     "Pair",

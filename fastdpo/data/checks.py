@@ -80,5 +80,5 @@ def _over_long(pairs: PairDataset) -> list[str]:
     share = dropped.count / pairs.report.rows_read
     return [
         f"warning: {share:.0%} of the rows are lost to max_length; raise it, or pass "
-        "max_prompt_length to cut their prompts instead"
+        "max_prompt_length or truncation_mode keep_completion to cut their prompts instead"
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 from fastdpo.data.column_wise import rows_of_columns
+from fastdpo.data.compressed import content_ending, open_content
 from fastdpo.data.errors import ROW_SHAPE, DataError
 
 MAX_LINE_MIB = 16
@@ -94,7 +95,7 @@ def read_json_lines(
     """Read a file of one JSON object per line.
 
     Args:
-        path: an existing file, or a pipe.
+        path: an existing file, compressed or not, or a pipe.
         max_line_mib: longer lines are an error: such a file is usually of another kind.
 
     Returns:
@@ -105,8 +106,9 @@ def read_json_lines(
         DataError: a line is not exactly one JSON object in UTF-8; the text names file:line.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        if not path.is_file() or stamp_of(file)[0] <= HELD_BYTES:
+    with open_content(path) as file:
+        is_plain = path.is_file() and content_ending(path) == path.suffix.lower()
+        if not is_plain or path.stat().st_size <= HELD_BYTES:
             return parse_json_lines(file, str(path), max_line_mib=max_line_mib)
         stamp, digest = stamp_of(file), hashlib.sha256()
         starts, numbers = array("q"), array("q")
@@ -213,18 +215,20 @@ def read_json(
 def read_bytes(path: Path) -> bytes:
     """Return the bytes of a text file that must be read as a whole, without byte order mark.
 
+    A compressed one is unpacked.
+
     Raises:
         DataError: it holds another kind of data than its name says, or is too large for that.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    if size > MAX_DOCUMENT_BYTES:
+    with open_content(path) as file:
+        content = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
         raise DataError(
-            f"{path}: a {path.suffix} file of {size / 2**30:.1f} GiB would have to be held in "
-            "memory at once; write one JSON object per line into a .jsonl file, which is read line "
-            "by line"
+            f"{path}: a {content_ending(path)} file of more than {MAX_DOCUMENT_BYTES / 2**30:.1f} "
+            "GiB would have to be held in memory at once; write one JSON object per line into a "
+            ".jsonl file, which is read line by line"
         )
-    content = path.read_bytes()
     _refuse_other_kinds(content, str(path))
     return content.removeprefix(codecs.BOM_UTF8)
 
@@ -232,8 +236,9 @@ def read_bytes(path: Path) -> bytes:
 def _refuse_other_kinds(beginning: bytes, name: str) -> None:
     for magic, kind in _MAGIC.items():
         if beginning.startswith(magic):
+            named = content_ending(Path(name)) or "as JSON lines"
             raise DataError(
-                f"{name}: the file is named {Path(name).suffix or 'as JSON lines'} but holds "
+                f"{name}: the file is named {named} but holds "
                 f"{kind} data; unpack it, or give it the ending that belongs to it"
             )
 

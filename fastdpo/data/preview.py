@@ -34,18 +34,36 @@ def show_pairs(
         Lines: the prompt once, then both completions; `[cut]` where tokens were lost to a length
         limit, `||` where the completions part. The middle of long texts is left out.
     """
-    if color is None:
-        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = np.unique(np.linspace(0, len(pairs) - 1, max(1, min(n, len(pairs)))).astype(int))
-    show = _Shown(tokenizer, color)
+    show = _Shown(tokenizer, _uses_color(color))
     return "\n\n".join(
         f"pair {index + 1:,} of {len(pairs):,} (row {pairs[index].row})\n{show.pair(pairs[index])}"
         for index in shown.tolist()
     )
 
 
+def legend(color: bool | None = None) -> str:
+    """One line on the marks of `show_pairs`, and on its colors where it uses them.
+
+    Args:
+        color: as `show_pairs` takes it.
+    """
+    show = _Shown(None, _uses_color(color))
+    names = ", ".join(show._paint(name, name) for name in ("prompt", "chosen", "rejected"))
+    common = show._paint("what both begin with", "shared")
+    return (
+        f"In each pair: {names}; || ends {common}; {show._paint('[cut]', 'cut')} stands where "
+        "tokens were lost to a length limit."
+    )
+
+
+def _uses_color(color: bool | None) -> bool:
+    """Resolve None: colors on a terminal where NO_COLOR is unset."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ if color is None else color
+
+
 class _Shown:
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", color: bool):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None", color: bool):
         self._tokenizer = tokenizer
         self._color = color
 
@@ -77,6 +95,7 @@ class _Shown:
         return f"  {label}\n    " + text.replace("\n", "\n    ")
 
     def _text(self, ids: np.ndarray) -> str:
+        assert self._tokenizer is not None, "there are pairs to show"
         text = self._tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
         text = printable(str(text))
         if len(text) <= MOST_LETTERS:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdpo.data.column_wise import rows_of_columns
 from fastdpo.data.columns import SchemaReader
+from fastdpo.data.compressed import COMPRESSED_ENDINGS, content_ending
 from fastdpo.data.errors import ROW_SHAPE, DataError, UnknownSplitError
 from fastdpo.data.json_lines import MAX_LINE_MIB, read_json, read_json_lines
 from fastdpo.data.normalize import PreferenceRow
@@ -22,6 +23,7 @@ from fastdpo.data.ranked import (
 from fastdpo.data.sizes import check_files, check_table
 from fastdpo.data.tables import (
     TABLE_ENDINGS,
+    TEXT_ENDINGS,
     TransformedRows,
     check_only_text,
     is_saved_folder,
@@ -33,6 +35,8 @@ from fastdpo.data.tables import (
 )
 
 FILE_ENDINGS = (".jsonl", ".json", *TABLE_ENDINGS)
+COMPRESSIBLE = (".jsonl", ".json", *TEXT_ENDINGS)
+"""The endings behind which a `COMPRESSED_ENDINGS` may stand."""
 _LOCAL_REMEDY = f"pass the path of a local .jsonl file with a row like {ROW_SHAPE} on each line"
 
 
@@ -186,9 +190,10 @@ def read_rows(
     """Read the rows of a data set.
 
     Args:
-        dataset: path of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, or of a pipe that
-            JSON lines come from; or a folder (of files, or one that save_to_disk wrote) or the
-            name of a set on the Hugging Face hub, which `datasets` then loads.
+        dataset: path of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, those of text also
+            as .jsonl.gz (.bz2, .xz, .zst), or of a pipe that JSON lines come from; or a folder (of
+            files, or one that save_to_disk wrote) or the name of a set on the Hugging Face hub,
+            which `datasets` then loads.
         split: which part, a slice such as "train[:90%]" included; a single file has only "train".
         config_name: the configuration of a hub set that has several.
         columns: role -> column, where the names are not recognised (see `fastdpo.data.columns`).
@@ -208,6 +213,8 @@ def read_rows(
     """
     path = Path(dataset).expanduser()
     ending = path.suffix.lower()
+    if ending in COMPRESSED_ENDINGS and content_ending(path) in COMPRESSIBLE:
+        ending = content_ending(path)
     files = {name: value for name, value in files.items() if value is not None}
     if path.is_dir() and is_saved_folder(path):
         rows = _from_table(read_saved(path, split), f"{path}[{split}]")
@@ -219,8 +226,9 @@ def read_rows(
         rows = _read_file(path, ending, split, max_line_mib)
     elif path.exists():
         raise DataError(
-            f"{dataset} is not a file with one of the endings {', '.join(FILE_ENDINGS)}; unpack or "
-            f"convert it, or {_LOCAL_REMEDY}"
+            f"{dataset} is not a file with one of the endings {', '.join(FILE_ENDINGS)} "
+            f"({', '.join(COMPRESSED_ENDINGS)} behind those of text); unpack or convert it, or "
+            f"{_LOCAL_REMEDY}"
         )
     elif ending in FILE_ENDINGS or dataset.startswith(("/", ".", "~")):
         raise DataError(f"there is no file {dataset}; check the path, or {_LOCAL_REMEDY}")

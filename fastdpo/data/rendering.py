@@ -1,5 +1,6 @@
 """Rendering a preference row as the three texts whose tokens make its pair."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from fastdpo.data.chat_template import ensure_chat_template
 from fastdpo.data.errors import DataError
 from fastdpo.data.normalize import Messages, PreferenceRow
 from fastdpo.data.pairs import PreparationReport, joined_mode
+from fastdpo.data.prompt_turns import PromptTurns, find_turns
 from fastdpo.data.ready_made import ReadyMadeText, check_is_text
 from fastdpo.data.special_tokens import SpecialTokens
 from fastdpo.data.template_date import asks_for_date, today, with_date
@@ -48,6 +50,8 @@ class RenderedRow:
         sentinel: the character that breaks special tokens inside the content; None without any.
         spans: of the second and the third text, the characters that are scored; None: all of the
             completion.
+        prompt: the turns of the first text, with the tools and variables that the template got;
+            None for ready-made text.
     """
 
     row: int
@@ -55,6 +59,7 @@ class RenderedRow:
     conversational: bool
     sentinel: str | None
     spans: tuple[list[Span] | None, list[Span] | None] = (None, None)
+    prompt: tuple[Messages, list[Any] | None, dict[str, Any]] | None = None
 
 
 class Renderer:
@@ -168,6 +173,26 @@ class Renderer:
         )
         return chosen, rejected
 
+    def prompt_turns(self, row: RenderedRow) -> PromptTurns | None:
+        """Where the turns of a row's prompt lie, in tokens; None where that cannot be told."""
+        if row.prompt is None or not self.tokenizer.is_fast:
+            return None
+        messages, tools, variables = row.prompt
+        try:
+            with self._bounded():
+                found = find_turns(
+                    messages,
+                    row.texts[0],
+                    lambda turns: self._apply_template(turns, tools, variables, True),
+                )
+        except DataError:  # the template has an objection to other words
+            return None
+        if found is None:
+            return None
+        ends = self._token_ends(row.texts[0], row.sentinel)
+        tokens = [bisect_right(ends, place) for place in found.places()]
+        return PromptTurns((tokens[0], tokens[1]), tokens[2], tuple(tokens[3:]))
+
     def _mask(self, text: str, spans: list[Span], sentinel: str | None) -> np.ndarray:
         ends = np.array(self._token_ends(text, sentinel))
         scored = np.zeros(len(ends), dtype=np.bool_)
@@ -253,13 +278,14 @@ class Renderer:
         several = any(map(has_several_turns, (chosen, rejected)))
         self._report.rows_of_turns += several
         if not several or self._options.score_turns == "all":
-            return RenderedRow(index, texts, True, sentinel)
+            return RenderedRow(index, texts, True, sentinel, prompt=(prompt, tools, variables))
         with self._bounded():
             of_chosen, of_rejected = (
                 self._assistant_turns.spans(prompt, side, text, render, tools, variables)
                 for side, text in zip((chosen, rejected), ends, strict=True)
             )
-        return RenderedRow(index, texts, True, sentinel, (of_chosen, of_rejected))
+        spans = (of_chosen, of_rejected)
+        return RenderedRow(index, texts, True, sentinel, spans, (prompt, tools, variables))
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:

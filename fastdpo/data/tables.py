@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from fastdpo.data.compressed import content_ending
 from fastdpo.data.errors import DataError, UnknownSplitError
 from fastdpo.data.json_lines import read_bytes
 from fastdpo.data.sizes import check_ratio, could_be_far_larger, parquet_bytes
 from fastdpo.system.limits import available_bytes, more_memory
 
-TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".arrow")
+TEXT_ENDINGS = (".csv", ".tsv")
+TABLE_ENDINGS = (".parquet", *TEXT_ENDINGS, ".arrow")
 _NO_TEXT = re.compile(r"\b(Image|Audio|Video|Pdf)\(")
 
 
@@ -42,7 +44,7 @@ def read_csv(path: Path) -> tuple[list[dict[str, str]], list[int]]:
         ) from error
     reader = csv.reader(
         io.StringIO(text, newline=""),
-        delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
+        delimiter="\t" if content_ending(path) == ".tsv" else ",",
         strict=True,
     )
     previous = csv.field_size_limit(2**31 - 1)

@@ -292,6 +292,7 @@ class PairMaker:
             rejected,
             options=self.options,
             bos_token_id=self.bos_token_id,
+            find_turns=lambda: self.renderer.prompt_turns(rendered),
         )
         if truncated is None:
             return self._drop(OVER_LONG_PROMPT, row)

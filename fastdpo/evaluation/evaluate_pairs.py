@@ -42,7 +42,8 @@ class PreferenceMetrics:
 
     loss: float
     preference_accuracy: float  # margin > 0, ties counted 0.5
-    rewards_margin: float
+    margin: float  # nats
+    rewards_margin: float  # beta x margin
     rewards_chosen: float
     rewards_rejected: float
 
@@ -92,7 +93,8 @@ class Evaluation:
             )
         ]
         rows += [
-            (name.replace("_", " "), "-", f"{v:.4f}") for name, v in asdict(self.preference).items()
+            ("margin, nats" if name == "margin" else name.replace("_", " "), "-", f"{value:.4f}")
+            for name, value in asdict(self.preference).items()
         ]
         text = table((f"{self.pairs:,} pairs, beta {self.beta:g}", "reference", "policy"), rows)
         if self.shares:
@@ -148,6 +150,7 @@ def evaluate_scored(
         preference=PreferenceMetrics(
             loss=float(loss),
             preference_accuracy=preference_accuracy(margins),
+            margin=float(margins.mean()),
             rewards_margin=float(beta * margins.mean()),
             rewards_chosen=float(rewards[0]),
             rewards_rejected=float(rewards[1]),

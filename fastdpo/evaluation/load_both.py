@@ -62,7 +62,7 @@ def run_policy_and_reference(
         with adapters_disabled(policy):
             return result, fn(policy, "reference")
     del policy
-    reference = load_weights(model, resolve_model(options.reference)[0])
+    reference = load_weights(model, resolve_model(options.reference)[0], options.base_weights)
     use_kernels(reference, options.kernels)
     return result, fn(reference, "reference")
 
@@ -72,7 +72,7 @@ def load_policy(model: ModelOptions, options: ComparisonOptions) -> PreTrainedMo
     name = policy_name(model, options)
     if options.adapter is not None:
         _warn_quantization_mismatch(Path(options.adapter), model.qlora)
-    policy = load_weights(model, name)
+    policy = load_weights(model, name, options.base_weights)
     return policy if options.adapter is None else load_adapter(policy, options.adapter)
 
 
@@ -90,12 +90,13 @@ def _warn_quantization_mismatch(adapter: Path, qlora: bool) -> None:
         )
 
 
-def load_weights(model: ModelOptions, name: str) -> PreTrainedModel:
+def load_weights(model: ModelOptions, name: str, base_weights: str = "gpu") -> PreTrainedModel:
     """Load a model without adapters, in the precision of the options."""
     loaded = load_model(
         name,
         dtype=resolve_dtype(model.dtype),
         load_in_4bit=model.qlora,
+        base_weights=base_weights,
         revision=model.model_revision,
         trust_remote_code=model.trust_remote_code,
     )

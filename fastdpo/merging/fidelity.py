@@ -10,6 +10,7 @@ from torch import nn
 from fastdpo.losses.pairs import preference_accuracy
 from fastdpo.merging.plan import MergePlan
 from fastdpo.merging.rounding import Rounding
+from fastdpo.modeling.base_weights import writable_weights
 from fastdpo.modeling.scoring import ScoredPairs
 from fastdpo.system.console import table
 
@@ -159,9 +160,10 @@ def _remedy(variant: str) -> str:
 
 def put_in_place(model: nn.Module, plan: MergePlan, written: MergePlan) -> None:
     """Give a loaded result of `written` the weights of another plan for the same merge."""
+    weights = writable_weights(model)
     with torch.no_grad():
         for stored, name in {**written.names_in_memory, **plan.names_in_memory}.items():
-            model.get_parameter(name).copy_(plan.tensor(stored))
+            weights[name].copy_(plan.tensor(stored))
 
 
 def compare(

@@ -29,6 +29,7 @@ from fastdpo.modeling.adapter_starts import (
     drawn_config,
     require_base_kept,
 )
+from fastdpo.modeling.base_weights import move_resident
 from fastdpo.modeling.families import family_of
 from fastdpo.modeling.finite import require_finite_adapter, require_finite_scale
 from fastdpo.modeling.head import unwrap_model
@@ -172,6 +173,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig) -> 
     with base_kept(model, f"the adapter of peft_config ({type(drawn).__name__})"):
         adapted = get_peft_model(model, drawn, autocast_adapter_dtype=True)
     replace_lora_forward(adapted)
+    move_resident(adapted)
     return adapted
 
 
@@ -250,6 +252,7 @@ def load_adapter(model: PreTrainedModel, folder: str, *, trainable: bool = False
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
         load(adapted, "default", is_trainable=trainable)  # from_pretrained alone only warns
     replace_lora_forward(adapted)
+    move_resident(adapted)
     return adapted
 
 
@@ -262,6 +265,7 @@ def load_second_adapter(model: PeftModel, folder: str, name: str) -> None:
     """
     with _strict_load(model, folder) as load, base_kept(model, f"the adapter in {folder}"):
         load(model, name)
+    move_resident(model)
 
 
 @contextmanager

@@ -114,8 +114,10 @@ FAMILIES = {
     **dict.fromkeys(("falcon_mamba", "mamba"), Family(**_MAMBA)),
     **dict.fromkeys(("falcon_h1", "mamba2", "nemotron_h"), Family(state_layers="Mixer", **_MAMBA)),
     **dict.fromkeys(("bamba", "zamba2"), Family(state_layers="Mixer")),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), _DELTA),
-    **dict.fromkeys(("lfm2", "lfm2_moe"), _CONVOLVED),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _DELTA),
+    **dict.fromkeys(("olmo_hybrid", "lara_mini"), _DELTA),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), Family(state_layers="DeltaAttention")),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLVED),
     "granitemoehybrid": Family(state_layers="MambaLayer"),
     "cohere": Family(
         fused=FusedForms(

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fastdpo.modeling.families import FusedForms, family_of
 from fastdpo.modeling.head import get_backbone, unwrap_model
+from fastdpo.modeling.rebinding import with_globals
 from fastdpo.modeling.shared_input import SharedInput
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class _Attention(FusedModule):
         if self.backend is None:
             return super().forward(*args, **kwargs)  # pyrefly: ignore
         try:
-            return _with_global(_own_forward(type(self)), ROTARY_FUNCTION, self.turn)(
+            return with_globals(_own_forward(type(self)), {ROTARY_FUNCTION: self.turn})(
                 self, *args, **kwargs
             )
         finally:
@@ -405,13 +406,3 @@ def _own_forward(kind: type[nn.Module]) -> FunctionType:
     beneath = next(c for c in kind.__mro__ if c.__module__.startswith(TRANSFORMERS))
     own: Any = inspect.unwrap(beneath.forward)  # pyrefly: ignore
     return own
-
-
-def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    """Copy a function, for whose code one global name means something else."""
-    names = {**function.__globals__, name: value}
-    copied = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fastdpo.batching import PromptGroup, default_micro_batch_tokens, group_tokens, linked
 from fastdpo.modeling.activations import apply_activation_plan, supports_checkpointing
+from fastdpo.modeling.base_weights import weights_to_host
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.head import unwrap_model
@@ -85,6 +86,8 @@ class ExecutionLayout:
         mlp_tile_tokens: tokens of a tile of the MLPs; None runs them over the whole sequence.
         norm_tile_tokens: tokens of a tile of the norms; None runs them over the whole sequence.
         embeddings_on_host: whether the embeddings are looked up in host memory.
+        base_buffers: on how many buffers the frozen base comes from host memory; 0 leaves it where
+            it was loaded.
         most_group_tokens: longer groups run one completion at a time; None splits none.
         attention: kind of the attention computation, from `attention_kind`.
         kernels: fused or eager, from `choose_kernels`; empty leaves the layers as they are.
@@ -101,6 +104,7 @@ class ExecutionLayout:
     attention: str = ""
     kernels: str = ""
     dequantize_once: bool = False
+    base_buffers: int = 0
 
     @classmethod
     def default(cls, model: nn.Module) -> Self:
@@ -117,7 +121,7 @@ class ExecutionLayout:
         # Releases before kept the plan under another name and knew less to choose.
         renamed = {
             "activation_plan": values.get("layer_policy"), "kernels": "eager",
-            "dequantize_once": False, **values,
+            "dequantize_once": False, "base_buffers": 0, **values,
         }  # fmt: skip
         known: dict[str, Any] = {entry.name: renamed[entry.name] for entry in fields(cls)}
         known["activation_plan"] = tuple(known["activation_plan"])
@@ -148,6 +152,8 @@ class ExecutionLayout:
             self._tile(policy)
         if self.embeddings_on_host:
             embeddings_to_host(policy)
+        if self.base_buffers:
+            weights_to_host(policy, unwrap_model(policy).device).use_buffers(self.base_buffers)
 
     def apply_to_reference(self, model: nn.Module) -> None:
         """Set up a reference that is a model of its own: passes without gradients tile too."""

@@ -12,13 +12,15 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from fastdpo.modeling.base_weights import weights_to_host
 from fastdpo.modeling.multimodal import auto_class
 from fastdpo.modeling.weight_hash import record_load, weight_files
-from fastdpo.system.device import cuda_has_bf16
+from fastdpo.system.device import compute_device, cuda_has_bf16, free_device_bytes
 from fastdpo.system.oom import oom_message
 
 HUB_HINT = (
@@ -34,6 +36,12 @@ _WHERE = (
     "code_revision", "force_download", "proxies",
 )  # fmt: skip
 """Arguments of `from_pretrained` that say where a config lies."""
+
+GPU_SHARE = 0.9
+"""Share of the free memory of a GPU that weights may take to be said to fit there."""
+
+NF4_ENTRY_BYTES = 0.516
+"""Bytes of an entry of a 4-bit weight, its scales included."""
 
 _LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
@@ -54,6 +62,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     load_in_4bit: bool = False,
+    base_weights: str = "gpu",
     revision: str = "main",
     trust_remote_code: bool = False,
     options: dict[str, Any] | None = None,
@@ -67,6 +76,10 @@ def load_model(
         dtype: of everything that is not 4-bit: embeddings, norms and head too.
         load_in_4bit: NF4 with double quantization; weights that are stored in 4 bits by
             bitsandbytes stay as they are, with and without it.
+        base_weights: gpu; or host, which freezes the decoder layers' matrices and serves them from
+            host memory (`HostWeights`), into whose blocks they are read layer by layer; or auto:
+            host where the weights do not fit into the GPU's free memory. On the host they are
+            quantized by the GPU where 4-bit weights fit there, else by the CPU.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that the repository brings.
         options: more arguments for `from_pretrained`; they win over the above.
@@ -78,12 +91,12 @@ def load_model(
         ImportError: a package is missing that this model needs.
         MemoryError: it does not fit into memory.
     """
+    device = compute_device()
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
-        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     }
     if load_in_4bit:
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -97,6 +110,12 @@ def load_model(
         files = weight_files(Path(name))
         where = {option: arguments[option] for option in _WHERE if option in arguments}
         config = arguments.get("config") or AutoConfig.from_pretrained(name, **where)
+        quantized = "quantization_config" in arguments or hasattr(config, "quantization_config")
+        fits = base_weights == "gpu" or _fits(config, dtype, quantized, device)
+        on_host = base_weights == "host" or not fits
+        through_gpu = fits and (quantized or not on_host)
+        place = device.index if through_gpu and device.type == "cuda" else "cpu"
+        arguments.setdefault("device_map", {"": place})
         model, found = auto_class(config).from_pretrained(
             name, output_loading_info=True, **arguments
         )
@@ -109,8 +128,28 @@ def load_model(
             "by bitsandbytes: choose the repository that it was made from, or leave 4-bit loading "
             "out (--lora in place of --qlora)."
         )
+    if on_host:
+        weights_to_host(model, device)
     record_load(model, name, files, arguments)
     return model
+
+
+def _fits(
+    config: PreTrainedConfig, dtype: torch.dtype, in_4bit: bool, device: torch.device
+) -> bool:
+    """Tell whether a model's weights fit into what is free on the device; on a CPU they do."""
+    free = free_device_bytes(device)
+    if free is None:
+        return True
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    head = model.get_output_embeddings()
+    size = 0.0
+    for module in model.modules():
+        entries = sum(each.numel() for each in module.parameters(recurse=False))
+        packed = in_4bit and isinstance(module, nn.Linear) and module is not head
+        size += entries * (NF4_ENTRY_BYTES if packed else dtype.itemsize)
+    return size <= GPU_SHARE * free
 
 
 def load_tokenizer(

@@ -2,8 +2,8 @@
 
 Packing several sequences into one is exact where tokens meet in attention alone. A layer that
 carries a state along the sequence (state space, linear attention, convolution) would carry it from
-one into the next. Where its state can be forked (`state_forks`) such a layer runs segment by
-segment; other such models run every completion in a padded sequence of its own.
+one into the next, unless its state is forked (`state_forks`); other such models run every
+completion in a padded sequence of its own.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastdpo.modeling.attention_backends import ATTENTIONS, MODEL_ATTENTION
 from fastdpo.modeling.families import attention_softcap, family_of, packing_obstacle
 from fastdpo.modeling.head import get_backbone, unwrap_model
-from fastdpo.modeling.state_forks import state_layers, takes_states
+from fastdpo.modeling.state_forks import forks_states, state_layers
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def why_not_packable(causal_lm: PreTrainedModel) -> str:
         return obstacle
     forking = family_of(config).state_layers
     layers = state_layers(get_backbone(causal_lm))
-    if forking and not all(takes_states(type(layer)) for layer in layers):
+    if forking and not all(forks_states(type(layer)) for layer in layers):
         return (
-            f"{config.model_type}'s layers with a state take one up from transformers' cache for "
-            "single tokens alone in this release of transformers"
+            f"{config.model_type}'s layers do not call the functions by which their state could be "
+            "forked in this release of transformers"
         )
     if causal_lm._is_stateful and not forking:
         return f"{config.model_type} keeps a state that runs on from one sequence into the next"

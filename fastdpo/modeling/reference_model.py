@@ -23,6 +23,7 @@ from fastdpo.modeling.adapters import (
     replace_lora_forward,
 )
 from fastdpo.modeling.base_names import is_same_base
+from fastdpo.modeling.base_weights import move_resident
 from fastdpo.modeling.head import get_lm_head, unwrap_model
 
 FROZEN_ADAPTER = "reference"
@@ -131,6 +132,7 @@ def reference_from_copy(policy: nn.Module) -> ReferenceModel:
     name = _free_name(policy)
     policy.add_adapter(name, config)
     replace_lora_forward(policy)
+    move_resident(policy)
     reference = ReferenceModel(
         policy,
         lambda: _adapter_on(policy, name),

@@ -1,19 +1,24 @@
 """Layers that carry a state along the sequence, over packed groups: each suffix starts from a fork.
 
 Linear attention, state spaces and short convolutions know of the past through a state: a matrix
-for each head, and the last inputs of a convolution. A group's prefix is run once; its final state
-starts every suffix, and gradients flow back through it. A layer runs segment by segment by the
-model's own code, on any device and with whatever kernels that finds: it takes and leaves its state
-through transformers' cache, whose place a `StateFork` takes. No module of transformers is patched;
-instances get a subclass of their class.
+for each head, and the last k - 1 inputs of a convolution. A group's prefix is run once; its final
+state starts every suffix, and gradients flow back through it. A layer runs the code of its class
+once over the whole packed sequence; only the functions in it through which tokens meet mean
+something else:
 
-    prefix     state 0  ->  outputs,  state p
-    suffix 1   state p  ->  outputs
-    suffix 2   state p  ->  outputs
+    convolution    one call, the inputs of its past put in front of each sequence
+    scan           one call for all prefixes, one for all suffixes from the states of the first
+
+No module of transformers is patched; instances get a subclass of their class.
 """
 
 import inspect
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 from weakref import WeakSet
 
@@ -22,66 +27,55 @@ from torch import Tensor, nn
 
 from fastdpo.modeling.attention import PackedSegments
 from fastdpo.modeling.families import family_of
+from fastdpo.modeling.rebinding import with_globals
+from fastdpo.modeling.sequences import CHUNK, Batch, Sequences, unpacking
 
-CACHE_ARGUMENTS = ("cache_params", "past_key_values")
-"""Names under which transformers' layers take their cache."""
-
-CACHE_METHODS = ("get_conv_state", "update_conv_state")
-"""Methods of the cache that a layer calls which goes on from a state with any number of tokens."""
+CONVOLUTION = "causal_conv1d_fn"
+"""Name by which every layer with a state calls its convolution."""
 
 
-class StateFork:
-    """The state of one layer in one sequence, in the place of transformers' cache.
+@dataclass(frozen=True)
+class Scan:
+    """How a function that carries a state takes and gives it.
 
-    Nothing is written in place, so a fork and what it was forked from can both be differentiated.
-    A layer with several convolutions or matrices numbers them (`state_idx`).
+    Attributes:
+        initial: its argument for the states at the start, one for each sequence.
+        final: its argument that asks for those at the end, beside the outputs.
+        package: whose kernel transformers puts in its place where the package is installed.
+        varlen: whether that kernel takes sequences of any length in one, told apart by
+            `cu_seqlens`.
+        pairs: whether it returns a pair even where it is not asked for states.
     """
 
-    def __init__(self) -> None:
-        self.convolved: dict[int, Tensor] = {}
-        self.recurrent: dict[int, Tensor] = {}
+    initial: str
+    final: str
+    package: str
+    varlen: bool
+    pairs: bool
 
-    def fork(self) -> "StateFork":
-        """A state that begins as this one is."""
-        made = StateFork()
-        made.convolved, made.recurrent = dict(self.convolved), dict(self.recurrent)
-        return made
 
-    # What the layers call
+DELTA_RULE = Scan("initial_state", "output_final_state", "fla", varlen=True, pairs=True)
+SCANS = {
+    "torch_chunk_gated_delta_rule": DELTA_RULE,
+    "chunk_kimi_delta_attention": DELTA_RULE,
+    "mamba2_chunk_scan": Scan(
+        "initial_states", "return_final_states", "mamba_ssm", varlen=False, pairs=False
+    ),
+}
+"""The functions that carry a state, by the names that transformers' layers call."""
 
-    def get_conv_state(self, _layer: int, state_idx: int = 0) -> Tensor | None:
-        """The last inputs of the convolution, (1, channels, at most k - 1); None at the start."""
-        return self.convolved.get(state_idx)
+HANDING_ON = (5, 17)
+"""The release from which transformers' models hand their arguments on to such layers."""
 
-    def get_recurrent_state(self, _layer: int, state_idx: int = 0) -> Tensor | None:
-        """The state after the tokens so far, as the layer left it; None at the start."""
-        return self.recurrent.get(state_idx)
+HALF_ONLY = "fla"
+"""The package whose kernels take no fp32."""
 
-    def is_recording_past(self, _layer: int) -> bool:
-        """True: a single token goes the way of several, which writes into no state."""
-        return True
-
-    def has_previous_state(self, _layer: int | None = None, state_idx: int | None = None) -> bool:
-        """Tell whether tokens have been seen."""
-        return bool(self.convolved or self.recurrent)
-
-    def update_conv_state(
-        self, inputs: Tensor, _layer: int, *, conv_kernel_size: int, state_idx: int = 0
-    ) -> Tensor:
-        """The convolution's inputs, (1, channels, L), with those of the past put in front."""
-        past = self.convolved.get(state_idx)
-        seen = inputs if past is None else torch.cat([past, inputs], dim=-1)
-        self.convolved[state_idx] = seen[..., max(0, seen.shape[-1] - conv_kernel_size + 1) :]
-        return seen
-
-    def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """Keep the state after the last token."""
-        self.recurrent[state_idx] = state
-        return state
+SHORTCUTS = ("mamba2_split_conv1d_scan_combined",)
+"""Functions that do all of it at once where a kernel is installed; None is their "cannot"."""
 
 
 class ForkingLayer:
-    """A layer that runs packed groups segment by segment, and anything else as its class does."""
+    """A layer that keeps the sequences of packed groups apart, and runs anything else as before."""
 
     def forward(
         self,
@@ -91,28 +85,13 @@ class ForkingLayer:
         **options: Any,
     ) -> Any:
         """The layer's outputs, (1, T, H)."""
-        run = super().forward  # pyrefly: ignore[missing-attribute]
         if packed is None or not packed.segments:
-            return run(hidden_states, *arguments, **options)
+            own: Any = super()
+            return own.forward(hidden_states, *arguments, **options)
         packed.layers_run += 1
-        name = _cache_argument(type(self).__bases__[1])
-        outputs: list[Tensor] = []
-
-        def over(start: int, tokens: int, state: StateFork) -> int:
-            if tokens:
-                part = hidden_states[:, start : start + tokens]
-                if tokens == 1 and state.recurrent:
-                    # A step of one token writes into its state: another follows, which it ignores.
-                    part = part.expand(-1, 2, -1)
-                outputs.append(run(part, **{name: state})[:, :tokens])
-            return start + tokens
-
-        for segment in packed.segments:
-            before = StateFork()
-            place = over(segment.start, segment.prefix_tokens, before)
-            for tokens in segment.suffix_tokens:
-                place = over(place, tokens, before.fork())
-        return torch.cat(outputs, dim=1)
+        kind: Any = type(self)
+        run = packed.cached(("forks", kind), lambda: forking_forward(kind, packed))
+        return run(self, hidden_states)
 
 
 _forking: WeakSet[nn.Module] = WeakSet()
@@ -124,7 +103,7 @@ def fork_states(backbone: nn.Module) -> None:
         return
     for layer in state_layers(backbone):
         if not isinstance(layer, ForkingLayer):
-            layer.__class__ = _forking_class(type(layer))
+            layer.__class__ = forking_class(type(layer))
     _forking.add(backbone)
 
 
@@ -135,23 +114,148 @@ def state_layers(backbone: nn.Module) -> list[nn.Module]:
     return [m for m in backbone.modules() if suffix and type(m).__name__.endswith(suffix)]
 
 
-def takes_states(layer: type[nn.Module]) -> bool:
-    """Tell whether a class of layers goes on from the state of a cache with several tokens.
+def forks_states(layer: type[nn.Module]) -> bool:
+    """Tell whether the functions of a class of layers through which tokens meet are those known.
 
-    In earlier releases of transformers a cache served single tokens only.
+    In early releases of transformers they were attributes or part of the layers' own code, and
+    some layers are not handed the arguments of the model.
     """
-    if issubclass(layer, ForkingLayer):
-        return True
-    names = inspect.unwrap(layer.forward).__code__.co_names
-    return set(CACHE_METHODS) <= set(names)
+    if tuple(map(int, version("transformers").split(".")[:2])) < HANDING_ON:
+        return False
+    own = _own_forward(layer)
+    known = callable(own.__globals__.get(CONVOLUTION)) and CONVOLUTION in own.__code__.co_names
+    return known and bool(own.__code__.co_flags & inspect.CO_VARKEYWORDS)
+
+
+def states_kind(backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Name the packages, or torch, by which a model carries the states of packed sequences.
+
+    Args:
+        backbone: whose layers fork their states.
+        device: where they run.
+        dtype: what they compute in.
+
+    Returns:
+        The names in order, joined by "+"; empty for a model that carries none.
+    """
+    kinds = {type(layer) for layer in state_layers(backbone)}
+    names = {name for kind in kinds for name in _own_forward(kind).__code__.co_names}
+    packages = {scan.package for name, scan in SCANS.items() if name in names}
+    carry = {each if runs_kernel(each, device, dtype) else "torch" for each in packages}
+    return "+".join(sorted(carry))
+
+
+def forking_forward(
+    kind: type[nn.Module], packed: PackedSegments, kernel: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The forward of a class of layers, in which tokens of one sequence alone meet.
+
+    Args:
+        kind: a class of transformers or of `fork_states`.
+        packed: the segments of the micro-batch that it is for.
+        kernel: runs in the place of scans that have a kernel which takes `cu_seqlens`.
+    """
+    own = _own_forward(kind)
+    replaced: dict[str, Callable[..., Any]] = {
+        CONVOLUTION: partial(_convolve, packed),
+        **{
+            name: partial(_scan, packed, scan, kernel if scan.varlen else None)
+            for name, scan in SCANS.items()
+        },
+    }
+    names = {
+        name: partial(replace, own.__globals__[name])
+        for name, replace in replaced.items()
+        if name in own.__code__.co_names
+    }
+    return with_globals(own, names | dict.fromkeys(SHORTCUTS, _cannot))
+
+
+def _cannot(*_: Any, **__: Any) -> None:
+    return None
+
+
+def runs_kernel(package: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether a function runs a package's kernel for such tensors, not transformers' torch.
+
+    transformers binds a kernel when it is imported, for tensors that it does not take too.
+    """
+    takes_it = device.type == "cuda" and (package != HALF_ONLY or dtype != torch.float32)
+    return takes_it and _is_installed(package)
 
 
 @cache
-def _cache_argument(layer: type[nn.Module]) -> str:
-    parameters = inspect.signature(inspect.unwrap(layer.forward)).parameters
-    return next(name for name in CACHE_ARGUMENTS if name in parameters)
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _convolve(
+    packed: PackedSegments,
+    function: Callable[..., Tensor],
+    inputs: Tensor,  # (1, channels, T)
+    weight: Tensor,  # (channels, k)
+    *arguments: Any,
+    **options: Any,
+) -> Tensor:
+    past = weight.shape[-1] - 1
+    taken, places = packed.cached(
+        ("past", past), lambda: _sequences(packed, inputs.device).with_past(past)
+    )
+    rows = nn.functional.pad(inputs[0].T, (0, 0, 0, 1))  # the last one is before the start
+    # Indexing sums its gradient in a fixed order: the end of a prefix is taken for every suffix.
+    longer = rows[taken].T[None]
+    if not runs_kernel("causal_conv1d", inputs.device, inputs.dtype):
+        function = inspect.unwrap(function)
+    return function(longer, weight, *arguments, **options).index_select(2, places)
+
+
+def _scan(
+    packed: PackedSegments,
+    scan: Scan,
+    kernel: Callable[..., Any] | None,
+    function: Callable[..., Any],
+    *arguments: Any,
+    **options: Any,
+) -> Any:
+    like: Tensor = arguments[0]  # (1, T, heads, size)
+    sequences = _sequences(packed, like.device)
+    if kernel is None and runs_kernel(scan.package, like.device, like.dtype):
+        kernel = function
+    layout = sequences.varlen if kernel and scan.varlen else sequences.padded
+    starts, suffixes = packed.cached(layout.__name__, layout)
+    order = packed.cached(("order", layout.__name__), lambda: unpacking([*starts, *suffixes]))
+    run_scan = kernel or inspect.unwrap(function)
+    if not kernel and "chunk_size" in options:  # which changes the rounding and the cost alone
+        options["chunk_size"] = min(options["chunk_size"], CHUNK)
+
+    def gathered(value: Any, batch: Batch) -> Any:
+        runs_on = isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == like.shape[1]
+        return batch.gather(value) if runs_on else value
+
+    def run(batch: Batch, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = {name: gathered(value, batch) for name, value in options.items()}
+        given |= batch.options | {scan.initial: states, scan.final: True}
+        outputs, ends = run_scan(*(gathered(value, batch) for value in arguments), **given)
+        return outputs.flatten(0, 1), ends
+
+    first, ends = zip(*(run(batch, None) for batch in starts), strict=True)
+    states = torch.cat(ends)
+    second = [run(batch, states[batch.parents])[0] for batch in suffixes]
+    outputs = torch.cat([*first, *second]).index_select(0, order)[None]
+    return (outputs, None) if scan.pairs else outputs
+
+
+def _sequences(packed: PackedSegments, device: torch.device) -> Sequences:
+    return packed.cached("sequences", lambda: Sequences.of(packed.segments, device))
+
+
+def _own_forward(kind: type[nn.Module]) -> FunctionType:
+    """The forward of a class of transformers, or of the one that a class of ours is put on."""
+    own: Any = kind.__bases__[1] if issubclass(kind, ForkingLayer) else kind
+    return inspect.unwrap(own.forward)
 
 
 @cache
-def _forking_class(layer: type[nn.Module]) -> type[nn.Module]:
+def forking_class(layer: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a class of layers whose instances fork their state."""
     return type(layer.__name__, (ForkingLayer, layer), {"__module__": layer.__module__})

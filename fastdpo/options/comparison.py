@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from fastdpo.options.checks import Options, number, option
 from fastdpo.options.data import DataOptions
 from fastdpo.options.model import ModelOptions
-from fastdpo.options.passes import KERNELS
+from fastdpo.options.passes import BASE_WEIGHTS, KERNELS
 
 
 @dataclass
@@ -28,6 +28,12 @@ class ComparisonOptions(Options):
 
     kernels: str = option(
         "auto", "What computes the layers, as in training.", choices=list(KERNELS)
+    )
+    base_weights: str = option(
+        "gpu",
+        "Where the models' matrices lie: gpu, or host, from whose memory they come layer by layer; "
+        "auto: host where they do not fit on the GPU.",
+        choices=list(BASE_WEIGHTS),
     )
 
     def __post_init__(self) -> None:

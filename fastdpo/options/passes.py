@@ -8,6 +8,7 @@ from fastdpo.options.removed import present_value
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3")
 KERNELS = ("auto", "fused", "eager")
+BASE_WEIGHTS = ("gpu", "host", "auto")
 ACTIVATION_MODES = ("auto", "keep", "keep_attention", "recompute", "offload")
 
 
@@ -47,6 +48,13 @@ class BatchingOptions(Options):
         "Where the embedding rows lie: GPU, or host, which frees as much as the table is large "
         "where it is frozen and not shared with the head. auto: host where the GPU is full.",
         choices=["auto", "gpu", "host"],
+    )
+    base_weights: str = option(
+        "gpu",
+        "Where the frozen matrices below an adapter lie: gpu, or host, from whose memory they come "
+        "layer by layer while others compute; of 16 or 4 bits. auto: host where they do not fit on "
+        "the GPU, or where that is faster. No number changes.",
+        choices=list(BASE_WEIGHTS),
     )
     shared_prefix: str = option(
         "auto",

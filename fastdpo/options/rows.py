@@ -32,7 +32,7 @@ class TokenizationOptions(Options):
     max_length: int | None = option(
         1024,
         "Most tokens of prompt + completion; longer ones are truncated. none: no limit.",
-        check=whole(8, "1024 is usual, none lifts the limit"),
+        check=whole(2, "1024 is usual, none lifts the limit"),
     )
     max_prompt_length: int | None = option(
         None,
@@ -46,8 +46,9 @@ class TokenizationOptions(Options):
     )
     truncation_mode: str = option(
         "keep_completion",
-        "What an over-long pair keeps: keep_completion cuts the prompt from the left, keep_start "
-        "keeps the first tokens of prompt + completion as TRL does, which eats the completion.",
+        "What an over-long pair keeps: keep_completion cuts the prompt first (its oldest turns, or "
+        "its left), down to a quarter of max_length; keep_start keeps the first tokens of prompt + "
+        "completion as TRL does, which eats the completion.",
         choices=list(TRUNCATION_MODES),
     )
     special_tokens_in_content: str | None = option(
@@ -71,7 +72,7 @@ class TokenizationOptions(Options):
     )
     strict_data: bool = option(
         False,
-        "Stop at a useless row (empty, identical, over-long) instead of dropping it.",
+        "Stop at a useless row (empty, identical ...) instead of dropping it.",
     )
     dataset_num_proc: int | None = option(
         None,

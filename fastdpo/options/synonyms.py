@@ -87,6 +87,8 @@ _OPTION_OF = {
     ),
     "dataset_streaming": ("stream",),
     "strict_data": ("strict",),
+    "early_stopping_patience": ("early_stopping_steps", "early_stopping", "early_stop"),
+    "per_device_eval_batch_size": ("eval_batch_size", "val_batch_size"),
     "adapter": ("adapter_path", "adapter_dir", "peft_model", "peft_model_id", "lora_path"),
 }  # fmt: skip
 
@@ -120,6 +122,10 @@ FOREIGN_OPTIONS = {
     "ref_model_quantization_bit": "a reference is loaded as the policy is; leave it out.",
     "additional_target": "training whole layers beside the adapter is not built; use full.",
     "freeze_trainable_layers": "use lora, qlora or full.",
+    "template_dir": _TEMPLATE,
+    "compute_type": "use bf16 or fp16.",
+    "trainable_layers": "use lora, qlora or full.",
+    "use_swanlab": "use report_to.",
     **dict.fromkeys(("use_unsloth", "flash_attn", "enable_liger_kernel"), _OWN_KERNELS),
     **dict.fromkeys(("plot_loss",), "metrics.jsonl in output_dir holds the curve; leave it out."),
     **dict.fromkeys(("overwrite_cache", "tokenized_path"), _PREPARED),
@@ -133,7 +139,12 @@ FOREIGN_OPTIONS = {
     # axolotl
     "rl": "preferences are all that is trained; leave it out, and choose with loss_type.",
     "adapter": "use lora or qlora; to train an adapter on, name its folder as the model.",
-    **dict.fromkeys(("val_set_size", "test_size"), _HELD_OUT),
+    **dict.fromkeys(("val_set_size", "test_size", "eval_size", "val_ratio"), _HELD_OUT),
+    **dict.fromkeys(("eval_ratio", "split_dataset_ratio"), _HELD_OUT),
+    **dict.fromkeys(
+        ("min_lr", "cosine_min_lr_ratio"),
+        "use lr_scheduler_type cosine_with_min_lr, with min_lr in lr_scheduler_kwargs.",
+    ),
     **dict.fromkeys(("dataset_prepared_path", "dataset_processes"), _PREPARED),
     **dict.fromkeys(("sample_packing", "eval_sample_packing", "pad_to_sequence_len"), _PACKED),
     "lora_target_linear": "every linear layer is what lora_target_modules means unset.",
@@ -154,7 +165,19 @@ FOREIGN_OPTIONS = {
     "saves_per_epoch": "use save_steps, below 1 a share of the run.",
     **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_watch", "wandb_log_model"), _WANDB),
     "mlflow_tracking_uri": _WANDB,
+    # ms-swift
+    **dict.fromkeys(("train_type", "tuner_type", "sft_type"), "use one of qlora, lora and full."),
+    "rlhf_type": "preferences are all that is trained; leave it out, and choose with loss_type.",
+    "quant_bits": "4 bits are what is built: use qlora.",
+    "quant_method": "qlora is NF4; leave it out.",
+    "lazy_tokenize": _PREPARED,
     # Unsloth and PEFT
+    **dict.fromkeys(
+        ("fast_inference", "gpu_memory_utilization", "max_lora_rank"),
+        "nothing is generated in training; leave it out.",
+    ),
+    "bnb_4bit_compute_dtype": "products have the dtype of the model; use dtype.",
+    "dataset_text_field": "the columns are recognized; use columns where they are not.",
     **dict.fromkeys(("bias", "lora_bias"), "adapters train no bias; leave it out."),
     **dict.fromkeys(("loftq_config", "init_lora_weights", "lora_init"), _PLAIN_LORA),
     "device_map": "the GPU is used if there is one; leave it out.",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fastdpo.modeling.attention_backends import BACKENDS
 from fastdpo.planner.architecture import Architecture
+from fastdpo.planner.states import StateLayers
 from fastdpo.planner.terms import Training, dequantized_bytes, runs_fused
 
 OFFLOADED_ON_GPU = 2
@@ -34,6 +35,8 @@ class MicroBatchShape:
         further_tokens: tokens of the completions after the first.
         mask_entries: queries times keys of those completions: entries of the masks that attention
             segment by segment ("sdpa") saves.
+        prefixes: sequences that layers with a state start.
+        suffixes: sequences that they go on with.
     """
 
     tokens: int
@@ -41,6 +44,8 @@ class MicroBatchShape:
     repeated_tokens: int = 0
     further_tokens: int = 0
     mask_entries: int = 0
+    prefixes: int = 0
+    suffixes: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,9 @@ def layer_bytes(
         queries, keys = architecture.query_width, architecture.key_width
         attention += norms.saved(queries, architecture.head_size)
         attention += norms.saved(keys, architecture.head_size)
+    if architecture.states is not None:  # layers of either kind count as the larger
+        states = norm + readers * d * hidden + _states(architecture.states, training, shape)
+        attention = max(attention, states + (outer - outer // 2) * norm)
     tile = tokens if mlp_tile_tokens is None else min(mlp_tile_tokens, tokens)
     per_token = d * architecture.intermediate
     inner = (4 if not fused else 2 if training.trains_adapter else 3) * per_token * tile
@@ -221,6 +229,13 @@ def _attention(architecture: Architecture, training: Training, shape: MicroBatch
             2 * d * keys * (shape.repeated_tokens + shape.further_tokens) + d * shape.mask_entries
         )
     return saved
+
+
+def _states(layers: StateLayers, training: Training, shape: MicroBatchShape) -> int:
+    """Bytes that a layer with a state saves, the input of its first linear layers left out."""
+    d = training.entry_bytes
+    saved = layers.saved_bytes(d, shape.tokens, shape.prefixes, shape.suffixes)
+    return saved + d * layers.outputs * shape.tokens
 
 
 def _attention_results(

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastdpo.modeling.activations import decoder_layers, supports_checkpointing
 from fastdpo.modeling.attention_backends import AttentionNeeds, attention_needs
+from fastdpo.modeling.base_weights import named_weights
 from fastdpo.modeling.families import (
     Family,
     config_value,
@@ -29,6 +30,7 @@ from fastdpo.modeling.families import (
 from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.modeling.multimodal import auto_class, other_towers
 from fastdpo.options import MODEL_ALIASES, resolve_model
+from fastdpo.planner.states import StateLayers, count_states
 
 CONFIGS = "model_configs"
 """Folder beside this file: config.json values of every aliased model, for planning offline."""
@@ -76,7 +78,11 @@ class Architecture:
         is_standard: whether a layer is attention and one gated MLP, for which the activation
             formulas are written.
         has_fused_layers: whether `fastdpo_kernels` can compute its norms and MLPs.
+        stacked_parameters: entries of `other_parameters` that lie in decoder layers in two
+            dimensions or more: experts held as one tensor.
+        largest_layer: matrices of the largest decoder layer over those of the mean one.
         tower_bytes: bytes of what it sees or hears with, which lie on the GPU and are not trained.
+        states: its layers that carry a state which can be forked; None where there are none.
     """
 
     name: str
@@ -99,7 +105,10 @@ class Architecture:
     plain_embeddings: bool
     is_standard: bool
     has_fused_layers: bool
+    stacked_parameters: int = 0
+    largest_layer: float = 1.0
     tower_bytes: int = 0
+    states: StateLayers | None = None
 
     @property
     def linear_parameters(self) -> int:
@@ -198,6 +207,9 @@ def architecture_of_config(
     return architecture_of(model, name)
 
 
+_UNCOUNTABLE = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
+
+
 class UnplannableError(ValueError):
     """A model that cannot be counted, so that its memory cannot be planned."""
 
@@ -214,7 +226,7 @@ def architecture_of(model: nn.Module, name: str) -> Architecture:
     """
     try:
         return _counted(unwrap_model(model), name)
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except _UNCOUNTABLE as error:
         raise UnplannableError(
             f"the memory of {name} cannot be planned ({type(error).__name__}: {error}). Pass "
             "--micro_batch_tokens yourself."
@@ -234,7 +246,7 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
     in_towers = {parameter for tower in towers for parameter in tower.parameters()}
     other = sum(
         parameter.numel()
-        for path, parameter in causal_lm.named_parameters()
+        for path, parameter in named_weights(causal_lm)
         if id(parameter) not in counted
         and parameter not in in_towers
         and not is_of_adapter(path, adapted)
@@ -242,6 +254,11 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
     )
     layer = max(layers, key=lambda each: sum(linear.weights for linear in _linears(each)))
     shapes = {linear.name: linear for linear in _linears(layer)}
+    stacked = [_stacked(each) for each in layers]
+    matrices = [
+        sum(linear.weights * linear.count for linear in _linears(each)) + more
+        for each, more in zip(layers, stacked, strict=True)
+    ]
     family = family_of(config)
     head_size, _ = head_dims(config)
     hidden = getattr(config, "hidden_size", None) or embeddings.weight.shape[1]
@@ -265,7 +282,10 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
         linears=linears,
         embedding_parameters=embeddings.weight.numel(),
         other_parameters=other,
+        stacked_parameters=sum(stacked),
+        largest_layer=max(matrices) * len(matrices) / max(1, sum(matrices)),
         tower_bytes=sum(parameter.nbytes for parameter in in_towers),
+        states=count_states(decoder, config),
         norms=max(2, sum(width == hidden for width in norms)),
         query_key_norms=any(width != hidden for width in norms),
         attention=attention_needs(config),
@@ -273,6 +293,16 @@ def _counted(causal_lm: Any, name: str) -> Architecture:
         is_standard=set(shapes) == standard and other < weights,
         has_fused_layers=family.fused is not None
         and any(k.__name__ == f"{family.fused.prefix}DecoderLayer" for k in type(layer).__mro__),
+    )
+
+
+def _stacked(layer: nn.Module) -> int:
+    """Entries of a layer's own matrices that are of no linear layer: experts held as one tensor."""
+    adapted = adapted_modules(layer)
+    return sum(
+        weight.numel()
+        for path, weight in named_weights(layer)
+        if weight.ndim >= 2 and not is_of_adapter(path, adapted) and not _is_linear(layer, path)
     )
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastdpo.modeling.activations import supports_checkpointing
 from fastdpo.modeling.attention_backends import attention_needs
+from fastdpo.modeling.base_weights import host_weights, named_weights
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.planner.architecture import adapted_modules, architecture_of, is_of_adapter
 from fastdpo.planner.gpus import GPUSpec, current_gpu
@@ -42,7 +44,7 @@ def plan_for_run(
     Args:
         model: a causal LM or a PeftModel, loaded, with the adapter that it will train.
         config: of the run; `micro_batch_tokens`, `optim`, `attention`, `kernels`, `disable_dropout`
-            and activation checkpointing are read.
+            `base_weights` and activation checkpointing are read.
         group_tokens: tokens of every training pair, its shared prefix counted once.
         pairs_per_update: B.
         computed_tokens: tokens of all pairs, where a completion that several pairs hold is computed
@@ -84,15 +86,21 @@ def plan_for_run(
         repeated_tokens=repeated_tokens,
     )
 
+    on_host = host_weights(model)
+    where = config.base_weights if supports_checkpointing(model) else "gpu"
+    if host_bytes is None:
+        host_bytes = pinnable_host_bytes() + (0 if on_host is None else on_host.host_bytes)
+
     def planned(longest_tokens: int) -> Plan:
         return make_plan(
             architecture,
             training,
             gpu,
             replace(workload, longest_group_tokens=longest_tokens),
-            host_bytes=pinnable_host_bytes() if host_bytes is None else host_bytes,
+            host_bytes=host_bytes,
             micro_batch_tokens=config.micro_batch_tokens,
             recompute=config.activation_checkpointing is not False,
+            base_weights=where if on_host is None else "host",
         )
 
     made = planned(workload.longest_group_tokens)
@@ -125,7 +133,7 @@ def training_of(
         for a in (getattr(part, "lora_A", None) or {}).values()
         if hasattr(a, "weight")
     ]
-    four_bit = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+    four_bit = any(hasattr(weight, "quant_state") for _, weight in named_weights(model))
     half = unwrap_model(model).dtype in (torch.bfloat16, torch.float16)
     has_adapter = hasattr(model, "peft_config")
     tuning = ("qlora" if four_bit else "lora") if has_adapter else "full"
@@ -150,10 +158,12 @@ def other_allocations(model: nn.Module) -> int:
     adapted = adapted_modules(model)
     outside = {
         id(parameter)
-        for path, parameter in model.named_parameters()
+        for path, parameter in named_weights(model)
         if not parameter.requires_grad and is_of_adapter(path, adapted)
     }
-    for tensor in (*model.parameters(), *model.buffers()):
+    if (on_host := host_weights(model)) is not None:
+        on_host.release()
+    for tensor in (*(weight for _, weight in named_weights(model)), *model.buffers()):
         state = getattr(tensor, "quant_state", None)
         parts = [] if id(tensor) in outside else [tensor]
         while state is not None:  # of 4-bit weights; with double quantization it has one of its own

@@ -10,7 +10,8 @@ SIZES_GIB = (6, 8, 12, 16, 24, 32, 48, 80)
 """GPU sizes in the table of longest pairs, GiB."""
 
 HOST_GB_PER_S = 20.0
-"""Bandwidth between pinned memory and the GPU over PCIe 4 x 16, one way, 1e9 bytes a second."""
+"""Bandwidth between pinned memory and the GPU, one way, 1e9 bytes a second: assumed of PCIe 4
+x 16, and measured nowhere; half of it with 8 lanes, as an RTX 4060 has."""
 
 EFFICIENCY = {"H100": 0.41, "H200": 0.41, "RTX 4090": 0.61}
 """Share of the dense rate that a whole update is taken to reach, kernels between the matrix

@@ -35,7 +35,7 @@ from fastdpo.planner.activations import (
 )
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.plan import offloaded_bytes, pinned_bytes
-from fastdpo.planner.terms import Training, resident_bytes
+from fastdpo.planner.terms import BaseBlocks, Training, base_blocks, resident_bytes
 
 MIN_SPEEDUP = 1.02
 """A strategy that saves more memory than is needed is taken for at least this much speed."""
@@ -53,6 +53,7 @@ class MemoryStrategy:
     norm_tile_tokens: int | None = None
     mlp_tile_tokens: int | None = None
     dequantize_once: bool = False
+    base_buffers: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,28 @@ class MemoryLayout:
         """Bytes that lie on the GPU all the time, by term."""
         training = replace(self.training, optimizer=self.strategy.optimizer)
         return resident_bytes(
-            self.architecture, training, embeddings_on_host=self.strategy.embeddings_on_host
+            self.architecture,
+            training,
+            embeddings_on_host=self.strategy.embeddings_on_host,
+            base_buffers=self.strategy.base_buffers,
         )
+
+    @cached_property
+    def base_on_host(self) -> BaseBlocks:
+        """The blocks in which the base lies in host memory; none of 0 bytes where it does not."""
+        if not self.strategy.base_buffers:
+            return BaseBlocks(0, 0, 0)
+        return base_blocks(self.architecture, self.training)
+
+    @cached_property
+    def copied_bytes(self) -> int:
+        """Bytes of the base that a forward fetches from host memory, and a backward again.
+
+        What the buffers hold at the end of the one is not fetched for the other.
+        """
+        blocks = self.base_on_host
+        fetched = max(0, blocks.count - self.strategy.base_buffers)
+        return blocks.bytes * fetched // max(1, blocks.count)
 
     @cached_property
     def tables(self) -> int:
@@ -173,7 +194,8 @@ class MemoryLayout:
         """Bytes of pinned host memory."""
         table = self.training.entry_bytes * self.architecture.embedding_parameters
         embeddings = pinned_bytes(table) if self.strategy.embeddings_on_host else 0
-        return embeddings + offloaded_bytes(activation_plan, self.layer.input)
+        offloaded = offloaded_bytes(activation_plan, self.layer.input)
+        return self.base_on_host.bytes + embeddings + offloaded
 
     def activation_plans(self) -> Iterator[list[tuple[str, ...]]]:
         """Activation plans by what saves memory, in each the fastest first.

@@ -28,12 +28,15 @@ class Plan:
         optimizer: `--optim` that the bytes are for.
         terms: bytes in the highest phase, by term.
         phases: bytes allocated in every phase that may be the highest, by name.
-        pinned_host_bytes: pinned host memory for layer inputs and embeddings.
+        pinned_host_bytes: pinned host memory for layer inputs, embeddings and a base that lies
+            there.
         allocated_bytes: predicted peak of torch.cuda.max_memory_allocated().
         peak_bytes: that with the allocator's gaps and CUDA's context: what the GPU must have.
         gpu_bytes: memory of the GPU that the run may use.
         host_bytes: most host memory that the run may pin.
         tokens_per_second: estimated from the GPU's data sheet, or None without one.
+        base_buffers: on how many buffers the frozen base comes from host memory; 0: it lies on the
+            GPU.
         notes: what the reader should know: assumptions, and what would make it fit.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     gpu_bytes: int
     host_bytes: int
     tokens_per_second: float | None = None
+    base_buffers: int = 0
     notes: tuple[str, ...] = ()
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastdpo.modeling.attention_backends import Capability, select_backend
+from fastdpo.modeling.host_blocks import aligned, layers_per_block
 from fastdpo.planner.architecture import Architecture, LinearShape
 
 GIB, MIB = 2**30, 2**20
@@ -24,6 +25,9 @@ SLACK_SHARE = 0.02
 
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 """Entries that share one scale, and scales that share one: bitsandbytes' double quantization."""
+
+NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
+"""The tables of a 4-bit weight, which stay on the GPU where the weight does not."""
 
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
 """Entries of 8-bit optimizer state that share a scale; tensors of fewer entries than the second
@@ -110,7 +114,7 @@ def nf4_bytes(entries: int) -> int:
     """
     scales = -(-entries // NF4_BLOCK)
     nested = -(-scales // NESTED_BLOCK)
-    return -(-entries // 2) + scales + 4 * nested + 4 * (16 + 256 + 1)
+    return -(-entries // 2) + scales + 4 * nested + NF4_TABLE_BYTES
 
 
 def dequantized_bytes(linear: LinearShape, training: Training) -> int:
@@ -147,22 +151,73 @@ def optimizer_bytes(parameters: int, optimizer: str) -> int:
     return 4 * parameters * moments.get(optimizer, 2)
 
 
+@dataclass(frozen=True)
+class BaseBlocks:
+    """The frozen matrices of the decoder layers as blocks of host memory.
+
+    Attributes:
+        count: how many blocks.
+        bytes: of all blocks.
+        largest: bytes of the largest block, and of a buffer on the GPU.
+    """
+
+    count: int
+    bytes: int
+    largest: int
+
+
+def base_blocks(architecture: Architecture, training: Training) -> BaseBlocks:
+    """The blocks in which a frozen base lies in host memory; exact where all layers are alike."""
+    entry = training.entry_bytes
+    size = aligned(entry * architecture.stacked_parameters)
+    for linear in architecture.linears:
+        if training.tuning == "qlora":
+            scales = -(-linear.weights // NF4_BLOCK)
+            parts = [-(-linear.weights // 2), scales, 4 * -(-scales // NESTED_BLOCK)]
+        else:
+            parts = [entry * linear.weights]
+        size += linear.count * sum(aligned(part) for part in parts)
+    layer = size // architecture.layers
+    together = layers_per_block(int(layer * architecture.largest_layer))
+    largest = int(together * layer * architecture.largest_layer)
+    return BaseBlocks(-(-architecture.layers // together), size, min(size, largest))
+
+
 def resident_bytes(
-    architecture: Architecture, training: Training, *, embeddings_on_host: bool
+    architecture: Architecture,
+    training: Training,
+    *,
+    embeddings_on_host: bool,
+    base_buffers: int = 0,
 ) -> dict[str, int]:
-    """Bytes that lie on the GPU from the first update to the last, by term."""
+    """Bytes that lie on the GPU from the first update to the last, by term.
+
+    Args:
+        architecture: of the model.
+        training: what is trained.
+        embeddings_on_host: whether the embeddings lie in host memory.
+        base_buffers: on how many buffers the decoder layers' matrices come from host memory; with 0
+            they lie on the GPU.
+    """
     full = not training.trains_adapter
     entry = 4 if full else training.entry_bytes
     if training.tuning == "qlora":
         linears = sum(nf4_bytes(each.weights) * each.count for each in architecture.linears)
     else:
         linears = entry * architecture.linear_parameters
+    others, buffers = architecture.other_parameters, 0
+    if base_buffers:
+        tables = NF4_TABLE_BYTES if training.tuning == "qlora" else 0
+        linears = tables * sum(each.count for each in architecture.linears)
+        others -= architecture.stacked_parameters
+        buffers = base_buffers * base_blocks(architecture, training).largest
     trained = architecture.parameters if full else adapter_parameters(architecture, training)
     return {
         "linear layers": linears,
+        "buffers of the base": buffers,
         "embeddings": 0 if embeddings_on_host else entry * architecture.embedding_parameters,
         "head": entry * architecture.head_parameters,
-        "norms and other weights": entry * architecture.other_parameters,
+        "norms and other weights": entry * others,
         "other towers": architecture.tower_bytes,
         "adapters": 0 if full else 4 * trained,
         "gradients": 4 * trained,

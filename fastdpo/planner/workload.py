@@ -37,7 +37,9 @@ class Workload:
     def shape(self, tokens: int) -> MicroBatchShape:
         """A full micro-batch of this many tokens."""
         scored = min(tokens, int(tokens * self.scored_share) + 1)
-        return MicroBatchShape(tokens, scored, int(tokens * self.repeated_share))
+        pairs = -(-tokens // int(self.usual_group_tokens))
+        repeated = int(tokens * self.repeated_share)
+        return MicroBatchShape(tokens, scored, repeated, prefixes=pairs, suffixes=2 * pairs)
 
     @classmethod
     def of(

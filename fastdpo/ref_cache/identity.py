@@ -8,11 +8,12 @@ import torch
 from fastdpo_kernels.linear_logprobs import NUMERICS_VERSION
 from torch import nn
 
-from fastdpo.modeling.attention import attention_kind
+from fastdpo.modeling.attention import MODEL_ATTENTION, attention_kind
 from fastdpo.modeling.dropout import configured_dropout
 from fastdpo.modeling.fused import kernels_of
-from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.head import get_backbone, unwrap_model
 from fastdpo.modeling.reference_model import ReferenceModel
+from fastdpo.modeling.state_forks import states_kind
 from fastdpo.modeling.weight_hash import base_tensors, tensors_hash
 from fastdpo.ref_cache.hash_cache import weights_hash
 
@@ -73,6 +74,9 @@ def reference_identity(
         "attention": attention_kind(causal_lm.config, causal_lm.device, attention),
         "head_numerics": NUMERICS_VERSION,
     }
+    states = states_kind(get_backbone(model), causal_lm.device, compute_dtype)
+    if states and attention != MODEL_ATTENTION:
+        identity["states"] = states
     if kernels_of(model) != "eager":
         identity["layers"] = kernels_of(model)  # stores from before there were fused ones stand
     if reference is not None and (tensors := reference.adapter_tensors()):

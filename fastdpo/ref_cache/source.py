@@ -63,7 +63,7 @@ class RefLogpsProvider:
         self.is_stale = not self.reference.is_frozen
 
     def logps(
-        self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
+        self, groups: Sequence[PromptGroup], name: str, requested: Mapping[str, Any] | None = None
     ) -> np.ndarray:
         """(n, 2) float64 log-probs of chosen and rejected in nats, as the loss takes them.
 
@@ -78,8 +78,9 @@ class RefLogpsProvider:
         """
         if self.is_stale:
             raise ValueError(
-                f"the reference of {name} was not computed before the first update, and all "
-                "weights have been trained since: pass the data to DPOTrainer as eval_dataset."
+                f"Cannot compute reference log-probs for a dataset passed to evaluate() ({name}): "
+                "all weights have been trained since the reference was there. Pass it to "
+                "DPOTrainer as eval_dataset, or pass a ref_model."
             )
         if self.folder is None:
             return self._computed(groups, name)
@@ -101,11 +102,27 @@ class RefLogpsProvider:
         return self._weighted(ScoredPairs(logps, tokens, flat, {}))
 
     def attach(
-        self, groups: PairGroups, name: str, requested: Mapping[str, Any] | None = None
+        self,
+        groups: PairGroups,
+        name: str,
+        requested: Mapping[str, Any] | None = None,
+        indices: Sequence[int] | None = None,
     ) -> None:
-        """Set `groups.ref_logps` to what `logps` returns, unless it is set already."""
-        if groups.ref_logps is None:
-            groups.ref_logps = self.logps(groups, name, requested)
+        """Set `groups.ref_logps` to what `logps` returns, unless it is set already.
+
+        Args:
+            groups: the pairs of one data set.
+            name: name of the data set, for the log.
+            requested: the options that shaped its rows, to explain a later miss.
+            indices: the pairs that are needed, the others get NaN; None for all of them.
+        """
+        part = slice(None) if indices is None else list(indices)
+        if groups.ref_logps is not None and not np.isnan(groups.ref_logps[part]).any():
+            return
+        needed = groups if indices is None else [groups[index] for index in indices]
+        logps = self.logps(needed, name, requested)
+        groups.ref_logps = np.full((len(groups), 2), np.nan)
+        groups.ref_logps[part] = logps
 
     def store(self, root: Path) -> ReferenceStore:
         """The store of this reference in `root`; the weights are hashed once."""

@@ -18,6 +18,22 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def compute_device() -> torch.device:
+    """The CUDA device of this process, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a CUDA device, or held by torch for reuse; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + held
+
+
 def cuda_has_bf16() -> bool:
     """Tell whether there is a CUDA GPU with bfloat16 units; T4 and RTX 20 only emulate them."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -13,7 +13,6 @@ def refuse_arguments(**arguments: Any) -> None:
     """Raise TypeError for arguments of TRL's DPOTrainer that ours cannot take."""
     reasons = {
         "data_collator": "pairs are packed without padding",
-        "compute_metrics": "no logits are ever built; every metric of TRL is logged already",
     }
     for name, value in arguments.items():
         if value is not None:
@@ -29,6 +28,7 @@ def check_arguments(
     peft_config: Any,
     optimizers: Any,
     loss_function: Any,
+    compute_metrics: Any,
 ) -> None:
     """Raise TypeError for an argument of another kind than DPOTrainer takes.
 
@@ -58,6 +58,9 @@ def check_arguments(
     if loss_function is not None and not callable(loss_function):
         remedy = "loss_type in DPOConfig names one; see fastdpo.losses.PairLogps for your own"
         raise _wrong("loss_function", loss_function, "a function of the pairs' log-probs", remedy)
+    if compute_metrics is not None and not callable(compute_metrics):
+        remedy = "it returns a dict of numbers; leave it out if what is logged suffices"
+        raise _wrong("compute_metrics", compute_metrics, "a function of an EvalPrediction", remedy)
 
 
 def _advice_on_args(args: Any) -> str:

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -156,6 +158,26 @@ class PreferenceDatasets:
             shuffle=args.train_sampling_strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
+
+    def pairs_trained_on(self) -> list[int] | None:
+        """The pairs of the updates of a run that ends before each pair was seen; else None."""
+        sampler, args = self.sampler(), self.args
+        updates = args.max_steps
+        if updates <= 0:
+            updates = math.ceil(args.num_train_epochs * len(sampler))
+        if updates >= len(sampler):
+            return None
+        return sorted(pair for update in islice(sampler, updates) for pair in update)
+
+    def pairs_seen(self, updates: int) -> int:
+        """How many pairs so many updates have, each counted as often as it occurs."""
+        if self.train is None:
+            return 0
+        sampler = self.sampler()
+        epochs, rest = divmod(updates, len(sampler))
+        sampler.set_epoch(epochs)
+        whole = epochs * sum(map(sum, sampler.plan))
+        return whole + sum(map(len, islice(sampler, rest)))
 
     def eval_loader(self, dataset: Any = None) -> DataLoader:
         """A loader of all groups of one evaluation set.

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -44,7 +45,14 @@ from fastdpo.trainer.datasets import PreferenceDatasets
 from fastdpo.trainer.eval_metrics import compute_eval_metrics
 from fastdpo.trainer.layout import choose_layout, plan_memory, worst_case_batch
 from fastdpo.trainer.metrics import TrainingMetrics
-from fastdpo.trainer.model_card import TrainedModel, library_versions, model_card
+from fastdpo.trainer.model_card import (
+    TAGS,
+    TrainedModel,
+    describe_adapter,
+    library_versions,
+    license_of,
+    model_card,
+)
 from fastdpo.trainer.optimizers import (
     OPTIMIZER_OPTIONS,
     check_evaluates,
@@ -53,7 +61,7 @@ from fastdpo.trainer.optimizers import (
     refuse_optimizer,
     show_averaged_weights,
 )
-from fastdpo.trainer.overrides import refuse_overrides
+from fastdpo.trainer.overrides import has_own, refuse_overrides
 from fastdpo.trainer.prepare import (
     one_update_per_step,
     prepare_policy,
@@ -90,7 +98,10 @@ class DPOTrainer(UpdateTrainer):
             frame) or a `PairDataset`.
         eval_dataset: rows as for `train_dataset`, or a dict of such data sets by name.
         processing_class: the tokenizer; by default the one in the folder of `model`.
-        compute_metrics: must be None; the metrics are computed from log-probs alone.
+        compute_metrics: gives further metrics of an evaluation by name, from an `EvalPrediction`
+            of its n pairs: there are no logits, so `predictions` are `(logps, ref_logps)`, two
+            (n, 2) float64 arrays of chosen and rejected in nats, as the loss takes them, and
+            `label_ids` (n,) are zeros, the place of the chosen completion.
         callbacks: further callbacks, as transformers' Trainer takes them.
         optimizers: an optimizer and its scheduler, as transformers' Trainer takes them.
         quantization_config: how to quantize a model that is given by name.
@@ -120,7 +131,7 @@ class DPOTrainer(UpdateTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
@@ -129,7 +140,7 @@ class DPOTrainer(UpdateTrainer):
     ) -> None:
         start_up.trainer_began()
         refuse_overrides(self)
-        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
+        refuse_arguments(data_collator=data_collator)
         check_arguments(
             model=model,
             ref_model=ref_model,
@@ -138,6 +149,7 @@ class DPOTrainer(UpdateTrainer):
             peft_config=peft_config,
             optimizers=optimizers,
             loss_function=loss_function,
+            compute_metrics=compute_metrics,
         )
         args = DPOConfig() if args is None else args
         own_optimizer, own_schedule = (each is not None for each in optimizers)
@@ -170,10 +182,12 @@ class DPOTrainer(UpdateTrainer):
             train_dataset=self.train_groups,
             eval_dataset=self.eval_groups,  # pyrefly: ignore[bad-argument-type]
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,  # pyrefly: ignore[bad-argument-type]
         )
         share_model(self.accelerator, policy)
+        unwrap_model(policy).add_model_tags(list(TAGS))
         if follows_metric(optimizers[1]) and self.args.metric_for_best_model is None:
             self.args.metric_for_best_model, self.args.greater_is_better = "loss", False
         with_bar = self.pop_callback(ProgressCallback) is not None  # notebooks keep their own
@@ -256,12 +270,22 @@ class DPOTrainer(UpdateTrainer):
         for name, groups in self.sets.eval_by_name.items():
             self._add_reference(groups, name)
 
-    def _add_reference(self, groups: PairGroups, name: str) -> None:
-        """Set the reference log-probs of a data set's groups, stored or computed."""
+    def _add_reference(
+        self, groups: PairGroups, name: str, indices: list[int] | None = None
+    ) -> None:
+        """Set the reference log-probs of a data set's groups, or of some, stored or computed."""
         model_name = unwrap_model(self.policy).name_or_path
         requested = describe_request(groups, self.user_args, self.tokenizer, str(model_name))
+        if indices is not None:
+            requested["pairs"] = len(indices)
+            logger.info(
+                "The run ends after %s of %s pairs of %s: the reference of those alone is needed",
+                f"{len(indices):,}",
+                f"{len(groups):,}",
+                name,
+            )
         with start_up.part("reference"), self.autocast():
-            self.reference.attach(groups, name, requested)
+            self.reference.attach(groups, name, requested, indices)
 
     def _ref_logps(self, groups: PairGroups, name: str) -> np.ndarray:
         """Reference log-probs of a data set, (n, 2) float64; 0 where the loss looks at none."""
@@ -281,7 +305,9 @@ class DPOTrainer(UpdateTrainer):
         refuse_overrides(self)  # a method may have been set on the object meanwhile
         if self.needs_reference:
             if self.train_groups is not None and self.reference.folder is not None:
-                self._add_reference(self.train_groups, "train")
+                own_loader = has_own(self, "get_train_dataloader", DPOTrainer)
+                used = None if own_loader else self.sets.pairs_trained_on()
+                self._add_reference(self.train_groups, "train", used)
             if not self.reference.reference.is_frozen:
                 for name, groups in self.sets.eval_by_name.items():
                     self._add_reference(groups, name)
@@ -317,6 +343,7 @@ class DPOTrainer(UpdateTrainer):
                 layout=self.layout,
                 mode=self.mode,
                 loss_function=self.loss_function,
+                compute_metrics=self.compute_metrics,
                 description=None if args.disable_tqdm else description,
             )
         metrics = {f"{metric_key_prefix}_{name}": mean for name, mean in metrics.items()}
@@ -362,7 +389,10 @@ class DPOTrainer(UpdateTrainer):
                 reference=self.reference.reference.description,
                 args=self.user_args,
                 pairs=0 if self.train_groups is None else len(self.train_groups),
+                pairs_seen=self.sets.pairs_seen(self.state.global_step),
                 updates=self.state.global_step,
+                adapter=describe_adapter(self.policy),
+                license=license_of(str(unwrap_model(self.policy).name_or_path)),
                 dataset=dataset or self.dataset_name,
                 evaluation=evaluations[-1] if evaluations else {},
                 command=self.command,
@@ -425,6 +455,8 @@ class DPOTrainer(UpdateTrainer):
             saved.micro_batch_tokens = self.user_args.micro_batch_tokens
         if self.user_args.kernels != "auto":
             saved.kernels = self.user_args.kernels
+        if self.user_args.base_weights != "auto":
+            saved.base_buffers = self.layout.base_buffers
         if saved != self.layout:
             logger.info("Laid out as the run that wrote the checkpoint: %s", saved)
         self.layout.assign(saved)

@@ -1,10 +1,12 @@
 """The metrics of one evaluation: a set of pairs under the policy, beside its reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import EvalPrediction
 
 from fastdpo.batching import PromptGroup
 from fastdpo.losses import (
@@ -32,6 +34,7 @@ def compute_eval_metrics(
     layout: ExecutionLayout,
     mode: PackingMode,
     loss_function: LossFunction | None = None,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     description: str | None = None,
 ) -> dict[str, float]:
     """TRL's metrics over a set of pairs, every pair weighing the same.
@@ -44,6 +47,7 @@ def compute_eval_metrics(
         layout: bounds the micro-batches, and is lowered where memory runs out.
         mode: how pairs run through the model.
         loss_function: takes the place of the built losses.
+        compute_metrics: gives further metrics; see `DPOTrainer`.
         description: label of a progress bar; None shows none.
     """
     outputs = (*METRIC_OUTPUTS, *token_outputs(options))
@@ -80,4 +84,9 @@ def compute_eval_metrics(
     )
     sums = MetricSums()
     sums.add_pairs(result, options.beta)
-    return sums.averages()
+    further: dict[str, float] = {}
+    if compute_metrics is not None:
+        logps: Any = (pairs.logps.detach().cpu().numpy(), pairs.ref_logps.cpu().numpy())
+        chosen = np.zeros(len(groups), dtype=np.int64)
+        further = compute_metrics(EvalPrediction(predictions=logps, label_ids=chosen))
+    return sums.averages() | further

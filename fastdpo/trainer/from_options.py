@@ -47,11 +47,12 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     from fastdpo.modeling.adapters import is_adapter, lora_config
     from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
     from fastdpo.trainer import DPOTrainer
-    from fastdpo.trainer.prepare import load_policy
+    from fastdpo.trainer.prepare import check_base_weights, load_policy
     from fastdpo.trainer.requirements import require_all
 
     name = _model_name(model)
     require_all(config)
+    check_base_weights(config, trains_adapter=not model.full)
     source: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": model.trust_remote_code,
@@ -73,6 +74,7 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
             name,
             dtype=dtype,
             load_in_4bit=model.qlora,
+            base_weights="gpu" if model.full else config.base_weights,
             options=config.from_pretrained_options,
             **source,
         )
@@ -166,7 +168,7 @@ def _print_result(trainer: "DPOTrainer", model: ModelOptions, data: DataOptions)
     if metrics:
         print_line(
             f"Held-out pairs: preference accuracy {metrics['eval_rewards/accuracies']:.3f}, "
-            f"loss {metrics['eval_loss']:.4f}, margin {metrics['eval_rewards/margins']:.3f}."
+            f"loss {metrics['eval_loss']:.4f}, reward margin {metrics['eval_rewards/margins']:.3f}."
         )
     start = model.model_name_or_path
     first = data.mixture.datasets[0].path if data.mixture is not None else DEFAULT_DATASET

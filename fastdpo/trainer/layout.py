@@ -24,8 +24,10 @@ from fastdpo.modeling.activations import (
     supports_checkpointing,
 )
 from fastdpo.modeling.attention import attention_kind
+from fastdpo.modeling.base_weights import host_weights
 from fastdpo.modeling.fused import choose_kernels
 from fastdpo.modeling.head import unwrap_model
+from fastdpo.modeling.host_blocks import LEAST_BUFFERS
 from fastdpo.modeling.layout import ExecutionLayout, distinct_items, group_length
 from fastdpo.modeling.packing import PackingMode
 from fastdpo.planner import Plan, UnplannableError, plan_for_run
@@ -103,6 +105,9 @@ def choose_layout(
     on_host = args.embeddings == "host"
     if args.embeddings == "auto" and plan is not None:
         on_host = plan.embeddings_on_host
+    buffers = plan.base_buffers if plan is not None else 0
+    if plan is None and (args.base_weights == "host" or host_weights(policy) is not None):
+        buffers = LEAST_BUFFERS
     once = args.dequantize == "once"
     if args.dequantize == "auto" and plan is not None:
         once = plan.dequantize_once
@@ -118,6 +123,7 @@ def choose_layout(
         attention=attention_kind(causal_lm.config, causal_lm.device, mode.attention),
         kernels=choose_kernels(policy, args.kernels),
         dequantize_once=once,
+        base_buffers=buffers,
     )
 
 

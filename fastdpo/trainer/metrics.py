@@ -171,6 +171,11 @@ class TrainingMetrics:
         self.first_update_margin: float | None = None
         self._sums, self._throughput = MetricSums(), Throughput()
 
+    @property
+    def holds_updates(self) -> bool:
+        """True where an update was added since the last `flush`."""
+        return bool(self._sums.sums)
+
     def start(self) -> None:
         """Note that an update begins."""
         self._throughput.start()

@@ -9,7 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
+from peft import PeftModel
 
 from fastdpo.config import DPOConfig
 from fastdpo.options import PreferenceOptions
@@ -56,10 +59,13 @@ class TrainedModel:
         reference: the sentence that names the reference of the run.
         args: the options, as the user gave them.
         pairs: number of training pairs.
+        pairs_seen: how often one of them was in an update; each counts as often as it was.
         updates: number of updates that were done.
         dataset: folder, file or hub id of the pairs, if known.
         evaluation: metrics of the last evaluation by their logged names; empty without one.
         command: the arguments that started the run, if it was a command.
+        adapter: kind and rank of the adapter; empty without one.
+        license: of the base model, as the hub names it; None if it is not known.
         tags: more tags for the hub.
         versions: versions of the libraries, by their names.
         curves: name of the image of the run's curves beside the card, if there is one.
@@ -71,10 +77,13 @@ class TrainedModel:
     reference: str
     args: DPOConfig
     pairs: int
+    pairs_seen: int
     updates: int
     dataset: str | None = None
     evaluation: Mapping[str, float] = field(default_factory=dict)
     command: Sequence[str] = ()
+    adapter: str = ""
+    license: str | None = None
     tags: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     curves: str | None = None
@@ -87,6 +96,16 @@ def library_versions() -> dict[str, str]:
     }
 
 
+def describe_adapter(policy: Any) -> str:
+    """Kind, rank and alpha of the adapter that a policy trains; empty for all weights."""
+    if not isinstance(policy, PeftModel):
+        return ""
+    config = policy.active_peft_config
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    named = {"rank": getattr(config, "r", None), "alpha": getattr(config, "lora_alpha", None)}
+    return ", ".join([kind, *(f"{name} {value}" for name, value in named.items() if value)])
+
+
 def model_card(model: TrainedModel) -> str:
     """The README.md of a trained model: YAML front matter for the hub, then Markdown.
 
@@ -97,7 +116,7 @@ def model_card(model: TrainedModel) -> str:
         f"---\n{_front_matter(model).to_yaml()}\n---",
         f"# {_plain(model.name).replace('<', '&lt;')}",
         _introduction(model),
-        "## Training\n\n" + _table(("Option", "Value"), _options(model.args).items()),
+        "## Training\n\n" + _table(("Option", "Value"), _training(model).items()),
     ]
     if model.evaluation:
         parts.append(
@@ -111,6 +130,7 @@ def model_card(model: TrainedModel) -> str:
         parts.append(f"## Command\n\n```\n{shlex.join(words)}\n```")
     if model.versions:
         parts.append("## Versions\n\n" + _table(("Library", "Version"), model.versions.items()))
+    parts.append(f"## License\n\n{_license(model)}")
     parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
     return "\n\n".join(parts) + "\n"
 
@@ -119,6 +139,7 @@ def _front_matter(model: TrainedModel) -> ModelCardData:
     """The metadata that the hub reads; local folders are left out."""
     return ModelCardData(
         library_name="peft" if model.is_adapter else "transformers",
+        license=model.license,
         base_model=None if _is_local(model.base_model) else model.base_model,
         datasets=[model.dataset] if model.dataset and not _is_local(model.dataset) else None,
         pipeline_tag="text-generation",
@@ -130,11 +151,54 @@ def _introduction(model: TrainedModel) -> str:
     what = "An adapter for" if model.is_adapter else "All weights of"
     data = f" of {_shown(model.dataset)}" if model.dataset else ""
     return (
-        f"{what} {_shown(model.base_model)}, aligned with {model.pairs:,} preference pairs{data} "
+        f"{what} {_shown(model.base_model)}, aligned with {_count(model)} preference pairs{data} "
         f"in {model.updates:,} updates by Direct Preference Optimization "
         f"([arXiv:2305.18290](https://arxiv.org/abs/2305.18290)), with fastdpo {__version__}.\n\n"
         f"{' '.join(printable(model.reference).split())}"
     )
+
+
+def _count(model: TrainedModel) -> str:
+    """The number of pairs, and of how many, where the run ended before it had seen each."""
+    seen = min(model.pairs_seen, model.pairs)
+    return f"{seen:,}" if seen == model.pairs else f"{seen:,} of {model.pairs:,}"
+
+
+def _license(model: TrainedModel) -> str:
+    base = _shown(model.base_model)
+    if model.license is None:
+        return f"What comes of {base} is under its license, which is not known here: look there."
+    return f"What comes of {base} is under its license, {_plain(model.license)}."
+
+
+def license_of(base_model: str) -> str | None:
+    """The license that the card of a base model names, if the card lies on this machine.
+
+    Args:
+        base_model: a local folder, or a hub id.
+    """
+    card: Any = Path(base_model) / "README.md"
+    if not Path(base_model).is_dir():
+        try:
+            card = try_to_load_from_cache(base_model, "README.md")
+        except ValueError:  # no name that the hub could have
+            return None
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    try:
+        named = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return named if isinstance(named, str) else None
+
+
+def _training(model: TrainedModel) -> dict[str, Any]:
+    """The base, the pairs and the adapter that were trained, and the options to list."""
+    shown = {
+        "base model": _shown(model.base_model).strip("`"),
+        "pairs seen": f"{model.pairs_seen:,}",
+    }
+    return shown | ({"adapter": model.adapter} if model.adapter else {}) | _options(model.args)
 
 
 def _options(args: DPOConfig) -> dict[str, Any]:

@@ -128,3 +128,8 @@ def refuse_overrides(trainer: Trainer) -> None:
             raise TypeError(
                 f"{where} has its own {name}, which fastdpo never calls: {NEVER_CALLED[name]}."
             )
+
+
+def has_own(trainer: Any, name: str, base: type) -> bool:
+    """True if a subclass of `base`, or the object itself, has a method of its own by that name."""
+    return name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name)

@@ -95,6 +95,19 @@ def share_model(accelerator: Accelerator, policy: Model) -> None:
         policy._is_accelerate_prepared = True  # pyrefly: ignore
 
 
+def check_base_weights(args: DPOConfig, *, trains_adapter: bool) -> None:
+    """Refuse to hold weights in host memory that are trained.
+
+    Raises:
+        ValueError: says what to pass.
+    """
+    if args.base_weights == "host" and not trains_adapter:
+        raise ValueError(
+            "--base_weights is host, and all weights are trained, which the optimizer needs on the "
+            "GPU: leave it out, or train an adapter (--lora, --qlora), whose base never changes."
+        )
+
+
 def prepare_policy(
     model: str | os.PathLike[str] | Model,
     args: DPOConfig,
@@ -116,6 +129,10 @@ def prepare_policy(
             adapter has taken a part of it.
     """
     by_name = isinstance(model, str | os.PathLike)
+    trains_adapter = peft_config is not None or (
+        is_adapter(str(model)) if by_name else isinstance(model, PeftModel)
+    )
+    check_base_weights(args, trains_adapter=trains_adapter)
     loading = args.from_pretrained_options
     if quantization_config is not None:
         loading["quantization_config"] = quantization_config
@@ -124,6 +141,7 @@ def prepare_policy(
         model = load_policy(
             str(model),
             dtype=resolve_dtype("auto"),
+            base_weights=args.base_weights if trains_adapter else "gpu",
             trust_remote_code=args.trust_remote_code,
             options=loading,
         )
@@ -311,6 +329,7 @@ def _named_reference(policy: Model, name: str, args: DPOConfig) -> ReferenceMode
         load_policy(
             name,
             dtype=resolve_dtype("auto"),
+            base_weights=args.base_weights,
             trust_remote_code=args.trust_remote_code,
             options=loading,
         ),

@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastdpo.batching import PromptGroup
 from fastdpo.losses import LossFunction, needs_reference
+from fastdpo.modeling.base_weights import entries_on_host
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.logprobs import METRIC_OUTPUTS
@@ -62,6 +63,20 @@ class UpdateTrainer(ResumableTrainer):
     def needs_reference(self) -> bool:
         """True where the loss looks at reference log-probs."""
         return needs_reference(self.user_args, self.loss_function)
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference where it is a model of its own; None where it is the policy's adapter off.
+
+        The model before its first update is not kept either: its log-probs are stored by then.
+        """
+        model = self.reference.reference.model
+        return None if model is self.policy else model
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """True where the routers' load-balancing loss of a mixture of experts is added."""
+        return self.update.aux_loss_coef != 0.0
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context of mixed precision for backbone and head; accelerate wraps model.forward."""
@@ -163,17 +178,20 @@ class UpdateTrainer(ResumableTrainer):
     # Metrics
 
     def _logs_this_update(self) -> bool:
-        """True before an update that a log line follows: costly metrics are computed then."""
+        """True before an update that a log follows: costly metrics are computed then."""
         if self.args.logging_strategy != IntervalStrategy.STEPS:
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         step = self.state.global_step + 1
-        first = step == 1 and self.args.logging_first_step
-        return first or step % max(1, int(self.state.logging_steps)) == 0
+        if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
+            return True
+        return step % max(1, int(self.state.logging_steps)) == 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; a training log gets the metrics of the updates since the last one."""
+        """Log; training logs, the run's last too, get the metrics of the updates before them."""
         if "loss" in logs:
             logs |= self.record.flush()
+        elif "train_runtime" in logs and self.record.holds_updates:
+            logs |= {name: mean for name, mean in self.record.flush().items() if name != "loss"}
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: list[PromptGroup]) -> int:  # pyrefly: ignore[bad-override]
@@ -183,7 +201,8 @@ class UpdateTrainer(ResumableTrainer):
     @cached_property
     def _num_parameters(self) -> int:
         """Entries of the policy's weights, embeddings left out: a walk over all modules."""
-        return unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
+        resident = unwrap_model(self.policy).num_parameters(exclude_embeddings=True)
+        return resident + entries_on_host(self.policy)
 
     def _track_num_input_tokens(self, inputs: list[PromptGroup]) -> None:
         if self.args.include_num_input_tokens_seen != "no":

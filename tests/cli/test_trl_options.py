@@ -70,7 +70,7 @@ TABLE: dict[str, Row] = {
         Row("same"),
     ),
     "router_aux_loss_coef": Row("same", "0 leaves it out", 0.01),
-    "max_length": Row("same", "at least 8; max_prompt_length and max_completion_length exist too"),
+    "max_length": Row("same", "at least 2; max_prompt_length and max_completion_length exist too"),
     "truncation_mode": Row(
         "same", "by default keep_completion, which cuts the prompt first; keep_end is refused"
     ),

@@ -49,7 +49,7 @@ def test_train_then_evaluate(workplace, capsys, tuning):
         + (["--qlora"] if tuning == "--qlora" else [])
     )
     table = capsys.readouterr().out
-    metrics = json.loads((workplace / "evaluation.json").read_text())
+    metrics = json.loads((workplace / "out" / "evaluation.json").read_text())
     assert metrics["pairs"] == 24
     assert metrics["preference"]["preference_accuracy"] > 0.9
     assert metrics["policy"]["logps_chosen"] != metrics["reference"]["logps_chosen"]
@@ -229,7 +229,7 @@ def test_a_dry_run_shows_what_would_happen_and_writes_nothing(workplace, capsys)
     said = capsys.readouterr().out
     for line in ("--beta 0.25\n", "--loss_type ipo\n", "--lora True\n", "--warmup_steps 0.1\n"):
         assert line in said, line
-    for line in ("24 pairs, 8 an update: 3 updates an epoch", "The day"):
+    for line in ("24 pairs, 8 an update: 3 updates an epoch", "In each pair: prompt", "The day"):
         assert line in said, line
     assert "accelerator_config" not in said, "what nobody set is not shown"
     assert sorted(path.name for path in workplace.iterdir()) == before

@@ -136,6 +136,16 @@ def test_beside_the_model_an_evaluation_may_lie(capsys):
     assert json.loads(Path("adapter/evaluation.json").read_text())["pairs"] == 5
 
 
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize(("main", "name"), [(evaluate, "adapter/evaluation"), (score, "scores")])
+def test_an_output_that_nobody_named_is_not_overwritten(capsys, main, name):
+    ending = "json" if main is evaluate else "jsonl"
+    for number in ("", "-2", "-3"):
+        main.main(EVALUATE if main is evaluate else ADAPTER)
+        assert f"written to {name}{number}.{ending}\n" in capsys.readouterr().out
+        assert Path(f"{name}{number}.{ending}").is_file()
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "new.tar", "../hash_cache.json"])
 def test_an_export_into_the_stores_is_refused(tmp_path, monkeypatch, capsys, name):
     store = tmp_path / "stores" / ("a" * 64)

@@ -43,13 +43,35 @@ def test_the_main_job(said):
     assert "an estimate" in out
     assert "adamw_8bit" not in out, "only where 2 x max_length fits in no other way"
     pairs = {}
-    for line in out.splitlines():
+    by_length, by_base = out.split("By the way to hold the base")
+    for line in by_length.splitlines():
         if " GB  " in line:
             size, length = line.split(" GB ")[0], line.split("2 x ")[1].split()[0]
             pairs[int(size)] = int(length.replace(",", ""))
     assert list(pairs) == [6, 8, 12, 16, 24, 32, 48, 80]
     assert list(pairs.values()) == sorted(pairs.values())
     assert pairs[6] >= 1024
+    cells = [line.split("  ") for line in by_base.splitlines() if " GB  " in line]
+    cells = [[cell.strip() for cell in line if cell] for line in cells]
+    assert [line[0] for line in cells] == [f"{size} GB" for size in pairs]
+    said_before = [cell.split(" ")[2].rstrip(",") for _, _, cell, *_ in cells]
+    assert said_before == [f"{length:,}" for length in pairs.values()]
+    first = cells[0]
+    assert first[1] == "-", "16 bits of a 7B do not fit 6 GB"
+    assert all(cell.startswith("2 x ") and cell.endswith(" GiB") for cell in first[3:])
+
+
+def test_a_base_on_the_host_is_said_and_full_tuning_has_none(said):
+    argv = ("--model", "llama-3.1-8b", "--gpu", "8GiB", *SMALL)
+    out, code = said(*argv, "--lora", "--base_weights", "auto")
+    assert code == 0
+    assert "buffers of the base" in out
+    assert "The base lies in host memory (13.00 GiB pinned, 2 of its 32 blocks at a time" in out
+    assert said(*argv, "--lora")[1] == 3
+    with pytest.raises(ValueError, match="--base_weights is host, and all weights are trained"):
+        said(*argv, "--full", "--base_weights", "host")
+    out, _ = said("--model", "llama-3.2-1b", "--full", "--gpu", "80GiB", "--host_memory_gib", "1")
+    assert "way to hold the base" not in out
 
 
 def test_json_is_the_plan_and_nothing_else(said):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fastdpo.data import Pair, PairDataset, prepare_pairs, rows_from, show_pairs
+from fastdpo.data import Pair, PairDataset, legend, prepare_pairs, rows_from, show_pairs
 from fastdpo.data.checks import check_pairs
 from fastdpo.data.pairs import IDENTICAL_AFTER_TRUNCATION, OVER_LONG_PROMPT
 from fastdpo.data.truncation import truncate
@@ -69,11 +69,13 @@ def test_the_limits_reach_the_pairs_and_are_counted(gpt2):
 
 def test_max_prompt_length_saves_rows_whose_prompt_is_over_long(gpt2):
     short = strings("a", " b", " c")
-    lost = prepare(gpt2, LONG, short, max_length=7)
+    start = {"max_length": 7, "truncation_mode": "keep_start"}
+    lost = prepare(gpt2, LONG, short, **start)
     assert lost.report.dropped[OVER_LONG_PROMPT].count == 1
-    saved = prepare(gpt2, LONG, short, max_length=7, max_prompt_length=3)
-    assert not saved.report.dropped
-    assert saved[0].cut == (True, False, False)
+    for options in (start | {"max_prompt_length": 3}, {"max_length": 7}):
+        saved = prepare(gpt2, LONG, short, **options)
+        assert not saved.report.dropped
+        assert saved[0].cut[0]
 
 
 def test_completions_that_a_limit_makes_equal_are_dropped(gpt2):
@@ -132,9 +134,10 @@ def test_a_length_bias_is_told_where_there_are_pairs_enough(gpt2, longer, pairs,
 
 def test_many_over_long_rows_and_repeated_prompts_are_told(gpt2):
     good = strings("a", " b", " c")
-    described = prepare(gpt2, *[good] * 9, LONG, max_length=7).report.describe()
+    start = {"max_length": 7, "truncation_mode": "keep_start"}
+    described = prepare(gpt2, *[good] * 9, LONG, **start).report.describe()
     assert "warning: 10% of the rows are lost to max_length" in described
-    described = prepare(gpt2, *[good] * 30, LONG, max_length=7).report.describe()
+    described = prepare(gpt2, *[good] * 30, LONG, **start).report.describe()
     assert "are lost to" not in described
     text = "Tell me about the sea."
     repeated = strings(text, f"{text} It is wet.", f"{text} No.")
@@ -194,6 +197,18 @@ def test_colours_where_a_terminal_wants_them_and_no_other_escape(gpt2, monkeypat
     assert show_pairs(pairs, gpt2) == painted
     monkeypatch.setenv("NO_COLOR", "1")
     assert show_pairs(pairs, gpt2) == plain
+
+
+def test_the_legend_names_parts_and_marks_in_their_colors(monkeypatch):
+    plain = legend(color=False)
+    for mark in ("prompt, chosen, rejected", "||", "what both begin with", "[cut]"):
+        assert mark in plain
+    painted = legend(color=True)
+    assert re.sub("\x1b\\[[0-9;]*m", "", painted) == plain
+    for code, name in (("36", "prompt"), ("32", "chosen"), ("31", "rejected"), ("7", "[cut]")):
+        assert f"\x1b[{code}m{name}\x1b[0m" in painted
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert legend() == plain
 
 
 def test_long_texts_lose_their_middle(gpt2):

@@ -102,9 +102,11 @@ def test_agrees_with_plain_transformers_and_with_evaluate(workplace, capsys, kin
         assert found["margin"] == pytest.approx(logratios[0] - logratios[1])
         assert abs(found["margin"]) > 1e-3
     evaluate.main([*argv, "--beta", "0.3", "--num_completions", "0"])
-    metrics = json.loads(Path("evaluation.json").read_text())
+    beside = "adapter" if "--adapter" in argv else ""
+    metrics = json.loads(Path(beside, "evaluation.json").read_text())
     margins = np.array([scores[i]["margin"] for i in kept])
     assert metrics["pairs"] == len(kept)
+    assert metrics["preference"]["margin"] == pytest.approx(margins.mean(), abs=1e-4)
     assert metrics["preference"]["rewards_margin"] == pytest.approx(0.3 * margins.mean(), abs=1e-4)
     assert metrics["preference"]["preference_accuracy"] == pytest.approx((margins > 0).mean())
     for side in ("chosen", "rejected"):
@@ -254,7 +256,8 @@ def test_evaluation_shows_parts(workplace, capsys):
     evaluate.main([*ADAPTER, "--num_completions", "0"])
     assert "chosen is longer" in capsys.readouterr().out
     shares = {
-        part["name"]: part for part in json.loads(Path("evaluation.json").read_text())["shares"]
+        part["name"]: part
+        for part in json.loads(Path("adapter/evaluation.json").read_text())["shares"]
     }
     scores = [found for found in read_scores() if found["dropped"] is None]
 

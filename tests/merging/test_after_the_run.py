@@ -5,8 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from fastdpo import merge
 from tests.merging.test_merge import llama, make, workplace  # noqa: F401
@@ -32,6 +39,27 @@ def test_every_tensor_of_a_merged_model_has_a_gguf_name(result):
         for name in load_file("merged/model.safetensors")
         if names.get_name(name, try_suffixes=(".weight", ".bias")) is None
     ]
+    assert not unnamed
+
+
+FAMILIES = {
+    "QWEN2": Qwen2Config, "QWEN3": Qwen3Config, "GEMMA3": Gemma3TextConfig, "LLAMA": LlamaConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_weight_and_every_layer_with_an_adapter_has_a_gguf_name(architecture):
+    gguf = pytest.importorskip("gguf", reason="the names are those of the package gguf")
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(FAMILIES[architecture](**sizes))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], 1)
+    plain = list(model.state_dict())
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    adapter = [name.split(".lora_")[0] for name in get_peft_model_state_dict(model)]
+    plain += [f"{name.removeprefix('base_model.model.')}.weight" for name in adapter]
+    unnamed = [n for n in plain if names.get_name(n, try_suffixes=(".weight", ".bias")) is None]
+    assert adapter
     assert not unnamed
 
 

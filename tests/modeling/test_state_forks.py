@@ -1,9 +1,14 @@
 """Layers with a state over packed pairs: prefixes run once, suffixes from forks of the state."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     BambaConfig,
     FalconH1Config,
@@ -21,7 +26,7 @@ from transformers import (
 )
 
 from fastdpo.batching import PromptGroup, pack_update
-from fastdpo.modeling import packing
+from fastdpo.modeling import packing, state_forks
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.head import get_backbone
 from fastdpo.modeling.layout import ExecutionLayout
@@ -34,7 +39,6 @@ from tests.modeling.test_packed_pairs import (
     FAMILIES,
     SIZES,
     assert_same,
-    model_of,
     packed,
     random_groups,
     separate,
@@ -47,6 +51,23 @@ DELTA = {
 }  # fmt: skip
 SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 CHUNK = {"mamba_chunk_size": 16}
+
+LATENT = {
+    "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "num_key_value_heads": 4, "layer_types": DELTA["layer_types"],
+    "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+NEWER = {
+    "kimi_linear": LATENT | {"linear_head_dim": 8, "linear_num_heads": 2},
+    "bailing_hybrid": LATENT | {"head_dim": 8},
+    "lfm3": {"layer_types": ["conv", "sliding_attention"], "sliding_window": 9, "head_dim": 8},
+    "lara_mini": DELTA | {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    },
+}  # fmt: skip
+"""Families that not every supported release of transformers has, by `model_type`."""
 
 STATE = {"vocab_size": 131, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
 FORKED = {
@@ -85,7 +106,14 @@ FORKED = {
         num_experts_per_tok=2, moe_intermediate_size=24, num_dense_layers=1,
     ),
     "olmo-hybrid": OlmoHybridConfig(**SIZES, **{k: v for k, v in DELTA.items() if k != "head_dim"}),
+} | {
+    name: CONFIG_MAPPING[name](**SIZES | values)
+    for name, values in NEWER.items()
+    if name in CONFIG_MAPPING
 }  # fmt: skip
+ROUNDING = {"bailing_hybrid": 1e-4}
+"""Bounds wider than 1e-5: with all of Bailing's code in fp64 its gradients agree to 2e-14, in fp32
+those of its decay are sums in which most cancels."""
 
 
 def forking_model(family, std=0.15):
@@ -93,6 +121,9 @@ def forking_model(family, std=0.15):
     model = AutoModelForCausalLM.from_config(FORKED[family])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
+    reason = choose_packing(model).reason
+    if reason and Version(transformers.__version__) < Version("5.22"):
+        pytest.skip(reason)
     return model
 
 
@@ -106,7 +137,7 @@ def test_equal_to_separate_sequences(family, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.train()
-    assert_same(packed(model, groups), truth)
+    assert_same(packed(model, groups), truth, ROUNDING.get(family, 1e-5))
     assert any(isinstance(module, ForkingLayer) for module in get_backbone(model).modules())
     assert choose_packing(model) == mode
 
@@ -119,16 +150,43 @@ def of_lengths(prompt, *completions):
     return PromptGroup(ids[0], tuple(ids[1:]))
 
 
-@pytest.mark.parametrize("family", ["qwen3.5", "lfm2", "granite-hybrid", "nemotron-h"])
+@pytest.mark.parametrize("family", FORKED)
 def test_prefixes_and_suffixes_of_every_length(family):
     """Prefixes shorter than the convolution's kernel, suffixes of one token; one and four."""
     model = forking_model(family)
     groups = [of_lengths(n, 5, 1) for n in (1, 2, 3, 4, 70)]
     groups += [of_lengths(9, 2), of_lengths(3, 1, 2, 3, 40)]
-    truth = separate(model, groups)
-    assert_same(packed(model, groups, tokens=512), truth)
-    assert_same(packed(model, groups, tokens=512, shared_prefix=False), truth)
-    assert_same(packed(model, groups, tokens=512, packing=False), truth)
+    truth, bound = separate(model, groups), ROUNDING.get(family, 1e-5)
+    assert_same(packed(model, groups, tokens=512), truth, bound)
+    assert_same(packed(model, groups, tokens=512, shared_prefix=False), truth, bound)
+    assert_same(packed(model, groups, tokens=512, packing=False), truth, bound)
+
+
+@pytest.mark.parametrize("family", FORKED)
+def test_bits_of_chosen_stay_whatever_rejected_says(family):
+    """On one thread, so that products are split in one way."""
+    model = forking_model(family).eval()
+    first, second = of_lengths(13, 11, 14), of_lengths(70, 30, 20)
+    draw = np.random.default_rng(5)
+
+    def logps(groups):
+        (micro_batch,) = pack_update(groups, 512)
+        with torch.no_grad(), packed_attention(model.config):
+            return packed_logprobs(model, micro_batch).logps.view(-1, 2)
+
+    def other(group):
+        said, rejected = group.completions[0], group.completions[1].copy()
+        rejected[1:] = draw.integers(5, 131, len(rejected) - 1)
+        return PromptGroup(group.prompt_ids, (said, rejected))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        before, after = logps([first, second]), logps([other(first), other(second)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert (after[:, 1] != before[:, 1]).all()
 
 
 @pytest.mark.parametrize("family", FORKED)
@@ -154,6 +212,70 @@ def test_rejected_never_changes_chosen(family):
         assert (by[0, : ends[0]] != 0).any(dim=-1).all()
 
 
+# Kernels that take sequences one after another
+
+
+def in_place_of_a_kernel(torch_form, calls):
+    """As flash-linear-attention's: a single row, `cu_seqlens`, a state for each sequence."""
+
+    def kernel(
+        q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False,
+        use_qk_l2norm_in_kernel=False, cu_seqlens=None,
+    ):  # fmt: skip
+        assert scale is None
+        assert output_final_state
+        assert {len(tensor) for tensor in (q, k, v, g, beta)} == {1}
+        lengths = cu_seqlens.diff().tolist()
+        assert min(lengths) > 0
+        assert initial_state is None or len(initial_state) == len(lengths)
+        calls.append((lengths, initial_state is not None))
+        outputs, states = [], []
+        split = (tensor.split(lengths, 1) for tensor in (q, k, v, g, beta))
+        for number, parts in enumerate(zip(*split, strict=True)):
+            out, state = torch_form(
+                *parts,
+                initial_state=None if initial_state is None else initial_state[number][None],
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )
+            outputs.append(out)
+            states.append(state)
+        return torch.cat(outputs, 1), torch.cat(states)
+
+    return kernel
+
+
+def put_kernel(monkeypatch, model, calls):
+    layer = next(layer for layer in state_forks.state_layers(get_backbone(model)))
+    own = inspect.getmodule(inspect.unwrap(type(layer).forward))
+    for name, scan in state_forks.SCANS.items():
+        if scan.varlen and hasattr(own, name):
+            torch_form = inspect.unwrap(getattr(own, name))
+            monkeypatch.setattr(own, name, in_place_of_a_kernel(torch_form, calls))
+    monkeypatch.setattr(state_forks, "runs_kernel", lambda package, *_: package == "fla")
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in ("qwen3.5", "olmo-hybrid", "kimi_linear") if name in FORKED]
+)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_kernel_runs_all_prefixes_and_then_all_suffixes(monkeypatch, family, shared):
+    model, calls = forking_model(family), []
+    groups = [of_lengths(n, 5, 1) for n in (1, 3, 70)] + [of_lengths(3, 1, 2, 3, 40)]
+    truth = separate(model, groups)
+    put_kernel(monkeypatch, model, calls)
+    assert_same(packed(model, groups, tokens=512, shared_prefix=shared), truth)
+    (starts, first), *others = calls
+    assert not first
+    if shared:
+        ((suffixes, started),) = others
+        assert started
+        assert starts[:4] == [1, 3, 70, 3], "then there is filler"
+        assert suffixes == [4, 4, 4, 1, 2, 39]
+    else:
+        assert not others, "nothing goes on from a state"
+
+
 def test_their_own_forward_stays_as_it_was():
     model = forking_model("qwen3.5")
     ids = torch.arange(5, 40)[None]
@@ -165,7 +287,7 @@ def test_their_own_forward_stays_as_it_was():
     assert generated.shape == (1, 12)
 
 
-def test_layers_that_take_a_state_up_for_single_tokens_alone_run_padded(monkeypatch):
+def test_layers_that_call_no_function_of_the_table_run_padded(monkeypatch):
     """As in earlier releases of transformers."""
     model = forking_model("qwen3.5")
     layer = next(m for m in model.modules() if type(m).__name__.endswith("GatedDeltaNet"))
@@ -176,7 +298,7 @@ def test_layers_that_take_a_state_up_for_single_tokens_alone_run_padded(monkeypa
     monkeypatch.setattr(type(layer), "forward", forward)
     mode = choose_packing(model)
     assert not mode.packing
-    assert "single tokens alone" in mode.describe()
+    assert "in this release of transformers" in mode.describe()
 
 
 def test_a_layer_whose_state_is_not_forked_is_found(monkeypatch):
@@ -210,23 +332,6 @@ def test_a_config_s_weight_of_the_routers_loss_counts_where_there_are_routers(fa
         if not expected:
             with pytest.raises(ValueError, match="is no mixture of experts"):
                 aux_loss_coef(model, 0.1)
-
-
-@pytest.mark.parametrize("family", [*FORKED, *FAMILIES])
-def test_no_family_without_routers_is_asked_for_their_loss(family):
-    """Each trains with what its config says, which nobody passed."""
-    model = forking_model(family) if family in FORKED else model_of(family)
-    (group, *_) = random_groups(1)
-    coef = aux_loss_coef(model, None)
-    assert bool(coef) <= has_routers(model)
-    if coef:
-        assert packed_aux_loss(model, group).isfinite()
-
-
-def packed_aux_loss(model, group):
-    (micro_batch,) = pack_update([group], 512)
-    with packed_attention(model.config):
-        return packed_logprobs(model, micro_batch, aux_loss=True).aux_loss
 
 
 def test_llama_has_none():

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from fastdpo import DPOConfig
+from fastdpo.modeling.base_weights import host_weights
 from fastdpo.modeling.head import unwrap_model
 from fastdpo.options import (
     BatchingOptions,
@@ -136,6 +137,7 @@ TABLE: dict[str, Changes | str] = {
     ),
     "mlp_tile_tokens": Changes("work", 128),
     "embeddings": Changes("loaded", "host"),
+    "base_weights": Changes("loaded", "host"),
     "shared_prefix": Changes("work", "off"),
     "packing": Changes("work", "off"),
     "attention": Changes("curve", "varlen", refused="varlen"),
@@ -177,7 +179,8 @@ def loaded(trainer, calls):
     embedding = model.get_input_embeddings()
     dropouts = {getattr(module, "attention_dropout", None) for module in model.modules()}
     rows = embedding(torch.arange(4)).float().sum().item()
-    return type(embedding), model.dtype, rows, dropouts, len(list(quantized(model))), calls
+    on_host = host_weights(model) is not None
+    return type(embedding), model.dtype, rows, dropouts, len(list(quantized(model))), on_host, calls
 
 
 def quantized(model):

@@ -60,6 +60,27 @@ def test_every_own_option_has_ascii_help_that_argparse_can_print():
             assert text.endswith("."), entry.name
 
 
+@pytest.mark.parametrize(
+    ("written", "option"),
+    [
+        ("lr", "learning_rate"), ("lora_rank", "lora_r"), ("dpo_beta", "beta"),
+        ("pref_beta", "beta"), ("epochs", "num_train_epochs"), ("num_epochs", "num_train_epochs"),
+        ("batch_size", "per_device_train_batch_size"), ("cutoff_len", "max_length"),
+        ("micro_batch_size", "per_device_train_batch_size"), ("sequence_len", "max_length"),
+        ("lora_target", "lora_target_modules"), ("max_seq_length", "max_length"),
+        ("finetuning_type", "qlora, lora and full"), ("load_in_8bit", "qlora"),
+        ("val_set_size", "eval_dataset"), ("eval_ratio", "eval_dataset"), ("min_lr", "min_lr"),
+        ("train_type", "qlora, lora and full"), ("eval_steps_per_epoch", "eval_steps"),
+        ("evaluate", "eval_dataset"), ("early_stopping", "early_stopping_patience"),
+    ],
+)  # fmt: skip
+def test_names_of_other_trainers_lead_to_the_right_option(written, option):
+    known = names(ModelOptions) | names(DataOptions) | names(DPOConfig)
+    advice = suggest_option(written, known, "--")
+    assert option in advice
+    assert "do_eval" not in advice
+
+
 def test_choices_are_those_that_the_rooms_have():
     assert tuple(LOSSES) == options_room.LOSS_TYPES
     assert tuple(ATTENTIONS) == passes.ATTENTION_BACKENDS
@@ -221,7 +242,7 @@ def test_nearest_name_and_none():
         ),
         (PreferenceOptions, {"ref_model_sync_steps": 5}, ["--ref_model_sync_steps"]),
         (PreferenceOptions, {"ref_model_mixup_alpha": 0.5}, ["--sync_ref_model"]),
-        (PreferenceOptions, {"max_length": 7}, ["--max_length", "8 or more"]),
+        (PreferenceOptions, {"max_length": 1}, ["--max_length", "2 or more"]),
         (PreferenceOptions, {"max_length": 1e3}, ["--max_length"]),
         (PreferenceOptions, {"truncation_mode": "keep_end"}, ["--truncation_mode", "keep_start"]),
         (PreferenceOptions, {"truncation_mode": "keep_end"}, ["cuts each side", "keep_completion"]),

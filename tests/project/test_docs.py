@@ -197,6 +197,14 @@ def a_workplace(folder):
 # The tests
 
 
+def test_the_python_of_the_readme_runs_as_it_stands(tmp_path):
+    with a_workplace(tmp_path):
+        for block in blocks_of((ROOT / "README.md").read_text()):
+            if block.info == "python":
+                exec(compile(block.text, "README.md", "exec"), {"__name__": "a_page"})
+        assert Path("out/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_a_page_does_as_it_says(path, tmp_path):
     with a_workplace(tmp_path):

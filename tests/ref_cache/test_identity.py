@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Train
 
 from fastdpo import DPOConfig, DPOTrainer
 from fastdpo.data.chat_template import PLAIN_CHAT_TEMPLATE
+from fastdpo.modeling import state_forks
 from fastdpo.modeling.adapters import add_adapter
+from fastdpo.modeling.attention import MODEL_ATTENTION
 from fastdpo.ref_cache import reference_identity
 from fastdpo.ref_cache.identity import IGNORED_CONFIG_KEYS
 from fastdpo.ref_cache.store import group_keys
+from tests.modeling.test_state_forks import forking_model
 from tests.ref_cache.test_compute import SIZES, base
 from tests.tiny_trainer import CONFIG, ROWS, TOKENIZER
 
@@ -66,6 +69,7 @@ OTHER_VALUES = {
     "lr_scheduler_kwargs": {},
     "optim_args": None,
     "ref_cache": "another-folder",
+    "base_weights": "host",
 }
 
 NEEDS = {
@@ -239,3 +243,18 @@ def test_mixed_precision_matters_where_all_weights_are_trained():
     half, whole = (key_of({"bf16": on}, **full) for on in (True, False))
     assert (half[0]["dtype"], whole[0]["dtype"]) == ("torch.bfloat16", "torch.float32")
     assert half[1] == whole[1]
+
+
+def test_what_carries_the_states_of_packed_pairs_matters(monkeypatch):
+    """Padded pairs run by the model's own code, packed ones by torch or by a kernel."""
+    model = forking_model("qwen3.5")
+    torch_form = reference_identity(model, torch.bfloat16)
+    assert torch_form["states"] == "torch"
+    padded = reference_identity(model, torch.bfloat16, attention=MODEL_ATTENTION)
+    assert "states" not in padded
+    monkeypatch.setattr(state_forks, "runs_kernel", lambda package, *_: package == "fla")
+    kernel = reference_identity(model, torch.bfloat16)
+    assert kernel["states"] == "fla"
+    assert kernel | {"states": "torch"} == torch_form
+    assert padded["attention"] != torch_form["attention"]
+    assert "states" not in reference_identity(base(), torch.bfloat16)

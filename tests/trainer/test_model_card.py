@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from fastdpo import DPOConfig
-from fastdpo.trainer.model_card import TAGS, TrainedModel, library_versions, model_card
+from fastdpo.trainer.model_card import TAGS, TrainedModel, library_versions, license_of, model_card
 from fastdpo.version import __version__
+from tests.tiny_trainer import tiny_base, tiny_trainer
 
 
 @pytest.fixture
@@ -24,6 +25,8 @@ def model(tmp_path):
         reference="The reference is the model with its adapter off.",
         args=args,
         pairs=61_135,
+        pairs_seen=1_280,
+        adapter="LORA, rank 16, alpha 32",
         updates=40,
         dataset="org/feedback",
         evaluation={"eval_loss": 0.61234567, "eval_rewards/accuracies": 0.75, "eval_runtime": 9.0,
@@ -49,7 +52,10 @@ def test_a_card_tells_what_was_trained_on_what_and_how(model):
     }  # fmt: skip
     for text in (
         "# zephyr-dpo",
-        "An adapter for `org/zephyr`, aligned with 61,135 preference pairs of `org/feedback` in ",
+        "An adapter for `org/zephyr`, aligned with 1,280 of 61,135 preference pairs of "
+        "`org/feedback` in 40 updates",
+        "| base model | org/zephyr |\n| pairs seen | 1,280 |",
+        "| adapter | LORA, rank 16, alpha 32 |",
         "The reference is the model with its adapter off.",
         "| loss_type | sigmoid sft |",
         "| beta | 0.2 |",
@@ -91,7 +97,9 @@ def test_what_is_not_known_is_left_out(model):
         )
     )
     assert front_matter(bare)["library_name"] == "transformers"
-    assert "All weights of `org/zephyr`, aligned with 61,135 preference pairs in 40" in bare
+    assert (
+        "All weights of `org/zephyr`, aligned with 1,280 of 61,135 preference pairs in 40" in bare
+    )
     unnamed = model_card(dataclasses.replace(model, base_model=""))
     assert "An adapter for a model that has no name, aligned" in unnamed
     assert "base_model" not in front_matter(unnamed)
@@ -131,3 +139,49 @@ def test_a_name_stays_on_its_line_and_in_its_place(model, tmp_path, where):
     assert card.count("\n```") == plain.count("\n```")
     assert front_matter(card).get("license") is None
     assert "\x1b" not in card
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nlicense: mit\n---\n# It", "mit"),
+        ("---\ntags: [it]\n---\n# It", None),
+        ("# It", None),
+        ("---\nlicense: [a, b\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_license_is_that_which_the_card_of_the_base_names(model, tmp_path, card, found):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert license_of(str(tmp_path)) == found
+    text = model_card(dataclasses.replace(model, license=license_of(str(tmp_path))))
+    assert ("under its license, mit." in text) == (found == "mit")
+    assert front_matter(text).get("license") == found
+    assert ("which is not known here" in text) == (found is None)
+
+
+@pytest.mark.parametrize("name", ["org/no-such-model-here", "no/name/of a hub", ""])
+def test_without_a_card_no_license_is_known(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert license_of(name) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "seen", "shown"),
+    [
+        ({"max_steps": 2}, "16", "16 of 35 preference pairs"),
+        ({"num_train_epochs": 2}, "70", "with 35 preference pairs"),
+    ],
+)
+def test_the_card_of_a_run_counts_the_pairs_that_were_seen(
+    tmp_path, monkeypatch, options, seen, shown
+):
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
+    trainer = tiny_trainer(tiny_base(), tmp_path / "out", **options)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| pairs seen | {seen} |" in card
+    assert shown in card
+    assert "| adapter | LORA, rank 4, alpha 8 |" in card

@@ -228,7 +228,7 @@ def test_the_commands_of_the_page(place, monkeypatch):
         codes, written = start(place, int(count), words)
         assert codes == [0] * int(count), written
     assert len((place / "scores.jsonl").read_text().splitlines()) == len(HELD_OUT)
-    assert json.loads((place / "evaluation.json").read_text())["pairs"] == len(HELD_OUT)
+    assert json.loads((place / "out" / "evaluation.json").read_text())["pairs"] == len(HELD_OUT)
     assert (place / "long" / "checkpoint-2").is_dir()
 
 
