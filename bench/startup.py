@@ -187,7 +187,7 @@ def _fill(trainer: Any) -> None:
     groups = trainer.train_groups
     store = trainer.reference.store(trainer.reference.folder)
     draw = np.random.default_rng(SEED)
-    order = np.argsort(groups.keys[:, 0])[SPOT_CHECKED:].tolist()
+    order = np.argsort(groups.row_keys[:, 0])[SPOT_CHECKED:].tolist()
     for first in range(0, len(order), SHARD_PAIRS):
         scored: dict[bytes, ScoredCompletion] = {}
         for index in order[first : first + SHARD_PAIRS]:

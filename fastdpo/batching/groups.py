@@ -120,15 +120,15 @@ class PairGroups(Dataset[PromptGroup], Sequence[PromptGroup]):
         return self.pairs.content_hash
 
     @property
-    def keys(self) -> np.ndarray:
+    def row_keys(self) -> np.ndarray:
         """(n, 2) S32: the key of each pair's completions in the store of reference log-probs."""
         return self.pairs.keys
 
     @cached_property
     def lists(self) -> np.ndarray:
         """(n,) int64: `lists_of` these pairs."""
-        names, each = np.unique(self.keys, return_inverse=True)
-        each = each.reshape(self.keys.shape)
+        names, each = np.unique(self.row_keys, return_inverse=True)
+        each = each.reshape(self.row_keys.shape)
         holders = np.bincount(each.ravel(), minlength=len(names))
         lists = np.arange(len(self), dtype=np.int64)
         sharing = np.flatnonzero((holders[each] > 1).any(axis=1))

@@ -260,6 +260,26 @@ class PairDataset(Sequence[Pair]):
         return PairLengths(parts[:, 0], parts[:, 1], parts[:, 2])
 
     @property
+    def shared_tokens(self) -> np.ndarray:
+        """(n,) int64: tokens at the start of both completions that are equal, the last one aside.
+
+        A sequence's last token predicts nothing, so where one completion is the beginning of the
+        other its last token does not count.
+        """
+        starts = self._offsets[:-1].reshape(-1, 3)
+        most = np.minimum(*self.lengths[1:]) - 1
+        shared = np.zeros(len(self), dtype=np.int64)
+        alike = np.arange(len(self))
+        for place in range(int(most.max(initial=0))):
+            alike = alike[most[alike] > place]
+            chosen, rejected = (self._tokens[starts[alike, side] + place] for side in (1, 2))
+            alike = alike[chosen == rejected]
+            if not len(alike):
+                break
+            shared[alike] = place + 1
+        return shared
+
+    @property
     def scored_tokens(self) -> np.ndarray:
         """(n, 2) int64: the number of scored tokens of every chosen and rejected completion."""
         counts = np.stack(self.lengths[1:], axis=1)

@@ -62,7 +62,7 @@ def group_keys(group: PromptGroup) -> list[bytes]:
 def keys_of(groups: Sequence[PromptGroup]) -> np.ndarray:
     """(n, k) S32: the row keys of n groups of k completions each."""
     if isinstance(groups, PairGroups):
-        return groups.keys
+        return groups.row_keys
     keys = np.array([group_keys(group) for group in groups], dtype=f"S{KEY_BYTES}")
     return keys if len(keys) else keys.reshape(0, 0)
 

@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 
+import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -11,7 +13,6 @@ from fastdpo.batching import (
     PairGroups,
     PromptGroup,
     default_micro_batch_tokens,
-    lists_of,
     longest_sequence,
     shared_prefix_length,
 )
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 def plan_memory(
     policy: PreTrainedModel | PeftModel,
     args: DPOConfig,
-    groups: Sequence[PromptGroup] | None,
+    groups: PairGroups | None,
     mode: PackingMode,
     pairs_per_update: int,
 ) -> Plan | None:
@@ -50,18 +51,17 @@ def plan_memory(
     device = unwrap_model(policy).device
     if device.type != "cuda" or not groups:
         return None
-    computed = [group for _, group in _joined_lists(groups)]
-    repeated = sum((len(g.completions) - 1) * shared_prefix_length(g) for g in computed)
+    lists = _Lists.of(groups, mode)
     try:
         plan = plan_for_run(
             policy,
             args,
             group_lengths(groups, mode),
             pairs_per_update=pairs_per_update,
-            computed_tokens=sum(group_lengths(computed, mode)),
-            scored_tokens=sum(sum(group.scored_tokens) for group in computed),
+            computed_tokens=sum(lists.lengths),
+            scored_tokens=lists.scored,
             max_seqlen=longest_sequence(groups) - 1,
-            repeated_tokens=repeated if mode.shared_prefix else 0,
+            repeated_tokens=lists.repeated if mode.shared_prefix else 0,
         )
     except UnplannableError as error:
         logger.warning("Training goes on without a memory plan: %s", error)
@@ -78,7 +78,14 @@ def plan_memory(
 
 def group_lengths(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]:
     """Tokens that each group takes in a micro-batch."""
-    return [group_length(group, mode) for group in groups]
+    if not isinstance(groups, PairGroups):
+        return [group_length(group, mode) for group in groups]
+    pairs = groups.pairs
+    chosen, rejected = (pairs.lengths.prompt + each - 1 for each in pairs.lengths[1:])
+    if not mode.packing:
+        return (2 * np.maximum(chosen, rejected)).tolist()
+    repeated = pairs.lengths.prompt + pairs.shared_tokens if mode.shared_prefix else 0
+    return (chosen + rejected - repeated).tolist()
 
 
 def choose_layout(
@@ -121,32 +128,61 @@ def choose_layout(
 
 
 def worst_case_batch(
-    groups: Sequence[PromptGroup], mode: PackingMode, layout: ExecutionLayout
+    groups: PairGroups, mode: PackingMode, layout: ExecutionLayout
 ) -> list[PromptGroup]:
     """The longest lists, as many as fill a micro-batch: the update that takes the most memory."""
-    lists = _joined_lists(groups)
-    lengths = group_lengths([joined for _, joined in lists], mode)
+    lists = _Lists.of(groups, mode)
     chosen: list[PromptGroup] = []
     num_tokens = 0
-    for length, index in sorted(zip(lengths, range(len(lists)), strict=True), reverse=True):
+    numbered = zip(lists.lengths, range(len(lists.lengths)), strict=True)
+    for length, index in sorted(numbered, reverse=True):
         if chosen and num_tokens + length > layout.micro_batch_tokens:
             break
-        chosen += [groups[member] for member in lists[index][0]]
+        chosen += [groups[member] for member in lists.members[index]]
         num_tokens += length
     return chosen
 
 
-def _joined_lists(groups: Sequence[PromptGroup]) -> list[tuple[list[int], PromptGroup]]:
-    """For each list of pairs their indices, and the group of its distinct completions."""
-    names = groups.lists if isinstance(groups, PairGroups) else lists_of(groups)
-    members: dict[int, list[int]] = {}
-    for index, name in enumerate(names.tolist()):
-        members.setdefault(name, []).append(index)
-    return [
-        (indices, reduce(PromptGroup.joined, (item.group for item in items)))
-        for indices in members.values()
-        for items, _ in [distinct_items([groups[index] for index in indices])]
-    ]
+@dataclass(frozen=True)
+class _Lists:
+    """The lists of a data set, each of whose distinct completions is computed once.
+
+    Attributes:
+        members: the indices of each list's pairs.
+        lengths: tokens that each list takes in a micro-batch.
+        repeated: prompt tokens that all lists together would repeat without a shared prefix.
+        scored: scored tokens of all distinct completions.
+    """
+
+    members: list[list[int]]
+    lengths: list[int]
+    repeated: int
+    scored: int
+
+    @classmethod
+    def of(cls, groups: PairGroups, mode: PackingMode) -> "_Lists":
+        members: dict[int, list[int]] = {}
+        for index, name in enumerate(groups.lists.tolist()):
+            members.setdefault(name, []).append(index)
+        pairs, keys = groups.pairs, groups.row_keys
+        lengths = np.array(group_lengths(groups, mode))
+        repeated, scored = pairs.lengths.prompt + pairs.shared_tokens, pairs.scored_tokens.sum(1)
+        # A list of one pair is that pair, unless its completions are one.
+        alone = keys[:, 0] != keys[:, 1]
+        for first, its in members.items():
+            if len(its) > 1 or not alone[first]:
+                items, _ = distinct_items([groups[index] for index in its])
+                joined = reduce(PromptGroup.joined, (item.group for item in items))
+                lengths[first] = group_length(joined, mode)
+                repeated[first] = (len(joined.completions) - 1) * shared_prefix_length(joined)
+                scored[first] = sum(joined.scored_tokens)
+        firsts = list(members)
+        return cls(
+            list(members.values()),
+            lengths[firsts].tolist(),
+            int(repeated[firsts].sum()),
+            int(scored[firsts].sum()),
+        )
 
 
 def _activation_plan(

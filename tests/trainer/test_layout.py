@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from torch import nn
 
 import fastdpo.trainer.dpo_trainer as trainer_room
 import fastdpo.trainer.update as update_room
-from fastdpo.batching import group_tokens
+from fastdpo.batching import PromptGroup, group_tokens, shared_prefix_length
+from fastdpo.data import rows_from
 from fastdpo.modeling import scoring
 from fastdpo.modeling.activations import decoder_layers
-from fastdpo.modeling.layout import ExecutionLayout
+from fastdpo.modeling.layout import ExecutionLayout, distinct_items
 from fastdpo.planner import GPUSpec, from_model, plan_for_run
 from fastdpo.trainer.layout import (
+    _Lists,
     choose_layout,
     group_lengths,
     plan_memory,
@@ -258,3 +261,32 @@ def test_memory_that_runs_out_in_an_evaluation_lowers_t_for_the_updates(build, m
     assert trainer.update.layout is trainer.layout
     assert trainer.reference.options["layout"] is trainer.layout
     assert trainer.layout_state()["layout"]["micro_batch_tokens"] == lowered
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize("shared_prefix", ["auto", "off"])
+def test_lengths_over_arrays_are_those_of_the_groups(build, packing, shared_prefix):
+    rated = [
+        {"prompt": f"The day was {word}.", "completions": [" Good", " Good: so", " Bad", " Bad"],
+         "ratings": [4, 3, 2, 1]}
+        for word in ("fine", "poor")
+    ]  # fmt: skip
+    rows = rows_from(rated, "rated", rated_pairs="all")
+    trainer = build(rows=rows, packing=packing, shared_prefix=shared_prefix)
+    for groups in (trainer.train_groups, trainer.eval_groups):
+        mode = trainer.mode
+        lengths = group_lengths(groups, mode)
+        assert lengths == group_lengths(list(groups), mode)
+        shared = [shared_prefix_length(g) - len(g.prompt_ids) for g in groups]
+        assert groups.pairs.shared_tokens.tolist() == shared
+        lists = _Lists.of(groups, mode)
+        joined = []
+        for members in lists.members:
+            items, _ = distinct_items([groups[index] for index in members])
+            joined.append(reduce(PromptGroup.joined, (item.group for item in items)))
+        assert lists.lengths == group_lengths(joined, mode)
+        assert lists.repeated == sum(
+            (len(g.completions) - 1) * shared_prefix_length(g) for g in joined
+        )
+        assert lists.scored == sum(sum(g.scored_tokens) for g in joined)
+    assert max(map(len, _Lists.of(trainer.train_groups, mode).members)) > 1
