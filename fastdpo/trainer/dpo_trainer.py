@@ -352,21 +352,21 @@ class DPOTrainer(UpdateTrainer):
     ) -> None:
         """Write the model card, README.md, into output_dir; the arguments are TRL's."""
         path = Path(str(self.args.output_dir)) / "README.md"
-        card = TrainedModel.of(
+        facts = TrainedModel.of(
             self,
             name=model_name,
             dataset=dataset_name,
             tags=[tags] if isinstance(tags, str) else tags or (),
             has_curves=path.with_name(CURVES_FILE).is_file(),
         )
-        files.write_text(path, model_card(card))
+        files.write_text(path, model_card(facts))
 
     def _write_model(self, folder: Path, state_dict: Any) -> None:
         super()._write_model(folder, state_dict)
         is_checkpoint = self._saving_into is not None
         drawn = not is_checkpoint and draw_curves(self.state.log_history, folder / CURVES_FILE)
-        card = model_card(TrainedModel.of(self, has_curves=drawn))
-        files.write_text(folder / "README.md", card)  # not PEFT's
+        facts = TrainedModel.of(self, has_curves=drawn)
+        files.write_text(folder / "README.md", model_card(facts))  # not PEFT's
 
     # Resuming
 

@@ -1,7 +1,6 @@
 """The choice of a run's layout before training, by its options, a memory plan or the device."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -76,10 +75,8 @@ def plan_memory(
     return plan
 
 
-def group_lengths(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]:
-    """Tokens that each group takes in a micro-batch."""
-    if not isinstance(groups, PairGroups):
-        return [group_length(group, mode) for group in groups]
+def group_lengths(groups: PairGroups, mode: PackingMode) -> list[int]:
+    """Tokens that each group takes in a micro-batch, as `group_length` counts them."""
     pairs = groups.pairs
     chosen, rejected = (pairs.lengths.prompt + each - 1 for each in pairs.lengths[1:])
     if not mode.packing:
@@ -91,7 +88,7 @@ def group_lengths(groups: Sequence[PromptGroup], mode: PackingMode) -> list[int]
 def choose_layout(
     policy: PreTrainedModel | PeftModel,
     args: DPOConfig,
-    groups: Sequence[PromptGroup] | None,
+    groups: PairGroups | None,
     mode: PackingMode,
     plan: Plan | None,
 ) -> ExecutionLayout:

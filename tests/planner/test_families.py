@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, XLMConfig
 
-from fastdpo.batching import pack_update
+from fastdpo.batching import PairGroups, pack_update
 from fastdpo.config import DPOConfig
+from fastdpo.data import Pair, PairDataset
 from fastdpo.modeling.activations import decoder_layers, supports_checkpointing
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
@@ -22,7 +23,11 @@ from fastdpo.trainer.layout import choose_layout, group_lengths, plan_memory
 from tests.modeling.test_dropout import ALL
 from tests.modeling.test_packed_pairs import gradients, random_groups
 
-GROUPS = random_groups(3)
+GROUPS = PairGroups(
+    PairDataset.from_pairs(
+        Pair(g.prompt_ids, *g.completions, row=i) for i, g in enumerate(random_groups(3))
+    )
+)
 
 
 def model_of(family, tuning):

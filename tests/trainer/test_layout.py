@@ -14,7 +14,7 @@ from fastdpo.batching import PromptGroup, group_tokens, shared_prefix_length
 from fastdpo.data import rows_from
 from fastdpo.modeling import scoring
 from fastdpo.modeling.activations import decoder_layers
-from fastdpo.modeling.layout import ExecutionLayout, distinct_items
+from fastdpo.modeling.layout import ExecutionLayout, distinct_items, group_length
 from fastdpo.planner import GPUSpec, from_model, plan_for_run
 from fastdpo.trainer.layout import (
     _Lists,
@@ -276,7 +276,7 @@ def test_lengths_over_arrays_are_those_of_the_groups(build, packing, shared_pref
     for groups in (trainer.train_groups, trainer.eval_groups):
         mode = trainer.mode
         lengths = group_lengths(groups, mode)
-        assert lengths == group_lengths(list(groups), mode)
+        assert lengths == [group_length(group, mode) for group in groups]
         shared = [shared_prefix_length(g) - len(g.prompt_ids) for g in groups]
         assert groups.pairs.shared_tokens.tolist() == shared
         lists = _Lists.of(groups, mode)
@@ -284,7 +284,7 @@ def test_lengths_over_arrays_are_those_of_the_groups(build, packing, shared_pref
         for members in lists.members:
             items, _ = distinct_items([groups[index] for index in members])
             joined.append(reduce(PromptGroup.joined, (item.group for item in items)))
-        assert lists.lengths == group_lengths(joined, mode)
+        assert lists.lengths == [group_length(group, mode) for group in joined]
         assert lists.repeated == sum(
             (len(g.completions) - 1) * shared_prefix_length(g) for g in joined
         )
