@@ -232,7 +232,7 @@ def main(recorder: Recorder, *, quick: bool, model: Path | None = None) -> None:
     }
     with TemporaryDirectory() as place:
         here = Path(place)
-        _rows_a_second(recorder, case, str(folder), here, 500 if quick else 6_000, quick=quick)
+        _rows_a_second(recorder, case, str(folder), here, 500 if quick else 40_000)
         _second_start(recorder, case, str(folder), here, 1_000 if quick else 60_000)
         _peaks(recorder, case, str(folder), here, (1_000,) if quick else (10_000, 100_000))
         if not quick:
@@ -240,14 +240,14 @@ def main(recorder: Recorder, *, quick: bool, model: Path | None = None) -> None:
 
 
 def _rows_a_second(
-    recorder: Recorder, case: dict[str, Any], folder: str, here: Path, rows: int, *, quick: bool
+    recorder: Recorder, case: dict[str, Any], folder: str, here: Path, rows: int
 ) -> None:
     file = str(write_rows(here / "few.jsonl", varied_rows(rows)))
     contenders = {"fastdpo": "bench.startup:prepare_fastdpo", "trl": "bench.startup:prepare_trl"}
     for processes in (1, 2):
         size = case | {"rows": rows, "processes": processes}
         given = {name: size | {"folder": folder, "file": file, "threads": 1} for name in contenders}
-        found = contest(contenders, given, warm_up=0, rounds=1 if quick else 3)
+        found = contest(contenders, given, warm_up=0, rounds=1)
         for name, result in found:
             for metric in ("rows_per_s", "rows_per_cpu_s"):
                 _add(recorder, size, name, metric, result)
