@@ -16,6 +16,8 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from transformers.utils import logging as transformers_logging
+
 from fastdpo.cli.arguments import HelpFormatter, TrlParser
 from fastdpo.cli.exit_codes import (
     EXIT_BAD_OPTION,
@@ -157,9 +159,8 @@ def command(main: Callable[[Sequence[str]], None]) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if ranks.is_first() else logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # CPU kernels it would rather have
-    if not sys.stderr.isatty():  # bars are redrawn, and a file keeps each drawing
-        for library in ("HF_HUB", "HF_DATASETS"):  # the first is that of transformers too
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        _hide_bars()
     try:
         with warnings.catch_warnings():
             # What one library tells another; and the first rank's are enough.
@@ -192,10 +193,14 @@ def _report(error: BaseException) -> int:
 
 def _silence_transformers() -> None:
     """Show neither its warnings nor its progress bars: the first rank does."""
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _hide_bars() -> None:
+    """Show no progress bars of libraries: they are redrawn, and a file keeps each drawing."""
+    transformers_logging.disable_progress_bar()  # and those of the hub
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # it is not imported yet
 
 
 def _build(groups: Sequence[type], training: bool, given: Mapping[str, Any]) -> dict[type, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from fastdpo import evaluate, train
 from fastdpo.cli.parser import command
@@ -35,6 +36,18 @@ def workplace(tmp_path, monkeypatch):
         "per_device_train_batch_size: 8\ndisable_tqdm: true\nuse_cpu: true\nsave_strategy: 'no'\n"
     )
     return tmp_path
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_bars_of_libraries_are_drawn_on_a_terminal_alone(
+    workplace, capsys, monkeypatch, is_terminal
+):
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")  # is set anew, and so restored
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+    transformers_logging.enable_progress_bar()
+    assert command(lambda _: AutoModelForCausalLM.from_pretrained("base")) == 0
+    assert ("Loading weights" in capsys.readouterr().err) == is_terminal
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.mark.parametrize("tuning", ["--lora", "--qlora"])
