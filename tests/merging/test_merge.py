@@ -1,5 +1,6 @@
 """`python -m fastdpo.merge`: equal to PEFT's merge, in bounded memory, ready for plain loaders."""
 
+import ctypes
 import gc
 import json
 import shutil
@@ -235,10 +236,22 @@ def peak_kib():
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_is_bounded_by_one_file(workplace):
+@pytest.fixture
+def memory_goes_back():
+    """What is freed goes back to the system at once, whatever was freed before this test."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs glibc's malloc and Linux's /proc")
+    mmap_threshold = -3
+    libc.mallopt(mmap_threshold, 2**16)
+    libc.malloc_trim(0)
+    yield
+    libc.mallopt(mmap_threshold, 2**25)
+
+
+def test_memory_is_bounded_by_one_file(workplace, memory_goes_back):
     config = llama()
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1536, 12
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1536, 20
     Path("base").mkdir()
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained("base", max_shard_size="6MB")
@@ -254,13 +267,14 @@ def test_memory_is_bounded_by_one_file(workplace):
         quantized_from=torch.float32,
     )
     grown = float("inf")
-    for attempt in range(3):  # pages of this process that the system takes and gives back count too
+    for attempt in range(2):  # pages of this process that the system takes and gives back count too
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = peak_kib()
         write_folder(plan, Path(f"merged-{attempt}"))
         grown = min(grown, (peak_kib() - before) * 1024)
-    # a file's new tensors, those that it is made from (mapped), and one step of the arithmetic
-    bound = 2 * max(sizes) + 4 * largest + 2**22
+    # A file's new tensors, those that it is made from (mapped), and one step of the arithmetic
+    # with the largest tensor, in fp32.
+    bound = 2 * max(sizes) + 6 * largest + 2**24
     assert grown < bound < sum(sizes) / 2, f"{grown / 2**20:.1f} MiB"
 
 
