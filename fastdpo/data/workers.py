@@ -7,7 +7,6 @@ not depend on where it is made, and chunks come back in their order, so neither 
 errors.
 """
 
-import copy
 import logging
 import os
 import subprocess
@@ -209,15 +208,7 @@ def serve() -> None:
             try:
                 answer: tuple[Any, Any] = maker.make(chunk), None
             except Exception as error:
-                answer = None, _sendable(error)
+                answer = None, ranks.sendable(error)
             answers.send(answer)
     except (EOFError, BrokenPipeError):
         return
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        copy.deepcopy(error)  # made again from its arguments, as another process would
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -139,7 +139,7 @@ def first_does(work: Callable[[], T]) -> T:
         try:
             sent = [(work(), None)]
         except BaseException as error:  # of a signal too: nobody may be left waiting
-            own_error, sent = error, [(None, _sendable(error))]
+            own_error, sent = error, [(None, sendable(error))]
     with _collective():
         torch.distributed.broadcast_object_list(sent, src=0)
     result, error = cast("tuple[Any, BaseException | None]", sent[0])
@@ -177,7 +177,8 @@ def after_first(work: Callable[[], T]) -> T:
     return done[0] if done else work()
 
 
-def _sendable(error: BaseException) -> BaseException:
+def sendable(error: BaseException) -> BaseException:
+    """The error, or one with its text where another process could not make it again."""
     try:
         copy.deepcopy(error)  # made again from its arguments, as another process would
     except Exception:
