@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastdpo.cli.outputs import require_new_file, unused_file
+from fastdpo.cli.outputs import new_output_file
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -58,14 +58,7 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parsed.group(EvaluationOptions)
     rows, compared = parsed.group(TokenizationOptions), parsed.group(ComparisonOptions)
-    output = ranks.first_does(
-        lambda: (
-            Path(options.output_file)
-            if options.output_file
-            else unused_file(compared.adapter, "evaluation.json")
-        )
-    )
-    ranks.first_does(lambda: require_new_file(parsed, "--output_file", output))
+    output = new_output_file(parsed, options.output_file, compared.adapter, "evaluation.json")
     evaluation = run(parsed.model, parsed.data, rows, compared, options)
     print_line(evaluation.describe())
     ranks.first_does(lambda: files.write_json(output, evaluation.as_json()))

@@ -157,17 +157,18 @@ def _verify(root: Path, options: StoreOptions) -> None:
         for name, fault in found.damaged.items():
             quarantine(folder / name)
             print_line(f"  damaged and set aside: {name}: {fault}")
-    if damaged:
-        raise ValueError(f"{damaged} damaged shards: the next run computes their rows again.")
     known = [summarize_entry(path) for path in _entries(options)]
-    for each in known:
-        if each.fault is not None:
-            set_aside(each.path)
-            print_line(f"damaged and set aside: {each.path}: {each.fault}")
+    bad = [each for each in known if each.fault is not None]
+    for each in bad:
+        set_aside(each.path)
+        print_line(f"damaged and set aside: {each.path}: {each.fault}")
     if known:
-        print_line(f"{sum(each.fault is None for each in known)} sets of prepared pairs are whole")
-    if any(each.fault is not None for each in known):
-        raise ValueError("Damaged prepared pairs: the next run prepares them again.")
+        print_line(f"{len(known) - len(bad)} sets of prepared pairs are whole")
+    if damaged or bad:
+        raise ValueError(
+            f"{damaged} damaged shards, {len(bad)} damaged sets of prepared pairs: the next run "
+            "that needs them computes their rows, and prepares their pairs, again."
+        )
 
 
 def _prune(root: Path, options: StoreOptions) -> None:
@@ -177,10 +178,10 @@ def _prune(root: Path, options: StoreOptions) -> None:
         removed.append((prune_pairs(folder, **how), "sets of prepared pairs"))
     done = "would free" if options.dry_run else "freed"
     for found, what in removed:
-        for path in (*found.stores, *found.stale_files):
+        for path in (*found.unused, *found.stale_files):
             print_line(str(path))
         print_line(
-            f"{len(found.stores)} {what} and {len(found.stale_files)} leftovers: {done} "
+            f"{len(found.unused)} {what} and {len(found.stale_files)} leftovers: {done} "
             f"{found.bytes / 2**20:,.1f} MiB"
         )
 

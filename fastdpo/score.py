@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from fastdpo.cli.outputs import require_new_file, unused_file
+from fastdpo.cli.outputs import new_output_file
 from fastdpo.cli.parser import command, parse
 from fastdpo.options import (
     TRAINING_OPTIONS,
@@ -63,12 +63,7 @@ def main(argv: Sequence[str]) -> None:
         shared=True,
     )
     options = parsed.group(ScoringOptions)
-    output = ranks.first_does(
-        lambda: (
-            Path(options.output_file) if options.output_file else unused_file(None, "scores.jsonl")
-        )
-    )
-    ranks.first_does(lambda: require_new_file(parsed, "--output_file", output))
+    output = new_output_file(parsed, options.output_file, None, "scores.jsonl")
     scored = run(
         parsed.model,
         parsed.data,

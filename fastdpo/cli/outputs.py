@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdpo.cli.parser import Parsed
 from fastdpo.options import DataOptions, cache_folder, reference_folder
-from fastdpo.system import files, results
+from fastdpo.system import files, ranks, results
 
 DATA_ENDINGS = (
     ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".bz2", ".xz", ".zst",
@@ -60,6 +60,27 @@ def local_inputs(parsed: Parsed) -> list[Input]:
         if is_part is results.is_model_file and (base := _base_of(path)) is not None:
             found.append(Input(f"the adapter of {flag}", base, is_part))
     return found
+
+
+def new_output_file(parsed: Parsed, given: str | None, folder: str | None, name: str) -> Path:
+    """The file that `--output_file` names, or by default one that nothing has yet; all ranks agree.
+
+    Args:
+        parsed: the options of the command.
+        given: the option's value.
+        folder: where the default lies, as `unused_file` takes it.
+        name: of the default.
+
+    Raises:
+        ValueError, OSError: as `require_new_file`.
+    """
+
+    def choose() -> Path:
+        output = Path(given) if given else unused_file(folder, name)
+        require_new_file(parsed, "--output_file", output)
+        return output
+
+    return ranks.first_does(choose)
 
 
 def require_new_file(parsed: Parsed, flag: str, output: Path) -> None:

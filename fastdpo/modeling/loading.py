@@ -19,6 +19,7 @@ from transformers import (
 
 from fastdpo.modeling.base_weights import weights_to_host
 from fastdpo.modeling.multimodal import auto_class
+from fastdpo.modeling.nf4 import nf4_bytes
 from fastdpo.modeling.weight_hash import record_load, weight_files
 from fastdpo.system.device import compute_device, cuda_has_bf16, free_device_bytes
 from fastdpo.system.oom import oom_message
@@ -39,9 +40,6 @@ _WHERE = (
 
 GPU_SHARE = 0.9
 """Share of the free memory of a GPU that weights may take to be said to fit there."""
-
-NF4_ENTRY_BYTES = 0.516
-"""Bytes of an entry of a 4-bit weight, its scales included."""
 
 _LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
@@ -144,11 +142,11 @@ def _fits(
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     head = model.get_output_embeddings()
-    size = 0.0
+    size = 0
     for module in model.modules():
         entries = sum(each.numel() for each in module.parameters(recurse=False))
         packed = in_4bit and isinstance(module, nn.Linear) and module is not head
-        size += entries * (NF4_ENTRY_BYTES if packed else dtype.itemsize)
+        size += nf4_bytes(entries) if packed else entries * dtype.itemsize
     return size <= GPU_SHARE * free
 
 

@@ -134,3 +134,16 @@ def _loading(given: dict[str, Any] | None) -> dict[str, Any] | None:
             "bits (--qlora, or a BitsAndBytesConfig with load_in_4bit), or leave it out."
         )
     return given or None
+
+
+def check_base_weights(base_weights: str, *, trains_adapter: bool) -> None:
+    """Refuse to hold weights in host memory that are trained.
+
+    Raises:
+        ValueError: says what to pass.
+    """
+    if base_weights == "host" and not trains_adapter:
+        raise ValueError(
+            "--base_weights is host, and all weights are trained, which the optimizer needs on the "
+            "GPU: leave it out, or train an adapter (--lora, --qlora), whose base never changes."
+        )

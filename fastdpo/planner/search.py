@@ -11,6 +11,7 @@ from functools import partial
 
 from fastdpo.modeling.activations import KEEP
 from fastdpo.modeling.host_blocks import LEAST_BUFFERS
+from fastdpo.options.passes import check_base_weights
 from fastdpo.planner.advice import note_on_base, notes_on
 from fastdpo.planner.architecture import Architecture
 from fastdpo.planner.gpus import GPUSpec
@@ -60,6 +61,7 @@ def strategies(
     Raises:
         ValueError: `base_weights` is host, and all weights are trained.
     """
+    check_base_weights(base_weights, trains_adapter=training.trains_adapter)
     found = [MemoryStrategy(training.optimizer)]
     if training.trains_adapter:
         if architecture.plain_embeddings and not architecture.tied:
@@ -78,11 +80,6 @@ def strategies(
         ]
         smallest = [*smallest, streamed[-1]] if base_weights == "auto" else [streamed[-1]]
         found = [*found, *streamed] if base_weights == "auto" else streamed
-    elif base_weights == "host":
-        raise ValueError(
-            "--base_weights is host, and all weights are trained, which the optimizer needs on the "
-            "GPU: leave it out, or plan for an adapter (--lora, --qlora)."
-        )
     if change_optimizer and "8bit" not in training.optimizer:
         found += [replace(each, optimizer=EIGHT_BIT) for each in smallest]
     return found

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastdpo.modeling import nf4
 from fastdpo.modeling.activations import KEEP, KEEP_ATTENTION, OFFLOAD
 from fastdpo.planner.activations import MicroBatchShape
 from fastdpo.planner.architecture import Architecture
@@ -16,9 +17,6 @@ Llama-3.1-8B with NF4 weights as `bench.layers` counts them."""
 
 LAUNCH_SECONDS = 5e-6
 """Seconds that the host takes for a launch: assumed, not measured."""
-
-NF4_BYTES_READ = 0.516
-"""Bytes read for an entry of a 4-bit weight; its dense copy is written and read besides."""
 
 
 def update_flops(
@@ -139,7 +137,7 @@ def micro_batch_times(
         fewer = 1.0 if dequantize_once else kept / architecture.layers
         tiles = -(-shape.tokens // mlp_tile_tokens) if mlp_tile_tokens else 1
         read = others * (3 - fewer) + mlp * tiles * (3 if tiled else 3 - fewer)
-        seconds += read * (NF4_BYTES_READ + 2 * training.entry_bytes) / (gpu.gb_per_s * 1e9)
+        seconds += read * (nf4.ENTRY_BYTES + 2 * training.entry_bytes) / (gpu.gb_per_s * 1e9)
     forward = seconds * forward_share(architecture, shape, flops, group_tokens)
     kernels = "fused" if runs_fused(architecture, training) else "eager"
     rate = HOST_GB_PER_S * 1e9

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastdpo.modeling import nf4
 from fastdpo.modeling.attention_backends import Capability, select_backend
 from fastdpo.modeling.host_blocks import aligned, layers_per_block
 from fastdpo.planner.architecture import Architecture, LinearShape
@@ -22,12 +23,6 @@ WORKSPACE_BYTES = 32 * MIB
 
 SLACK_SHARE = 0.02
 """Share of the allocated bytes that the allocator holds in gaps besides."""
-
-NF4_BLOCK, NESTED_BLOCK = 64, 256
-"""Entries that share one scale, and scales that share one: bitsandbytes' double quantization."""
-
-NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
-"""The tables of a 4-bit weight, which stay on the GPU where the weight does not."""
 
 EIGHT_BIT_BLOCK, EIGHT_BIT_LEAST = 256, 4096
 """Entries of 8-bit optimizer state that share a scale; tensors of fewer entries than the second
@@ -106,22 +101,11 @@ def runs_fused(architecture: Architecture, training: Training) -> bool:
     return training.kernels == "fused" and architecture.has_fused_layers
 
 
-def nf4_bytes(entries: int) -> int:
-    """Bytes of a 4-bit weight as bitsandbytes lays it out, with double quantization.
-
-    Half a byte an entry; a uint8 scale per 64 entries; an fp32 scale per 256 of those; the tables
-    of 16 and 256 fp32 values and one fp32 offset.
-    """
-    scales = -(-entries // NF4_BLOCK)
-    nested = -(-scales // NESTED_BLOCK)
-    return -(-entries // 2) + scales + 4 * nested + NF4_TABLE_BYTES
-
-
 def dequantized_bytes(linear: LinearShape, training: Training) -> int:
     """Bytes of the dense copy of one 4-bit weight while it is used, its fp32 scales included."""
     if training.tuning != "qlora":
         return 0
-    return linear.weights * training.entry_bytes + 4 * -(-linear.weights // NF4_BLOCK)
+    return linear.weights * training.entry_bytes + 4 * -(-linear.weights // nf4.BLOCK)
 
 
 def adapter_parameters(architecture: Architecture, training: Training) -> int:
@@ -171,11 +155,8 @@ def base_blocks(architecture: Architecture, training: Training) -> BaseBlocks:
     entry = training.entry_bytes
     size = aligned(entry * architecture.stacked_parameters)
     for linear in architecture.linears:
-        if training.tuning == "qlora":
-            scales = -(-linear.weights // NF4_BLOCK)
-            parts = [-(-linear.weights // 2), scales, 4 * -(-scales // NESTED_BLOCK)]
-        else:
-            parts = [entry * linear.weights]
+        in_4bit = training.tuning == "qlora"
+        parts = nf4.nf4_parts(linear.weights) if in_4bit else [entry * linear.weights]
         size += linear.count * sum(aligned(part) for part in parts)
     layer = size // architecture.layers
     together = layers_per_block(int(layer * architecture.largest_layer))
@@ -202,12 +183,13 @@ def resident_bytes(
     full = not training.trains_adapter
     entry = 4 if full else training.entry_bytes
     if training.tuning == "qlora":
-        linears = sum(nf4_bytes(each.weights) * each.count for each in architecture.linears)
+        linears = sum(nf4.nf4_bytes(each.weights) * each.count for each in architecture.linears)
     else:
         linears = entry * architecture.linear_parameters
     others, buffers = architecture.other_parameters, 0
     if base_buffers:
-        tables = NF4_TABLE_BYTES if training.tuning == "qlora" else 0
+        # The tables of 4-bit weights stay on the GPU.
+        tables = nf4.TABLE_BYTES if training.tuning == "qlora" else 0
         linears = tables * sum(each.count for each in architecture.linears)
         others -= architecture.stacked_parameters
         buffers = base_buffers * base_blocks(architecture, training).largest

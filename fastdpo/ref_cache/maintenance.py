@@ -36,9 +36,9 @@ class StoreSummary:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """The stores and files that `prune` removed, or would in a dry run, and their size."""
+    """Paths that a prune removed, or would in a dry run, and their size."""
 
-    stores: tuple[Path, ...]  # folders of stores, or files of prepared pairs
+    unused: tuple[Path, ...]  # folders of stores, or files of prepared pairs
     stale_files: tuple[Path, ...]  # damaged shards, and temporary files of killed writers
     bytes: int
 

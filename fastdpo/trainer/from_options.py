@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdpo.options import DEFAULT_DATASET, DataOptions, ModelOptions, resolve_model
+from fastdpo.options.passes import check_base_weights
 from fastdpo.system import files, ranks, signals
 from fastdpo.system.console import print_line
 from fastdpo.system.start_up import start_up
@@ -47,12 +48,12 @@ def make_trainer(model: ModelOptions, data: DataOptions, config: "DPOConfig") ->
     from fastdpo.modeling.adapters import is_adapter, lora_config
     from fastdpo.modeling.loading import load_tokenizer, resolve_dtype
     from fastdpo.trainer import DPOTrainer
-    from fastdpo.trainer.prepare import check_base_weights, load_policy
+    from fastdpo.trainer.prepare import load_policy
     from fastdpo.trainer.requirements import require_all
 
     name = _model_name(model)
     require_all(config)
-    check_base_weights(config, trains_adapter=not model.full)
+    check_base_weights(config.base_weights, trains_adapter=not model.full)
     source: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": model.trust_remote_code,

@@ -48,6 +48,7 @@ from fastdpo.modeling.trainable import (
     check_quantization_config,
 )
 from fastdpo.options import reference_folder
+from fastdpo.options.passes import check_base_weights
 from fastdpo.ref_cache import RefLogpsProvider, StoreOptions
 from fastdpo.system import ranks
 
@@ -95,19 +96,6 @@ def share_model(accelerator: Accelerator, policy: Model) -> None:
         policy._is_accelerate_prepared = True  # pyrefly: ignore
 
 
-def check_base_weights(args: DPOConfig, *, trains_adapter: bool) -> None:
-    """Refuse to hold weights in host memory that are trained.
-
-    Raises:
-        ValueError: says what to pass.
-    """
-    if args.base_weights == "host" and not trains_adapter:
-        raise ValueError(
-            "--base_weights is host, and all weights are trained, which the optimizer needs on the "
-            "GPU: leave it out, or train an adapter (--lora, --qlora), whose base never changes."
-        )
-
-
 def prepare_policy(
     model: str | os.PathLike[str] | Model,
     args: DPOConfig,
@@ -132,7 +120,7 @@ def prepare_policy(
     trains_adapter = peft_config is not None or (
         is_adapter(str(model)) if by_name else isinstance(model, PeftModel)
     )
-    check_base_weights(args, trains_adapter=trains_adapter)
+    check_base_weights(args.base_weights, trains_adapter=trains_adapter)
     loading = args.from_pretrained_options
     if quantization_config is not None:
         loading["quantization_config"] = quantization_config

@@ -121,7 +121,7 @@ def test_what_is_said_is_said_before_it_is_written(monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastdpo.evaluate.require_new_file", lambda *_: None)
+    monkeypatch.setattr("fastdpo.cli.outputs.require_new_file", lambda *_: None)
     monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         evaluate.main(EVALUATE)

@@ -7,10 +7,11 @@ import torch
 
 from bench import base_weights as bench
 from bench.harness import Recorder, read
-from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, decoder_layers
+from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.base_weights import host_weights
 from fastdpo.modeling.loading import load_model
+from tests.failing_backward import backward_breaks_off
 from tests.gpu.test_memory import LAYERS, assert_close, base_folder, gradients  # noqa: F401
 from tests.project.test_bench import InProcessTurns
 
@@ -62,18 +63,9 @@ def test_a_backward_that_breaks_off_leaves_the_weights_and_no_memory(base_folder
     gc.collect()
     before = torch.cuda.memory_allocated()
     for stop in range(20):
-        calls = []
-
-        def fail(*_, calls=calls, stop=1 + stop % (LAYERS - 1)):
-            calls.append(1)
-            if len(calls) == stop:
-                raise torch.OutOfMemoryError("injected")
-
-        hooks = [m.mlp.register_full_backward_hook(fail) for m in decoder_layers(model)]
-        with pytest.raises(torch.OutOfMemoryError):
+        at = 1 + stop % (LAYERS - 1)
+        with backward_breaks_off(model, at), pytest.raises(torch.OutOfMemoryError):
             gradients(model)
-        for hook in hooks:
-            hook.remove()
         model.zero_grad()
         gc.collect()
         assert torch.cuda.memory_allocated() <= before

@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdpo.batching import PromptGroup, pack_update
 from fastdpo.modeling import activations
-from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan, decoder_layers
+from fastdpo.modeling.activations import ACTIVATIONS, apply_activation_plan
 from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import packed_attention
 from fastdpo.modeling.embeddings import embeddings_to_host
 from fastdpo.modeling.loading import load_model
 from fastdpo.modeling.logprobs import packed_logprobs
 from fastdpo.modeling.tiles import tile_mlps, tile_norms
+from tests.failing_backward import backward_breaks_off
 
 pytestmark = pytest.mark.gpu
 
@@ -133,18 +134,8 @@ def test_a_backward_that_breaks_off_harms_nothing(model):
     gc.collect()
     before = torch.cuda.memory_allocated()
     for stop in itertools.islice(itertools.cycle(range(1, LAYERS)), 20):
-        calls = []
-
-        def fail(*_, calls=calls, stop=stop):
-            calls.append(1)
-            if len(calls) == stop:
-                raise torch.OutOfMemoryError("injected")
-
-        hooks = [m.mlp.register_full_backward_hook(fail) for m in decoder_layers(model)]
-        with pytest.raises(torch.OutOfMemoryError):
+        with backward_breaks_off(model, stop), pytest.raises(torch.OutOfMemoryError):
             gradients(model)
-        for hook in hooks:
-            hook.remove()
         filled = torch.ones(INPUT_BYTES, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
         assert bool((filled == 1).all())

@@ -22,6 +22,7 @@ from fastdpo.modeling.adapters import add_adapter, lora_config
 from fastdpo.modeling.attention import kept, packed_attention
 from fastdpo.modeling.fused import use_kernels
 from fastdpo.modeling.logprobs import packed_logprobs
+from fastdpo.modeling.nf4 import nf4_bytes
 from fastdpo.options import MODEL_ALIASES
 from fastdpo.planner import (
     Training,
@@ -36,7 +37,7 @@ from fastdpo.planner.activations import MicroBatchShape, layer_bytes
 from fastdpo.planner.architecture import architecture_of_config
 from fastdpo.planner.memory_layout import MemoryLayout, MemoryStrategy
 from fastdpo.planner.plan import pinned_bytes
-from fastdpo.planner.terms import GIB, nf4_bytes, optimizer_bytes
+from fastdpo.planner.terms import GIB, optimizer_bytes
 from tests.project.test_bench import InProcessTurns
 
 SIZES = {

@@ -173,7 +173,7 @@ def test_prune_removes_leftovers_and_keeps_what_lives(tmp_path):
     os.utime(old, (0, 0))
     dry = prune(tmp_path, dry_run=True)
     assert set(dry.stale_files) == {bad, old}
-    assert (dry.bytes, dry.stores) == (3, ())
+    assert (dry.bytes, dry.unused) == (3, ())
     assert bad.exists()
     assert old.exists()
     assert prune(tmp_path) == dry
@@ -189,10 +189,10 @@ def test_prune_goes_by_last_use_and_is_safe_beside_a_reader_and_a_writer(tmp_pat
     reader.append(ROWS)
     assert len(reader) == 3
     make_old(reader.folder, 40)
-    assert prune(tmp_path, unused_days=41).stores == ()
-    assert prune(tmp_path, unused_days=39, dry_run=True).stores == (reader.folder,)
-    assert prune(tmp_path).stores == ()
-    assert prune(tmp_path, unused_days=39).stores == (reader.folder,)
+    assert prune(tmp_path, unused_days=41).unused == ()
+    assert prune(tmp_path, unused_days=39, dry_run=True).unused == (reader.folder,)
+    assert prune(tmp_path).unused == ()
+    assert prune(tmp_path, unused_days=39).unused == (reader.folder,)
     assert list(tmp_path.iterdir()) == []
     assert reader.lookup(keys_of(ROWS)).tolist() == logps_of(ROWS), "it has read them already"
     reader.append(MORE)  # the folder comes back, manifest and all
@@ -202,7 +202,7 @@ def test_prune_goes_by_last_use_and_is_safe_beside_a_reader_and_a_writer(tmp_pat
     fill(model, GROUPS[:1], tmp_path)
     make_old(reader.folder, 40)
     fill(model, GROUPS[:1], tmp_path)  # a hit is a use
-    assert prune(tmp_path, unused_days=39).stores == ()
+    assert prune(tmp_path, unused_days=39).unused == ()
 
 
 def test_a_reader_lists_again_when_a_shard_went_while_it_read(tmp_path, monkeypatch):
@@ -293,7 +293,7 @@ def test_the_command_on_prepared_pairs(tmp_path, capsys, monkeypatch):
     code, said, complaint = run(capsys, monkeypatch, "verify")
     assert code == 2
     assert f"damaged and set aside: {first}: its checksum is wrong" in said
-    assert "Damaged prepared pairs" in complaint
+    assert "1 damaged sets of prepared pairs" in complaint
     make_old(second, 40)
     stale, fresh = files.temporary_name(second), files.temporary_name(second)
     for each in (stale, fresh):

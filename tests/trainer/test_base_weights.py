@@ -14,9 +14,9 @@ from fastdpo.modeling.activations import decoder_layers
 from fastdpo.modeling.base_weights import host_weights
 from fastdpo.modeling.layout import ExecutionLayout
 from fastdpo.modeling.loading import load_model
+from fastdpo.options.passes import check_base_weights
 from fastdpo.planner import from_model, plan_for_run
 from fastdpo.ref_cache import reference_identity
-from fastdpo.trainer.prepare import check_base_weights
 from tests.tiny_trainer import CONFIG, HELD_OUT, ROWS, TOKENIZER, tiny_base, tiny_trainer
 from tests.trainer.test_dpo_trainer import assert_same_weights, weights, without_time
 from tests.trainer.test_layout import GPU, layout_of, plan_of
@@ -162,8 +162,8 @@ def test_trained_weights_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"--base_weights is host, and all weights are trained"):
         tiny_trainer(str(folder), tmp_path, tuning="full", base_weights="host")
     with pytest.raises(ValueError, match=r"train an adapter \(--lora, --qlora\)"):
-        check_base_weights(DPOConfig(base_weights="host"), trains_adapter=False)
-    check_base_weights(DPOConfig(base_weights="auto"), trains_adapter=False)
+        check_base_weights("host", trains_adapter=False)
+    check_base_weights("auto", trains_adapter=False)
     with pytest.raises(ValueError, match="base_weights"):
         DPOConfig(base_weights="disk")
 
